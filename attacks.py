@@ -1,0 +1,268 @@
+"""Inner maximisation: one L-infinity ascent loop, and the attacks of ARD, RSLAD, AdaAD and IGDM built on it.
+
+Conventions of every public attack here:
+    x is (N, C, H, W) in [0, 1]; y is (N,) int64; epsilon and step_size are in the same units, pixels in [0, 1].
+    Returns x_adv with the shape, dtype and device of x, detached, with |x_adv - x| <= epsilon and values in [0, 1].
+    Networks run in eval mode with frozen parameters during the attack; the mode of every submodule and every
+    requires_grad are restored afterwards, also when the attack raises. No ``.grad`` is touched.
+    A random start is one draw per call from the global generator of x's device, in contiguous layout, so that the
+    result does not depend on the memory format of x.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INNER_MAXIMISATIONS = ("pgd", "rslad", "adaad", "igdm")
+"""The names that ``perturb`` and ``--attack`` take; ``pgd`` is ARD's."""
+
+_shard: tuple[int, int] | None = None
+
+
+@contextmanager
+def shard_of(first: int, total: int) -> Iterator[None]:
+    """Let random starts be the rows from `first` on of a draw for `total` images.
+
+    With several ranks, each holding a slice of the global batch and the same generator state, every image then gets
+    the start that it would get in one process, and the generators stay in step.
+    """
+    global _shard
+    before, _shard = _shard, (first, total)
+    try:
+        yield
+    finally:
+        _shard = before
+
+
+@contextmanager
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """Put the models in eval mode with parameters that require no gradient; restore each flag on exit.
+
+    Mode: eval inside; every submodule's own flag restored. Gradients: freezing spares the backward pass the weight
+    gradients, which a compiled graph would compute even for ``autograd.grad(loss, [x])``.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    grads = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    try:
+        for module, _ in modes:
+            # Set flag by flag: a frozen teacher's train() and eval() may refuse to pass the call on.
+            module.training = False
+        for parameter, _ in grads:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, requires_grad in grads:
+            parameter.requires_grad_(requires_grad)
+
+
+def _global_draw(x: Tensor, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+    """One draw of x's shape, or x's rows of a draw for the whole global batch (see `shard_of`)."""
+    if _shard is None:
+        return draw(tuple(x.shape))
+    first, total = _shard
+    return draw((total, *x.shape[1:]))[first : first + len(x)]
+
+
+def uniform_start(x: Tensor, epsilon: float) -> Tensor:
+    """x + U(-epsilon, epsilon), clamped to [0, 1]; one draw from the global generator."""
+    noise = _global_draw(x, lambda shape: torch.empty(shape, dtype=x.dtype, device=x.device).uniform_(-epsilon, epsilon))
+    return (x + noise).clamp_(0, 1)
+
+
+def gaussian_start(x: Tensor) -> Tensor:
+    """x + 0.001 N(0, 1), not clamped, as in RSLAD's and AdaAD's releases; one float32 draw."""
+    return x + 0.001 * _global_draw(x, lambda shape: torch.randn(shape, dtype=torch.float32, device=x.device))
+
+
+def project(x_adv: Tensor, x: Tensor, epsilon: float) -> Tensor:
+    """Clamp x_adv into the epsilon-ball around x, then into [0, 1]; overwrites x_adv."""
+    return torch.clamp(x_adv, min=x - epsilon, max=x + epsilon, out=x_adv).clamp_(0, 1)
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    """model(x), in float32 if the network computes in half precision: objectives are never summed in bfloat16."""
+    logits = model(x)
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def _kl_sum(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(T || S) summed over the batch; log_target keeps the gradient finite where softmax(T) underflows to 0."""
+    log_student, log_teacher = F.log_softmax(student_logits, dim=1), F.log_softmax(teacher_logits, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+
+
+def ascend(
+    objective: Callable[[Tensor], Tensor],
+    x: Tensor,
+    start: Tensor,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+) -> Tensor:
+    """L-infinity sign ascent on `objective` from `start`, projected after every step.
+
+    Args:
+        objective: maps x_adv (N, C, H, W) to a scalar that is a sum over images. A sum, not a mean: the sign is the
+            same, and an image's path does not depend on who shares its batch.
+        x: (N, C, H, W) in [0, 1], the centre of the ball.
+        start: (N, C, H, W), the first point; may lie outside [0, 1].
+        epsilon: radius >= 0.
+        step_size: >= 0.
+        steps: number of gradient steps >= 0; 0 returns the projected start.
+
+    Returns:
+        x_adv as in the module's conventions.
+
+    Source: Madry et al., ICLR 2018, eq. 2; projection: epsilon-ball first, then [0, 1].
+    """
+    x, x_adv = x.detach(), start.detach()
+    with torch.enable_grad():
+        for _ in range(steps):
+            x_adv = x_adv.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(objective(x_adv), [x_adv])
+            with torch.no_grad():
+                x_adv = project(x_adv + step_size * gradient.sign_(), x, epsilon)
+    return x_adv.detach() if steps else project(x_adv.clone(), x, epsilon)
+
+
+def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, random_start: bool = False) -> Tensor:
+    """One step of length epsilon on CE(model(x), y), from x or from a uniform start in the ball.
+
+    Source: Goodfellow et al., ICLR 2015. See the module's conventions for shapes, ranges and side effects.
+    """
+    return pgd(model, x, y, epsilon, epsilon, 1, random_start)
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+    random_start: bool = True,
+) -> Tensor:
+    """argmax CE(model(x + delta), y): ARD's inner loop, and the PGD-20 of every evaluation.
+
+    Source: Madry et al., ICLR 2018; uniform start in the ball, clamped to [0, 1], unless random_start is False.
+    """
+
+    def objective(x_adv: Tensor) -> Tensor:
+        return F.cross_entropy(_logits(model, x_adv), y, reduction="sum")
+
+    with frozen(model):
+        start = uniform_start(x, epsilon) if random_start else x
+        return ascend(objective, x, start, epsilon, step_size, steps)
+
+
+def cw(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step_size: float, steps: int) -> Tensor:
+    """argmax max_{j != y} model(x + delta)_j - model(x + delta)_y, uniform start: the L-infinity C&W attack.
+
+    Source: the margin loss of Carlini & Wagner, S&P 2017 (f_6 at kappa = infinity), maximised by PGD as is usual in
+    the distillation literature.
+    """
+
+    def objective(x_adv: Tensor) -> Tensor:
+        logits = _logits(model, x_adv)
+        true = logits.gather(1, y[:, None])
+        others = logits.scatter(1, y[:, None], float("-inf"))
+        return (others.amax(dim=1, keepdim=True) - true).sum()
+
+    with frozen(model):
+        return ascend(objective, x, uniform_start(x, epsilon), epsilon, step_size, steps)
+
+
+def rslad(
+    student: nn.Module, teacher_logits: Tensor, x: Tensor, epsilon: float, step_size: float, steps: int
+) -> Tensor:
+    """argmax KL(T(x) || S(x + delta)), started at x + 0.001 N(0, 1).
+
+    Args:
+        teacher_logits: (N, C), T(x), constant during the attack.
+
+    Source: Zi et al., ICCV 2021, eq. 9. See the module's conventions for the rest.
+    """
+    teacher_logits = teacher_logits.detach()
+    if teacher_logits.dtype in (torch.bfloat16, torch.float16):
+        teacher_logits = teacher_logits.float()
+
+    def objective(x_adv: Tensor) -> Tensor:
+        return _kl_sum(_logits(student, x_adv), teacher_logits)
+
+    with frozen(student):
+        return ascend(objective, x, gaussian_start(x), epsilon, step_size, steps)
+
+
+def adaad(
+    student: nn.Module, teacher: nn.Module, x: Tensor, epsilon: float, step_size: float, steps: int
+) -> Tensor:
+    """argmax KL(T(x + delta) || S(x + delta)), started at x + 0.001 N(0, 1).
+
+    The gradient flows through the teacher as well as the student.
+
+    Source: Huang et al., CVPR 2023, eq. 5. See the module's conventions for the rest.
+    """
+
+    def objective(x_adv: Tensor) -> Tensor:
+        return _kl_sum(_logits(student, x_adv), _logits(teacher, x_adv))
+
+    with frozen(student, teacher):
+        return ascend(objective, x, gaussian_start(x), epsilon, step_size, steps)
+
+
+def igdm(
+    student: nn.Module, teacher: nn.Module, x: Tensor, epsilon: float, step_size: float, steps: int
+) -> Tensor:
+    """argmax L_IGDM with beta = gamma = 1: KL(T(x+d) - T(x-d) || S(x+d) - S(x-d)), uniform start.
+
+    The gradient reaches x_adv through all four branches; the minus branches, at 2x - x_adv, with the sign of d's.
+
+    Source: Lee, Cho, Kim, ICLR 2025 (IGDM used as the inner loss). See the module's conventions for the rest.
+    """
+
+    def objective(x_adv: Tensor) -> Tensor:
+        # Both branches in one batch: networks are in eval mode, so images do not mix.
+        both = torch.cat([x_adv, 2 * x - x_adv])
+        student_plus, student_minus = _logits(student, both).chunk(2)
+        teacher_plus, teacher_minus = _logits(teacher, both).chunk(2)
+        return _kl_sum(student_plus - student_minus, teacher_plus - teacher_minus)
+
+    with frozen(student, teacher):
+        return ascend(objective, x, uniform_start(x, epsilon), epsilon, step_size, steps)
+
+
+def perturb(
+    attack: str,
+    student: nn.Module,
+    teacher: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+) -> Tensor:
+    """Run the inner maximisation called `attack`: the one line of a training step that ``--attack`` chooses.
+
+    Args:
+        attack: ``pgd`` (ARD: argmax CE(S(x+d), y)), ``rslad`` (argmax KL(T(x) || S(x+d))), ``adaad``
+            (argmax KL(T(x+d) || S(x+d))) or ``igdm`` (argmax L_IGDM).
+
+    Raises:
+        ValueError: attack is none of these.
+    """
+    if attack == "pgd":
+        return pgd(student, x, y, epsilon, step_size, steps)
+    if attack == "rslad":
+        with torch.no_grad(), frozen(teacher):
+            teacher_clean = teacher(x)
+        return rslad(student, teacher_clean, x, epsilon, step_size, steps)
+    if attack == "adaad":
+        return adaad(student, teacher, x, epsilon, step_size, steps)
+    if attack == "igdm":
+        return igdm(student, teacher, x, epsilon, step_size, steps)
+    raise ValueError(f"attack {attack!r} is not one of {', '.join(INNER_MAXIMISATIONS)}")

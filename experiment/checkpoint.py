@@ -1,0 +1,167 @@
+"""Files that must not be lost or lied about: atomic writes, checked reads, and the student checkpoint format."""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from cifar100_models import build_model
+from experiment import UserError
+
+STUDENT_FORMAT = "robust-distillation/student/1"
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file so that `path` holds, at every moment and after a power cut, either all of the old or all of the new.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written to; the old file is untouched.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        aside.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}; free some space or choose another --run_dir") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: the file is missing, unreadable, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}; an object is needed")
+    return value
+
+
+def save(path: Path, value: dict[str, Any]) -> None:
+    """torch.save tensors and plain types, atomically."""
+    write_atomically(path, lambda file: torch.save(value, file))
+
+
+def load(path: Path) -> Any:
+    """torch.load with weights_only on the CPU, after a check of every stored checksum.
+
+    torch verifies no checksum when it reads: a flipped bit would load silently. The archive's CRC-32s are checked
+    first (files in torch's older, non-zip format have none and are left to the unpickler).
+
+    Raises:
+        UserError: missing, truncated, damaged, not a torch file, or holding objects other than tensors and plain
+            types (a pickle that could run code); the message names the file and says which.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if not head:
+        raise UserError(f"{path} is empty")
+    if head.lstrip()[:1] == b"<":
+        raise UserError(f"{path} is an HTML page, not a checkpoint (a download that answered with a web page)")
+    try:
+        if head[:2] == b"PK":
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"{path} is damaged: checksum of {damaged} does not match")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and torch raise a dozen unrelated types for one fact: the file is no good
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise UserError(
+                f"{path} is refused: it is not a checkpoint of tensors and plain types only ({type(error).__name__})"
+            ) from error
+        raise UserError(f"{path} is truncated or damaged ({type(error).__name__})") from error
+
+
+def state_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the state dict; independent of device and memory format."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_student(path: Path, model: nn.Module, architecture: str, num_classes: int, info: dict[str, Any]) -> None:
+    """Write a network that ``load_student``, ``--teacher PATH`` and ``evaluate.py`` can load without anything else.
+
+    Args:
+        architecture: a name that ``build_model`` knows.
+        info: plain types that say where the network comes from.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save(
+        path,
+        {
+            "format": STUDENT_FORMAT,
+            "architecture": architecture,
+            "num_classes": num_classes,
+            "state_dict": state,
+            "info": info,
+        },
+    )
+
+
+def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild a network from a student checkpoint, or from the ``student.pt`` of a run folder.
+
+    Returns:
+        The network (CPU, train mode) and the checkpoint's other entries: architecture, num_classes, info.
+
+    Raises:
+        UserError: as ``load``; not a student checkpoint; unknown architecture; weights that do not fit it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "student.pt").exists():
+            raise UserError(f"{path} holds no student.pt; it is not the folder of a finished run")
+        path = path / "student.pt"
+    content = load(path)
+    if not isinstance(content, dict) or content.get("format") != STUDENT_FORMAT:
+        raise UserError(f"{path} is not a student checkpoint of this project (format {STUDENT_FORMAT})")
+    try:
+        model = build_model(content["architecture"], content["num_classes"])
+        model.load_state_dict(content["state_dict"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} does not hold a network that can be rebuilt: {reason}") from error
+    return model, {key: content.get(key) for key in ("architecture", "num_classes", "info")}
