@@ -11,6 +11,7 @@ Conventions of every public attack here:
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 INNER_MAXIMISATIONS = ("pgd", "rslad", "adaad", "igdm")
 """The names that ``perturb`` and ``--attack`` take; ``pgd`` is ARD's."""
 
-_shard: tuple[int, int] | None = None
+_shard: ContextVar[tuple[int, int] | None] = ContextVar("shard", default=None)
 
 
 @contextmanager
@@ -29,12 +30,11 @@ def shard_of(first: int, total: int) -> Iterator[None]:
     With several ranks, each holding a slice of the global batch and the same generator state, every image then gets
     the start that it would get in one process, and the generators stay in step.
     """
-    global _shard
-    before, _shard = _shard, (first, total)
+    token = _shard.set((first, total))
     try:
         yield
     finally:
-        _shard = before
+        _shard.reset(token)
 
 
 @contextmanager
@@ -62,15 +62,18 @@ def frozen(*models: nn.Module) -> Iterator[None]:
 
 def _global_draw(x: Tensor, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
     """One draw of x's shape, or x's rows of a draw for the whole global batch (see `shard_of`)."""
-    if _shard is None:
+    shard = _shard.get()
+    if shard is None:
         return draw(tuple(x.shape))
-    first, total = _shard
+    first, total = shard
     return draw((total, *x.shape[1:]))[first : first + len(x)]
 
 
 def uniform_start(x: Tensor, epsilon: float) -> Tensor:
     """x + U(-epsilon, epsilon), clamped to [0, 1]; one draw from the global generator."""
-    noise = _global_draw(x, lambda shape: torch.empty(shape, dtype=x.dtype, device=x.device).uniform_(-epsilon, epsilon))
+    noise = _global_draw(
+        x, lambda shape: torch.empty(shape, dtype=x.dtype, device=x.device).uniform_(-epsilon, epsilon)
+    )
     return (x + noise).clamp_(0, 1)
 
 
@@ -198,9 +201,7 @@ def rslad(
         return ascend(objective, x, gaussian_start(x), epsilon, step_size, steps)
 
 
-def adaad(
-    student: nn.Module, teacher: nn.Module, x: Tensor, epsilon: float, step_size: float, steps: int
-) -> Tensor:
+def adaad(student: nn.Module, teacher: nn.Module, x: Tensor, epsilon: float, step_size: float, steps: int) -> Tensor:
     """argmax KL(T(x + delta) || S(x + delta)), started at x + 0.001 N(0, 1).
 
     The gradient flows through the teacher as well as the student.
@@ -215,9 +216,7 @@ def adaad(
         return ascend(objective, x, gaussian_start(x), epsilon, step_size, steps)
 
 
-def igdm(
-    student: nn.Module, teacher: nn.Module, x: Tensor, epsilon: float, step_size: float, steps: int
-) -> Tensor:
+def igdm(student: nn.Module, teacher: nn.Module, x: Tensor, epsilon: float, step_size: float, steps: int) -> Tensor:
     """argmax L_IGDM with beta = gamma = 1: KL(T(x+d) - T(x-d) || S(x+d) - S(x-d)), uniform start.
 
     The gradient reaches x_adv through all four branches; the minus branches, at 2x - x_adv, with the sign of d's.

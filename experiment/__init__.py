@@ -3,3 +3,16 @@
 
 class UserError(ValueError):
     """A mistake that the user can mend: one line that names the value and what is allowed; never a traceback."""
+
+
+class RunStopped(Exception):
+    """A run that ended early, in order: what happened in one line, and the exit status of the process."""
+
+    INTERRUPTED = 75
+    """Exit status after SIGTERM or Ctrl-C: saved, start the same command again (EX_TEMPFAIL of sysexits.h)."""
+    DIVERGED = 3
+    """Exit status after a numerical fault: loss not finite, teacher broken, student collapsed."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

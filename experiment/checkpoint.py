@@ -18,7 +18,7 @@ STUDENT_FORMAT = "robust-distillation/student/1"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that `path` holds, at every moment and after a power cut, either all of the old or all of the new.
+    """Write a file so that `path` holds all of the old or all of the new, at every moment and after a power cut.
 
     Raises:
         UserError: the disk is full or the folder cannot be written to; the old file is untouched.
@@ -35,9 +35,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(folder)  # the rename itself
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except BaseException as error:
         aside.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        # torch.save reports a full disk as a RuntimeError of its writer.
+        full = isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
+        if not (full or isinstance(error, OSError)):
             raise
         reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}; free some space or choose another --run_dir") from error

@@ -1,0 +1,150 @@
+"""The machine under a run: device, precision, determinism, and several processes with torch.distributed."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import attacks
+
+SYNC_EVERY = 20
+"""Steps between two agreements of several ranks on stopping and saving; each costs one host synchronisation."""
+
+
+class Engine:
+    """Device, precision and ranks of one run.
+
+    Attributes:
+        device: torch.device of this process.
+        rank, world: this process and the number of processes (0 and 1 without torchrun).
+        held: images of the global batch that this rank holds.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Set the process up: ranks, device, TF32, determinism, seed.
+
+        Args:
+            args: uses ``device``, ``precision``, ``compile``, ``deterministic`` and ``seed``.
+        """
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.precision, self.compile = args.precision, bool(args.compile)
+        device = args.device
+        if device == "cuda" and self.world > 1:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        elif self.rank == 0:
+            print(
+                "warning: running on the CPU; an epoch of CIFAR-100 with a WRN-28-10 teacher takes about a day here, "
+                "minutes on a GPU",
+                file=sys.stderr,
+            )
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self._first, self.held, self._total = 0, 1, 1  # this rank's rows of the global batch
+        self._set_numerics(deterministic=bool(args.deterministic))
+        # All ranks hold the same generator state; attacks.shard_of gives each its own rows of every draw.
+        torch.manual_seed(args.seed)
+
+    def _set_numerics(self, deterministic: bool) -> None:
+        tf32 = self.precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            # cuBLAS reads this when it is first used, which is later than here.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(deterministic)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files, logs and progress."""
+        return self.rank == 0
+
+    def hardware(self) -> str:
+        """Name of the GPU or CPU, with the number of processes if there are several."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
+        return name if self.world == 1 else f"{self.world} x {name}"
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; the same answer on all."""
+        return flag if self.world == 1 else bool(self.highest(torch.tensor(int(flag), device=self.device)).item())
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over the ranks."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def highest(self, value: torch.Tensor) -> torch.Tensor:
+        """Maximum of a tensor over the ranks."""
+        if self.world > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
+    def begin_batch(self, first: int, held: int, total: int) -> None:
+        """Say which rows of the global batch of `total` images this rank holds from now on."""
+        self._first, self.held, self._total = first, held, total
+
+    def accelerate(self, model: nn.Module) -> nn.Module:
+        return model
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around the losses of one batch: this rank's rows of random starts, and bfloat16 autocast if asked for.
+
+        Master weights, optimizer and BatchNorm statistics stay in float32; softmax, KL and cross-entropy are
+        computed in float32 by the losses and attacks themselves.
+        """
+        with ExitStack() as stack:
+            if self.world > 1:
+                stack.enter_context(attacks.shard_of(self._first, self._total))
+            if self.precision == "bf16":
+                stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+            yield
+
+    def distribute(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Let every optimizer step begin with the mean of gradients and of BatchNorm statistics over the ranks.
+
+        One flat all-reduce a step. Each rank's loss is a mean over its own share, so shares weigh by their size: the
+        sum is the gradient of the mean over the global batch. Running statistics are averaged along, so that all
+        ranks attack, evaluate and save one and the same student (the batch statistics of the forward pass stay per
+        rank: Fidelity note 9).
+        """
+        if self.world == 1:
+            return
+        parameters = list(model.parameters())
+        statistics = [b for b in model.buffers() if b.is_floating_point()]
+
+        def average(*_: object) -> None:
+            share = self.held / self._total
+            tensors = [p.grad for p in parameters if p.grad is not None] + statistics
+            flat = torch.cat([t.detach().reshape(-1) for t in tensors]).mul_(share)
+            dist.all_reduce(flat)
+            with torch.no_grad():
+                for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                    tensor.copy_(part.view(tensor.shape))
+
+        optimizer.register_step_pre_hook(average)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    name = names[0] if names else "CPU"
+    return f"{name}, {torch.get_num_threads()} threads"

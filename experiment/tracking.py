@@ -1,0 +1,146 @@
+"""What a person sees of a run: progress bar, Weights & Biases mirror, summary table."""
+
+import argparse
+import os
+import sys
+import time
+from typing import Any
+
+from experiment import UserError
+
+
+class Progress:
+    """One bar over all steps of a run: epoch, step, loss terms, images/s and the time left.
+
+    Loss terms live on the device; they are fetched, which waits for the GPU, at most once a second. Where stderr is
+    no terminal there is no bar, only the line per epoch.
+    """
+
+    def __init__(self, total: int, done: int, *, show: bool) -> None:
+        from tqdm import tqdm
+
+        form = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
+        shown = show and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=done, disable=not shown, dynamic_ncols=True, bar_format=form)
+        self._show, self._shown, self._next = show, shown, 0.0
+
+    def due(self) -> bool:
+        """Whether a second has passed since the figures were last fetched."""
+        return time.monotonic() >= self._next
+
+    def step(self) -> None:
+        """Count one step."""
+        self._bar.update()
+
+    def figures(self, epoch: int, epochs: int, row: dict[str, Any]) -> None:
+        """Show the running means of the loss terms and the speed."""
+        self._next = time.monotonic() + 1
+        terms = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name.startswith("loss"))
+        self._bar.set_description_str(f"epoch {epoch}/{epochs}", refresh=False)
+        self._bar.set_postfix_str(f"{terms}  {row['images_per_second']:.0f} images/s")
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._show:
+            self._bar.write(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+
+def epoch_line(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
+    """One printed line for one row of metrics.jsonl."""
+    terms = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name.startswith("loss"))
+    accuracies = "".join(f"  {label} {100 * row[key]:.2f} %" for key, label in ACCURACIES.items() if key in row)
+    left = time.strftime("%H:%M:%S", time.gmtime(seconds_left % 86400))
+    days = f"{int(seconds_left // 86400)} d " if seconds_left >= 86400 else ""
+    return (
+        f"epoch {row['epoch']}/{epochs}  {terms}  lr {row['lr']:g}{accuracies}  "
+        f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s  {days}{left} left"
+    )
+
+
+ACCURACIES = {"clean": "clean", "pgd20": "PGD-20"}
+"""Keys of accuracies in metrics.jsonl, and how they are printed."""
+
+
+class Mirror:
+    """Weights & Biases: the rows of metrics.jsonl and the result, and nothing else."""
+
+    def __init__(self, args: argparse.Namespace, identity: str, *, enabled: bool) -> None:
+        """Log in and start the W&B run, or do nothing where --nowand is 1.
+
+        Args:
+            identity: stable id of the run, under which a resumed run goes on.
+
+        Raises:
+            UserError: wandb is missing, no one is logged in, or its server does not answer within 20 s.
+        """
+        self._run = None
+        if args.nowand or not enabled:
+            return
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "--nowand 0 needs the package wandb: pip install -r requirements.txt, or --nowand 1"
+            ) from error
+        # An explicit mode would beat WANDB_MODE, so it is left to the environment.
+        online = os.environ.get("WANDB_MODE", "online") == "online"
+        ways_out = "WANDB_MODE=offline keeps the log here, --nowand 1 does without"
+        if online and not wandb.api.api_key:
+            # init() would prompt on a terminal, and a batch job would wait for ever.
+            raise UserError(f"--nowand 0, but no one is logged in to Weights & Biases: run `wandb login`; {ways_out}")
+        try:
+            self._run = wandb.init(
+                project=args.wandb_project,
+                entity=args.wandb_entity,
+                name=args.wandb_name or args.run_name,
+                tags=args.wandb_tags,
+                config=vars(args),
+                id=identity,
+                resume="allow" if online else None,
+                settings=wandb.Settings(init_timeout=20, silent=True),
+            )
+        except (wandb.errors.Error, OSError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"Weights & Biases does not answer ({reason}); {ways_out}") from error
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Mirror one row of metrics.jsonl."""
+        if self._run:
+            self._run.log(row, step=row["epoch"])
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Mirror result.json and close."""
+        if self._run:
+            self._run.summary.update(result)
+            self._run.finish()
+
+
+def per_cent(accuracy: float | None) -> str:
+    """A fraction as per cent with two decimals, or a dash."""
+    return "-" if accuracy is None else f"{100 * accuracy:.2f}"
+
+
+def summary(result: dict[str, Any], folder: str) -> str:
+    """The table that a finished run prints: what was trained, what came out, and the files that prove it."""
+    attack = result["autoattack"]
+    rows = [
+        ("method", result["method"] + (f"+{result['adds']}" if result["adds"] else "")),
+        ("teacher", result["teacher"] or "-"),
+        ("student", f"{result['student']} on {result['dataset']}, seed {result['seed']}, {result['epochs']} epochs"),
+        ("clean", f"{per_cent(result['clean'])} % of {result['test_examples']} test images"),
+        ("PGD-20", f"{per_cent(result['pgd20'])} %"),
+        (
+            "AutoAttack",
+            f"{per_cent(attack['accuracy'])} % of {attack['examples']} test images" if attack else "not run",
+        ),
+        ("time", "  ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())),
+        ("hardware", result["hardware"]),
+        ("files", f"{folder}/result.json, metrics.jsonl, student.pt, config.json"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,422 @@
+"""Teachers: RobustBench architectures with random weights, our own checkpoints, and every way a file can be bad."""
+
+import http.server
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cifar100_models import build_model
+from experiment import UserError, checkpoint, compat, teachers
+from experiment.teachers import check_teacher_name, load_teacher
+
+SMALL = "Addepalli2022Efficient_RN18"  # RobustBench's smallest CIFAR-100 architecture, for the many faults
+PARAMETERS = {"BDM": 36_536_884, "DEC": 36_536_884, "LTD": 48_320_276}
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def registry():
+    return compat.cifar100_linf(compat.import_robustbench())
+
+
+@pytest.fixture(scope="module")
+def x():
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def random_network(registry, name):
+    """Random weights of half precision's values, so that a file of half the size holds them exactly."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(len(name))
+        network = registry[name]["model"]().eval()
+        with torch.no_grad():
+            for key, value in network.state_dict().items():
+                if key.endswith("running_mean"):
+                    value.normal_(0, 0.1)
+                if value.is_floating_point():
+                    value.copy_(value.half())
+    return network
+
+
+def half(network, prefix=""):
+    return {
+        prefix + key: value.half() if value.is_floating_point() else value
+        for key, value in network.state_dict().items()
+    }
+
+
+@pytest.fixture(scope="module")
+def originals(registry):
+    return {alias: random_network(registry, teachers.ALIASES[alias]) for alias in PARAMETERS}
+
+
+@pytest.fixture(scope="module")
+def model_dir(originals, tmp_path_factory):
+    """The three teachers as they come: bare or wrapped, with either prefix, in torch's new and old file format."""
+    root = tmp_path_factory.mktemp("models")
+    folder = root / "cifar100" / "Linf"
+    folder.mkdir(parents=True)
+    torch.save({"state_dict": half(originals["BDM"], "module.")}, folder / "Wang2023Better_WRN-28-10.pt")
+    torch.save(half(originals["DEC"]), folder / "Cui2023Decoupled_WRN-28-10.pt")
+    torch.save(
+        half(originals["LTD"], "module.model."),
+        folder / "Chen2021LTD_WRN34_10.pt",
+        _use_new_zipfile_serialization=False,
+    )
+    yield root
+    for file in folder.iterdir():  # 240 MB that pytest would keep for three runs
+        file.unlink()
+
+
+@pytest.fixture(scope="module")
+def small(registry):
+    return random_network(registry, SMALL)
+
+
+@pytest.fixture(scope="module")
+def small_bytes(small, tmp_path_factory):
+    file = tmp_path_factory.mktemp("small") / "small.pt"
+    torch.save(half(small), file)
+    content = file.read_bytes()
+    file.unlink()
+    return content
+
+
+@pytest.mark.parametrize("alias", ["BDM", "DEC", "LTD"])
+def test_robustbench_teacher_computes_what_the_original_does(alias, originals, model_dir, x):
+    teacher = load_teacher(alias, 100, model_dir=model_dir)
+    assert sum(parameter.numel() for parameter in teacher.parameters()) == PARAMETERS[alias]
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(teacher(x), originals[alias](x))
+    assert (teacher.name, teacher.num_classes) == (alias, 100)
+    assert teacher.sha256 == checkpoint.file_sha256(model_dir / f"cifar100/Linf/{teachers.ALIASES[alias]}.pt")
+
+
+def test_bdm_normalises_inside_and_ltd_does_not(originals, model_dir, x):
+    bdm, ltd = (load_teacher(alias, model_dir=model_dir) for alias in ("BDM", "LTD"))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)))
+    with torch.no_grad():
+        expected = bdm(x)
+        bdm.model.mean.zero_()
+        bdm.model.std.fill_(1.0)
+        assert torch.equal(bdm((x - mean) / std), expected)
+    assert {name for name, _ in ltd.named_buffers() if "running" not in name and "batches" not in name} == set()
+
+
+def test_teacher_stays_frozen(model_dir):
+    teacher = load_teacher("BDM", model_dir=model_dir)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    teacher.train()
+    nn.ModuleList([teacher]).train()
+    assert not any(module.training for module in teacher.modules())
+
+
+def test_loading_leaves_the_random_stream_alone(small_bytes, tmp_path):
+    file = tmp_path / "small.pt"
+    file.write_bytes(small_bytes)
+    before = torch.get_rng_state()
+    load_teacher(SMALL, teacher_path=file)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_normalisation_constants_may_be_missing_from_the_file(registry, tmp_path):
+    # RobustBench loads its own older files in the same lenient way.
+    network = registry["Rice2020Overfitting"]["model"]()
+    state = {key: value for key, value in network.state_dict().items() if key not in ("mu", "sigma")}
+    torch.save(state, tmp_path / "a.pt")
+    teacher = load_teacher("Rice2020Overfitting", teacher_path=tmp_path / "a.pt")
+    assert torch.equal(teacher.model.mu.flatten(), network.mu.flatten())
+
+
+def test_transformer_teacher_from_a_plain_timm_state_dict(tmp_path, x):
+    name = "Debenedetti2022Light_XCiT-S12"
+    original = teachers._source(name, name).build().eval()
+    torch.save({"state_dict": half(original.model)}, tmp_path / "a.pt")
+    teacher = load_teacher(name, teacher_path=tmp_path / "a.pt")
+    # float16 rounds the weights to 3 digits; a wrong file gives logits that differ in the first.
+    with torch.no_grad():
+        assert torch.allclose(teacher(x), original(x), atol=0.05)
+
+
+def test_own_checkpoint_and_run_folder(tmp_path):
+    model = build_model("RES-8", 10).eval()
+    folder = tmp_path / "a run, ünï"
+    folder.mkdir()
+    checkpoint.save_student(folder / "student.pt", model, "RES-8", 10, {"method": "PGD-AT"})
+    small_x = torch.rand(2, 3, 8, 8)
+    for path in (folder, folder / "student.pt"):
+        teacher = load_teacher(str(path), 10)
+        with torch.no_grad():
+            assert torch.equal(teacher(small_x), model(small_x))
+        assert teacher.num_classes == 10
+        assert teacher.sha256 == checkpoint.file_sha256(folder / "student.pt")
+    with pytest.raises(UserError, match="has 10 classes but the data has 100"):
+        load_teacher(str(folder), 100)
+
+
+def refusal(*args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        load_teacher(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_wrong_names_and_combinations(tmp_path):
+    assert "100 classes but the data has 10" in refusal("LTD", 10)
+    for name in ("nope", "", "bdm", "Nobody2023Nothing"):
+        message = refusal(name)
+        assert repr(name) in message
+        assert all(word in message for word in ("BDM", "DEC", "LTD", "a path"))
+    assert "mixture" in refusal("Bai2024MixedNUTS")
+    assert "no such file" in refusal(str(tmp_path / "absent"))
+    assert "no such file" in refusal("BDM", teacher_path=tmp_path / "absent.pt")
+    assert "no student.pt" in refusal(str(tmp_path))
+    assert "--teacher BDM" in refusal(str(tmp_path), teacher_path=tmp_path)
+
+
+class Runs:
+    def __reduce__(self):
+        return os.mkdir, ("code_was_run",)
+
+
+def bad_files(small, content):
+    """name -> bytes, and a word of the message."""
+    state = half(small)
+    key = "linear.weight"
+
+    def packed(value):
+        path = Path("packed.pt")
+        torch.save(value, path)
+        return path.read_bytes()
+
+    return {
+        "html": (b"<!DOCTYPE html><html>Quota exceeded</html>", "HTML"),
+        "empty": (b"", "empty"),
+        "half": (content[: len(content) // 2], "truncated or damaged"),
+        "flipped": (content[:5_000_000] + bytes([content[5_000_000] ^ 1]) + content[5_000_001:], "damaged"),
+        "text": (b"not found", "refused"),
+        "code": (pickle.dumps(Runs()), "refused"),
+        "code in torch's format": (packed({"state_dict": Runs()}), "refused"),
+        "a list": (packed([1, 2]), "no state dict"),
+        "no tensors": (packed({"epoch": 3}), "no state dict"),
+        "missing": (packed({k: v for k, v in state.items() if k != key}), f"1 missing ({key})"),
+        "unexpected": (packed({**state, "extra.weight": torch.zeros(1)}), "1 unexpected (extra.weight)"),
+        "10 classes": (packed({**state, key: torch.zeros(10, 512)}), f"1 of another shape ({key})"),
+        "not finite": (packed({**state, key: state[key] * float("nan")}), "not finite"),
+    }
+
+
+def test_bad_files_are_refused_and_left_alone(small, small_bytes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / "models" / "cifar100" / "Linf" / f"{SMALL}.pt"
+    target.parent.mkdir(parents=True)
+    for name, (content, word) in bad_files(small, small_bytes).items():
+        for path, where in ((target, {}), (tmp_path / "by hand.pt", {"teacher_path": tmp_path / "by hand.pt"})):
+            path.write_bytes(content)
+            message = refusal(SMALL, **where)
+            assert word in message, name
+            assert str(path) in message or f"models/cifar100/Linf/{SMALL}.pt" in message
+            # What to download, from where, and where to put it.
+            assert "https://drive.google.com/file/d/1-2hnxC7lZOQDqQbum4yPbtRtTND86I5N/view" in message
+            assert path.read_bytes() == content, name
+    assert not (tmp_path / "code_was_run").exists()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on this machine in Google Drive's place; its `answer` is (content type, claimed length, bytes)."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.requests.append(self.path)
+            if self.server.answer is None:
+                self.server.silence.wait(20)
+                return
+            kind, length, content = self.server.answer
+            self.send_response(200 if content else 404)
+            self.send_header("Content-Type", kind)
+            if length is not None:
+                self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        httpd.requests, httpd.silence = [], threading.Event()
+        httpd.handle_error = lambda *args: None  # the client hangs up on purpose
+        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setattr(teachers, "DOWNLOAD_URL", f"http://127.0.0.1:{httpd.server_port}/file?id={{}}")
+        monkeypatch.setenv("no_proxy", "*")
+        yield httpd
+        httpd.silence.set()
+        httpd.shutdown()
+        thread.join()
+
+
+def test_download(server, small, small_bytes, tmp_path, capsys, x):
+    server.answer = ("application/octet-stream", len(small_bytes), small_bytes)
+    target = tmp_path / "models" / "cifar100" / "Linf" / f"{SMALL}.pt"
+    teacher = load_teacher(SMALL, model_dir=tmp_path / "models")
+    with torch.no_grad():
+        assert torch.equal(teacher(x), small(x))
+    assert os.listdir(target.parent) == [target.name]
+    assert target.read_bytes() == small_bytes
+    told = capsys.readouterr().out
+    assert all(word in told for word in (SMALL, f"127.0.0.1:{server.server_port}", str(target)))
+
+    load_teacher(SMALL, model_dir=tmp_path / "models")
+    assert len(server.requests) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_failed_downloads_leave_nothing_and_say_what_to_do(server, small, small_bytes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / "models" / "cifar100" / "Linf" / f"{SMALL}.pt"
+    binary, size = "application/octet-stream", len(small_bytes)
+
+    def failure():
+        message = refusal(SMALL, model_dir=tmp_path / "models")
+        assert "/view and save it as" in message
+        assert str(target) in message
+        assert ".part" not in message
+        assert list(target.parent.iterdir()) == []
+        return message
+
+    answers = {
+        "web page": ("text/html; charset=utf-8", None, b"<html>virus scan</html>"),
+        f"ended after {size // 2:,} of {size:,} bytes": (binary, size, small_bytes[: size // 2]),
+        "404": (binary, 0, b""),
+    }
+    for word, answer in answers.items():
+        server.answer = answer
+        assert word in failure()
+    for content, word in bad_files(small, small_bytes).values():
+        if content:  # an empty answer is the 404 above
+            server.answer = (binary, None, content)
+            assert word in failure()
+
+    server.answer = (binary, size, small_bytes)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # a disk that is full after 1 MB
+    try:
+        assert "File too large" in failure()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    server.answer = None
+    monkeypatch.setattr(teachers, "SECONDS_OF_SILENCE", 0.3)
+    assert "timed out" in failure()
+    attempts = len(server.requests)
+    monkeypatch.setattr(teachers, "DOWNLOAD_URL", "http://127.0.0.1:1/{}")
+    assert "Connection refused" in failure()
+    assert len(server.requests) == attempts == len(answers) + len(bad_files(small, small_bytes)) - 1 + 2
+    assert not (tmp_path / "code_was_run").exists()
+
+
+def test_model_dir_that_cannot_be_made(tmp_path):
+    (tmp_path / "models").write_text("a file")
+    assert "Not a directory" in refusal(SMALL, model_dir=tmp_path / "models")
+
+
+def fake_cifar100(monkeypatch, model, wrong):
+    """Eleven test images that the model labels as a data set does, but for the last `wrong`."""
+    images = torch.randint(256, (11, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        labels = model(images / 255).argmax(dim=1)
+    labels[11 - wrong :] += 1
+    data = types.SimpleNamespace(x_test=images, y_test=labels)
+    fake = types.SimpleNamespace(load_data=lambda *args: data, as_float=lambda images: images / 255)
+    monkeypatch.setitem(sys.modules, "experiment.data", fake)
+
+
+def test_verify(originals, model_dir, monkeypatch, capsys):
+    flags = ["verify", "BDM", "--model_dir", str(model_dir), "--device", "cpu"]
+    fake_cifar100(monkeypatch, originals["BDM"], wrong=3)  # 8 of 11 are 72.73 %, RobustBench's figure is 72.58 %
+    teachers.main(flags)
+    told = capsys.readouterr().out
+    file = model_dir / "cifar100" / "Linf" / "Wang2023Better_WRN-28-10.pt"
+    assert all(word in told for word in (checkpoint.file_sha256(file), "36,536,884", "72.73%", "72.58%"))
+    fake_cifar100(monkeypatch, originals["BDM"], wrong=5)
+    with pytest.raises(UserError, match=r"54\.55% is more than 3 points off RobustBench's 72\.58%"):
+        teachers.main(flags)
+
+
+def run(program, *, path=None):
+    """Run a program in a fresh interpreter in which every warning is an error."""
+    extra = {"PYTHONPATH": os.pathsep.join(map(str, [*([path] if path else []), ROOT])), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, **extra}, capture_output=True, text=True, timeout=120, check=False, cwd=path or ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_imports_are_quiet_and_checking_a_name_is_cheap(tmp_path):
+    program = """
+import sys
+from experiment.teachers import check_teacher_name
+check_teacher_name("BDM")
+heavy = {"robustbench", "torchvision", "autoattack", "pyautoattack", "timm", "requests"} & set(sys.modules)
+assert not heavy, heavy
+from experiment import compat
+attack = compat.import_autoattack()
+zoo = compat.cifar100_linf(compat.import_robustbench())
+assert len(zoo) > 30
+import autoattack, torchvision.datasets
+assert autoattack.AutoAttack is attack
+"""
+    (tmp_path / "autoattack").mkdir()  # a stray folder in the working directory is not the package
+    assert run(program, path=tmp_path) == ""
+
+
+def test_old_robustbench_of_torchattacks_is_named(tmp_path):
+    package = tmp_path / "robustbench" / "model_zoo"
+    package.mkdir(parents=True)
+    (tmp_path / "robustbench" / "__init__.py").write_text("from . import model_zoo")
+    (package / "__init__.py").write_text(
+        "from . import enums\nD, T = enums.BenchmarkDataset, enums.ThreatModel\n"
+        "model_dicts = {D.cifar_100: {T.Linf: {'Chen2021LTD_WRN34_10': {}}}}"
+    )
+    (package / "enums.py").write_text(
+        "from enum import Enum\nclass BenchmarkDataset(Enum):\n    cifar_100 = 'cifar100'\n"
+        "class ThreatModel(Enum):\n    Linf = 'Linf'\n"
+    )
+    told = run(
+        "from experiment.teachers import *\ntry: load_teacher('BDM')\nexcept UserError as error: print(error)",
+        path=tmp_path,
+    )
+    assert "Wang2023Better_WRN-28-10" in told
+    assert "pip install --force-reinstall --no-deps robustbench==1.1.1" in told
+
+
+def test_working_or_otherwise_broken_torchvision_is_not_touched(tmp_path):
+    # A torchvision whose operators do load would abort the process at a second definition.
+    (tmp_path / "torchvision").mkdir()
+    file = tmp_path / "torchvision" / "__init__.py"
+    program = "from experiment import *\nfrom experiment.compat import *\nimport torch\n"
+    file.write_text("loaded = True")
+    run(program + "assert import_torchvision().loaded and not hasattr(torch.ops.torchvision, 'nms')", path=tmp_path)
+    file.write_text("raise RuntimeError('another fault')")
+    told = run(program + "try: import_torchvision()\nexcept UserError as error: print(error)", path=tmp_path)
+    assert "another fault" in told
+    assert "pip install" in told
+
+
+def test_check_teacher_name_tells_names_from_paths(tmp_path, monkeypatch):
+    assert check_teacher_name("DEC") == "Cui2023Decoupled_WRN-28-10"
+    assert check_teacher_name("Rice2020Overfitting") == "Rice2020Overfitting"
+    assert check_teacher_name(str(tmp_path)) is None
