@@ -22,8 +22,7 @@ RECIPE = {
     "optimisation": {"epochs": 200, "batch": 128, "lr": 0.1, "momentum": 0.9, "wd": 5e-4, "lr_milestones": None},
     # ARD paper, section 5, with the step 2/255 that the later papers use.
     "inner": {"attack": "pgd", "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10},
-    # λ = 0 as in the published CIFAR runs.
-    "outer": {"target": "adversarial", "ce_weight": 0.0},
+    "outer": {"target": "adversarial", "ce_weight": 0.0},  # λ = 0 as published
     # IGDM's documented default; the paper sets β = γ = 1 and ramps α linearly from epoch 1 on.
     "added": {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200},
     # ARD paper, eq. 4, and IGDM paper: the target is T(x), at temperature 1.

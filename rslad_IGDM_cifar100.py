@@ -22,8 +22,7 @@ RECIPE = {
     "optimisation": {"epochs": 200, "batch": 128, "lr": 0.1, "momentum": 0.9, "wd": 5e-4, "lr_milestones": None},
     # RSLAD paper, section 4.1.
     "inner": {"attack": "rslad", "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10},
-    # The documented recipe: no clean term, no scale.
-    "outer": {"target": "adversarial", "clean_weight": 0.0, "loss_scale": 1.0},
+    "outer": {"target": "adversarial", "clean_weight": 0.0, "loss_scale": 1.0},  # as documented
     # IGDM's documented default; the paper sets β = γ = 1 and ramps α linearly from epoch 1 on.
     "added": {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200},
     # RSLAD paper, eq. 8 and section 4.1; the release's loss is 0.1 of the batch mean.

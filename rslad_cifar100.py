@@ -19,8 +19,7 @@ RECIPE = {
     "optimisation": {"epochs": 200, "batch": 128, "lr": 0.1, "momentum": 0.9, "wd": 5e-4, "lr_milestones": None},
     # RSLAD paper, section 4.1.
     "inner": {"attack": "rslad", "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10},
-    # The documented recipe: no clean term, no scale.
-    "outer": {"target": "adversarial", "clean_weight": 0.0, "loss_scale": 1.0},
+    "outer": {"target": "adversarial", "clean_weight": 0.0, "loss_scale": 1.0},  # as documented
     # RSLAD paper, eq. 8 and section 4.1; the release's loss is 0.1 of the batch mean.
     "paper": {"epochs": 300, "lr_milestones": [215, 260, 285]},
     "paper_outer": {"target": "clean", "clean_weight": 1 / 6, "loss_scale": 0.1},

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import attacks
+from experiment.accelerate import Accelerated
 
 SYNC_EVERY = 20
 """Steps between two agreements of several ranks on stopping and saving; each costs one host synchronisation."""
@@ -29,11 +30,12 @@ class Engine:
         """Set the process up: ranks, device, TF32, determinism, seed.
 
         Args:
-            args: uses ``device``, ``precision``, ``compile``, ``deterministic`` and ``seed``.
+            args: uses ``device``, ``precision``, ``compile``, ``batch``, ``deterministic`` and ``seed``.
         """
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
-        self.precision, self.compile = args.precision, bool(args.compile)
+        self.precision, self.compile, self._batch = args.precision, bool(args.compile), args.batch
+        self._fast: list[Accelerated] = []
         device = args.device
         if device == "cuda" and self.world > 1:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -98,17 +100,25 @@ class Engine:
         """Say which rows of the global batch of `total` images this rank holds from now on."""
         self._first, self.held, self._total = first, held, total
 
-    def accelerate(self, model: nn.Module) -> nn.Module:
-        return model
+    def accelerate(self, model: nn.Module) -> Accelerated:
+        """A faster way to call the same network; the network itself stays the one that is trained and saved."""
+        model.to(memory_format=torch.channels_last)
+        dtype = torch.bfloat16 if self.precision == "bf16" else next(model.parameters()).dtype
+        fast = Accelerated(model, dtype=dtype, compiled=self.compile, batch=self._batch // self.world)
+        self._fast.append(fast)
+        return fast
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around the losses of one batch: this rank's rows of random starts, and bfloat16 autocast if asked for.
+        """Around the losses of one batch: no pass twice, this rank's rows of random starts, autocast if asked for.
 
-        Master weights, optimizer and BatchNorm statistics stay in float32; softmax, KL and cross-entropy are
-        computed in float32 by the losses and attacks themselves.
+        Under bfloat16 autocast master weights, optimizer and BatchNorm statistics stay in float32; softmax, KL and
+        cross-entropy are computed in float32 by the losses and attacks themselves.
         """
         with ExitStack() as stack:
+            for fast in self._fast:
+                fast.begin_step()
+                stack.callback(fast.end_step)
             if self.world > 1:
                 stack.enter_context(attacks.shard_of(self._first, self._total))
             if self.precision == "bf16":

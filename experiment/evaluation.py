@@ -2,9 +2,9 @@
 
 Conventions of every public function here:
     x is (N, C, H, W), uint8 or float in [0, 1]; y is (N,) int64; both on any device, moved batch by batch to the
-    network's. Accuracies are fractions of N. Networks compute in float32 (autocast is switched off), in eval mode with
-    frozen parameters; modes and requires_grad are restored, no ``.grad`` is touched, and the global random generators
-    end as they began: random starts come from `seed` alone.
+    network's. Accuracies are fractions of N. Networks compute in float32 (autocast is switched off; TF32 stays as the
+    process has it), in eval mode with frozen parameters; modes and requires_grad are restored, no ``.grad`` is touched,
+    and the global random generators end as they began: random starts come from `seed` alone.
     With torch.distributed initialised, every rank must call with the same arguments: batches (for AutoAttack, chunks)
     are split over the ranks and every rank gets the merged result. Each batch has a random stream of its own, so that
     the result does not depend on the number of ranks.
@@ -41,8 +41,8 @@ AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The attacks of AutoAttack's standard version, in their order; each gets the images that the ones before left."""
 
 GRADIENT_DEFINITION = (
-    "g = gradient of softmax(logits)[true class] with respect to the input; GD = mean over images of "
-    "||g_student - g_teacher||_2; GC = mean over images of cos(g_student, g_teacher); the cosine of a zero gradient is 0"
+    "g = gradient of softmax(logits)[true class] with respect to the input (0 to 1 scale); means over images of "
+    "GD = ||g_student - g_teacher||_2 and GC = cos(g_student, g_teacher), which counts as 0 for a zero gradient"
 )
 """To be printed beside GD and GC: the paper does not say of which scalar it takes the gradient."""
 
@@ -132,7 +132,7 @@ def autoattack(
     attack at hand is repeated on half-sized batches of its chunk.
 
     Args:
-        folder: where the chunk files are; None keeps nothing and cannot resume.
+        folder: where the chunk files are, on a file system that all ranks share; None keeps nothing and cannot resume.
         batch: images per chunk, and the largest batch.
         show_progress: a progress bar, and lines about what is done, on stderr.
 
@@ -350,7 +350,7 @@ def _attack_chunk(
             started = time.perf_counter()
             index = flags.nonzero().squeeze(1)
             if len(index):
-                display.show(name, record)
+                display.begin(name, record)
                 flags[index], used = _fitting(partial(attack, name, x[index], y[index]), len(index), name, display)
                 record["batch"][name] = used
                 if used < len(index):
@@ -488,35 +488,44 @@ def _finished_chunks(folder: Path | None, parts: list[dict[str, Any]]) -> Iterat
 
 
 class _Display:
-    """The progress bar: images done, the attack at work, and the share of them that is robust so far."""
+    """The progress bar: images done, the attack at work, and the share of them that is robust so far.
 
-    def __init__(self, done: Iterable[dict[str, Any]], todo: Iterable[int], shown: bool) -> None:
+    Where stderr is no terminal there is no bar, only a line per chunk.
+    """
+
+    def __init__(self, done: Iterable[dict[str, Any]], todo: Iterable[int], show: bool) -> None:
         from tqdm import tqdm
 
-        self._shown = shown
-        self._images = self._robust = 0
-        total = sum(record["images"] for record in done) + sum(todo)
-        self._bar = tqdm(total=total, unit="image", desc="AutoAttack", disable=not shown, mininterval=1, leave=False)
+        self._show, self._images, self._robust = show, 0, 0
+        self._total = sum(record["images"] for record in done) + sum(todo)
+        shown = show and sys.stderr.isatty()
+        self._bar = tqdm(total=self._total, unit="image", desc="AutoAttack", disable=not shown, dynamic_ncols=True)
         for record in done:
-            self.finish(record)
+            self._count(record)
 
     def say(self, line: str) -> None:
         """Print a line on stderr, above the bar."""
-        if self._shown:
+        if self._show:
             self._bar.write(line, file=sys.stderr)
 
-    def show(self, attack: str, record: dict[str, Any]) -> None:
+    def begin(self, attack: str, record: dict[str, Any]) -> None:
         """Show the attack that starts now, and the robust share with the chunk at hand."""
         robust = min([record["clean"], *record["robust"].values()])
         share = (self._robust + robust) / (self._images + record["images"])
         self._bar.set_postfix_str(f"{attack}, robust {100 * share:.2f} %")
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Count a chunk that is done."""
+        """Count a chunk that is done now."""
+        self._count(record)
+        if self._bar.disable:
+            share = self._robust / self._images
+            self.say(f"AutoAttack: {self._images} of {self._total} images, robust {100 * share:.2f} %")
+
+    def _count(self, record: dict[str, Any]) -> None:
         self._images += record["images"]
         self._robust += record["robust"][AUTOATTACK[-1]]
         self._bar.update(record["images"])
 
     def close(self) -> None:
-        """Remove the bar."""
+        """End the bar."""
         self._bar.close()

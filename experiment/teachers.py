@@ -7,6 +7,7 @@ import argparse
 import http.client
 import os
 import re
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -264,7 +265,7 @@ def _download(source: _Source, name: str, target: Path) -> nn.Module:
         f"downloading {name} from {source.url} to {target} (gives up after {SECONDS_OF_SILENCE} s of silence)",
         flush=True,
     )
-    # Google Drive answers urllib's own name with an error page.
+    # Some hosts turn urllib's own name away.
     request = urllib.request.Request(source.url, headers={"User-Agent": "Mozilla/5.0"})
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -292,6 +293,9 @@ def _download(source: _Source, name: str, target: Path) -> nn.Module:
             aside.unlink(missing_ok=True)
     except UserError:
         raise
+    except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection
+        raise UserError(str(error)) from error
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a malformed answer
         wrapped = getattr(error, "reason", None)  # URLError wraps the OSError that says what happened
         cause = wrapped if isinstance(wrapped, OSError) else error

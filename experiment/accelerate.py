@@ -1,0 +1,186 @@
+"""The same functions, with less work: a network wrapped so that a training step runs only what the mathematics needs.
+
+``Accelerated(model)`` is called like the model and computes the same logits and the same BatchNorm statistics:
+
+- frozen eval-mode passes (attacks, teacher, evaluation) run on a view with BatchNorm folded into convolutions;
+- a pass of the very tensor that this step has seen before is not run again (beta = 1: the plus point is x_adv; RSLAD's
+  T(x) is the one its attack used): its logits are given again, and in train mode the BatchNorm statistics move as the
+  second pass would have moved them;
+- with compile, both go through torch.compile, at one static shape; other shapes (the last, odd batch) run eagerly.
+
+The equality is tested in float64 against the plain networks (tests/test_accelerate.py), the gain is measured by
+``python -m benchmarks.training_step``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from attacks import frozen
+
+
+class FoldedConv(nn.Module):
+    """A convolution that computes bn(conv(x)) for an eval-mode BatchNorm; `refresh` follows their weights."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=torch.channels_last, requires_grad=False)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", weight.new_empty(conv.out_channels))
+        self._origin = (conv, bn)  # in a tuple: not a submodule of this one
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self._origin[0]
+        return F.conv2d(x, self.weight, self.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """The tensors that the folded weights are made of."""
+        conv, bn = self._origin
+        found = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        return [tensor for tensor in found if tensor is not None]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recompute the folded weights, in place: compiled code keeps their addresses."""
+        conv, bn = self._origin
+        scale = torch.rsqrt(bn.running_var + bn.eps)
+        if bn.weight is not None:
+            scale = scale * bn.weight
+        shift = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
+        self.weight.copy_(conv.weight * scale[:, None, None, None])
+        self.bias.copy_(shift * scale if bn.bias is None else shift * scale + bn.bias)
+
+
+def folded_view(model: nn.Module, dtype: torch.dtype) -> fx.GraphModule | None:
+    """A view of the model's eval-mode forward in which each BatchNorm that follows a convolution is folded into it.
+
+    Modules that cannot be folded are shared with the model. Returns None where the forward cannot be traced, such as
+    one with branches on data; the model then runs as it is.
+    """
+    with frozen(model):
+        try:
+            # The forward's constants, such as dropout's training flag, are those of eval mode: traced frozen.
+            graph = fx.Tracer().trace(model)
+        except Exception:  # a tracer fails in as many ways as a forward can be written
+            return None
+    modules = dict(model.named_modules())
+    view = fx.GraphModule(model, graph)
+    for node in list(graph.nodes):
+        bn = modules.get(node.target) if node.op == "call_module" else None
+        before = node.args[0] if node.args else None
+        if not isinstance(bn, nn.BatchNorm2d) or bn.running_var is None or not isinstance(before, fx.Node):
+            continue
+        conv = modules.get(before.target) if before.op == "call_module" else None
+        if type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and len(before.users) == 1:
+            view.set_submodule(before.target, FoldedConv(conv, bn, dtype))
+            node.replace_all_uses_with(before)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    view.recompile()
+    return view
+
+
+@dataclass
+class Pass:
+    """One forward pass of this step, kept for a repetition."""
+
+    x: Tensor
+    version: int
+    mode: tuple[bool, bool]
+    weights: int
+    logits: Tensor
+    moves: list[Tensor]
+
+
+class Accelerated(nn.Module):
+    """A network that is called like `model`, shares its weights, and does no work twice."""
+
+    def __init__(self, model: nn.Module, *, dtype: torch.dtype, compiled: bool, batch: int) -> None:
+        """Wrap a network; its weights stay where they are.
+
+        Args:
+            model: the student or the teacher.
+            dtype: in which the folded weights are held: bfloat16 under autocast, otherwise the model's.
+            compiled: run batches of `batch` images through torch.compile.
+            batch: the usual number of images.
+        """
+        super().__init__()
+        self.model, self.batch = model, batch
+        self._view = (folded_view(model, dtype),)  # in a tuple: no submodule, its weights are not parameters here
+        self._folded = [m for m in (self.view.modules() if self.view else ()) if isinstance(m, FoldedConv)]
+        self._sources = [tensor for conv in self._folded for tensor in conv.sources]
+        self._fresh: tuple[int, ...] = ()
+        self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._replays = all(norm.track_running_stats and norm.momentum is not None for norm in self._norms)
+        self._passes: list[Pass] | None = None
+        self._compiled = ()
+        if compiled:
+            view = self.view or model
+            self._compiled = (torch.compile(model, dynamic=False), torch.compile(view, dynamic=False))
+
+    @property
+    def view(self) -> fx.GraphModule | None:
+        """The folded view, if the model could be traced."""
+        return self._view[0]
+
+    def begin_step(self) -> None:
+        """From now on remember passes; forget those of the step before."""
+        self._passes = []
+
+    def end_step(self) -> None:
+        """Forget the passes, so that their activations can be freed, and remember no more."""
+        self._passes = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's logits of x (N, 3, H, W)."""
+        train, grad = self.model.training, torch.is_grad_enabled()
+        if self._passes is None or (grad and not train) or (train and not self._replays):
+            # Attack steps, whose x is new each time, and everything outside of a training step.
+            return self._run(x)
+        weights = sum(p._version for p in self.model.parameters())
+        for seen in self._passes:
+            if seen.x is x and (seen.version, seen.mode, seen.weights) == (x._version, (train, grad), weights):
+                if train:
+                    self._move_statistics(seen.moves)
+                return seen.logits
+        before = self._statistics() if train else []
+        logits = self._run(x)
+        moves = self._moves(before) if train else []
+        self._passes.append(Pass(x, x._version, (train, grad), weights, logits, moves))
+        return logits
+
+    def _run(self, x: Tensor) -> Tensor:
+        usual = self._compiled and len(x) == self.batch
+        if self.model.training:
+            self._fresh = ()  # BatchNorm moves its statistics without a trace in their versions
+            return self._compiled[0](x) if usual else self.model(x)
+        if self.view is None or (torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())):
+            return self.model(x)  # no view, or gradients of the weights are wanted
+        versions = tuple(tensor._version for tensor in self._sources)
+        if versions != self._fresh:
+            for conv in self._folded:
+                conv.refresh()
+            self._fresh = versions
+        return self._compiled[1](x) if usual else self.view(x)
+
+    # A train-mode pass moves every running statistic r to (1 - m) r + m s, where s depends on x and the weights only.
+    # What it adds, m s = r_after - (1 - m) r_before, is all that a repetition of the pass needs.
+
+    def _statistics(self) -> list[Tensor]:
+        return [s.clone() for norm in self._norms for s in (norm.running_mean, norm.running_var)]
+
+    def _moves(self, before: list[Tensor]) -> list[Tensor]:
+        keep = [1 - norm.momentum for norm in self._norms for _ in range(2)]
+        after = [s for norm in self._norms for s in (norm.running_mean, norm.running_var)]
+        return [a - k * b for a, k, b in zip(after, keep, before, strict=True)]
+
+    def _move_statistics(self, moves: list[Tensor]) -> None:
+        added = iter(moves)
+        for norm in self._norms:
+            for statistic in (norm.running_mean, norm.running_var):
+                # .data: as in BatchNorm's own forward, the graph of the pass must not see that statistics moved on.
+                statistic.data.mul_(1 - norm.momentum).add_(next(added))
+            norm.num_batches_tracked += 1

@@ -1,0 +1,34 @@
+"""Fixtures that several test files use."""
+
+import pytest
+import torch
+from reference import CLASSES
+
+from cifar100_models import build_model
+
+STEPS, BATCH = 3, 6
+
+
+@pytest.fixture
+def networks():
+    torch.manual_seed(0)
+    student = build_model("RES-8", CLASSES).double()
+    teacher = build_model("RES-20", CLASSES).double()
+    # Statistics of real use: a teacher and a student with fresh running statistics differ little between modes.
+    with torch.no_grad():
+        for _ in range(20):
+            teacher(torch.rand(16, 3, 8, 8, dtype=torch.float64))
+            student(torch.rand(16, 3, 8, 8, dtype=torch.float64))
+    return student, teacher.eval()
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.rand(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64),
+            torch.randint(CLASSES, (BATCH,), generator=generator),
+        )
+        for _ in range(STEPS)
+    ]

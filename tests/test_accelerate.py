@@ -1,0 +1,189 @@
+"""Accelerated networks equal the plain ones: logits, input gradients, weights and BatchNorm statistics, in float64.
+
+Tolerance: folding and replaying reorder sums; in float64 that leaves some 1e-13 (see test_steps.py).
+"""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import CLASSES, CLOSE, SCRIPTS, assert_same_network, product_run, settings
+from torch import nn
+
+import attacks
+from cifar100_models import build_model
+from experiment.accelerate import Accelerated, FoldedConv, folded_view
+from experiment.engine import Engine
+
+
+def engine(**changes):
+    default = {"device": "cpu", "precision": "fp32", "compile": 0, "batch": 6, "deterministic": 0, "seed": 0}
+    return Engine(SimpleNamespace(**{**default, **changes}))
+
+
+def accelerated(model, compiled=False, batch=6):
+    return Accelerated(model, dtype=next(model.parameters()).dtype, compiled=compiled, batch=batch)
+
+
+def settled(name):
+    """A float64 network whose running statistics are not the initial ones."""
+    model = build_model(name, CLASSES).double()
+    with torch.no_grad():
+        for _ in range(5):
+            model(torch.rand(8, 3, 8, 8, dtype=torch.float64))
+    return model
+
+
+CASES = [(method, flags) for method in SCRIPTS for flags in ([], ["--preset", "paper"])]
+CASES += [("rslad_IGDM", ["--beta", "0.7", "--gamma", "1.3"]), ("adaad_IGDM", ["--attack", "igdm"])]
+
+
+@pytest.mark.parametrize(("method", "flags"), CASES)
+def test_accelerated_steps_equal_plain_steps(method, flags, networks, batches):
+    student, teacher = networks
+    args = settings(method, *flags)
+    expected = copy.deepcopy(student)
+    torch.manual_seed(5)
+    plain_loss = product_run(method, expected, copy.deepcopy(teacher), batches, args)
+    machine = engine()
+    torch.manual_seed(5)
+    loss = product_run(method, student, teacher, batches, args, wrap=machine.accelerate, around=machine.step)
+    assert loss == pytest.approx(plain_loss, rel=1e-9)
+    assert_same_network(student, expected)
+
+
+@pytest.mark.parametrize("name", ["RES-8", "RES-18", "MN-V2", "WRN-10-2"])
+def test_folded_view_equals_the_model_and_follows_its_weights(name):
+    torch.manual_seed(0)
+    model = settled(name)
+    fast, x = accelerated(model), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    folded = sum(isinstance(m, FoldedConv) for m in fast.view.modules())
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    # In pre-activation blocks only bn2, and the first bn1 of all, follow a convolution that no one else reads.
+    assert folded == (norms if not name.startswith("WRN") else 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        plain_x, fast_x = (x.clone().requires_grad_() for _ in range(2))
+        with attacks.frozen(fast):
+            plain, ours = model(plain_x), fast(fast_x)
+            torch.testing.assert_close(ours, plain, **CLOSE)
+            gradients = [torch.autograd.grad(z.square().sum(), i)[0] for z, i in ((ours, fast_x), (plain, plain_x))]
+            torch.testing.assert_close(*gradients, **CLOSE)
+        model.train()
+        model(x).square().mean().backward()  # moves the statistics
+        optimizer.step()  # and the weights: the view must notice both
+
+
+def test_untraceable_forward_runs_as_it_is():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = build_model("RES-8", CLASSES)
+
+        def forward(self, x):
+            return self.inner(x) if x.sum() > 0 else self.inner(-x)
+
+    model = Branches().eval()
+    assert folded_view(model, torch.float32) is None
+    x = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(accelerated(model)(x), model(x))
+
+
+def test_weight_gradients_in_eval_mode_are_those_of_the_model():
+    model = settled("RES-8").eval()
+    fast, x = accelerated(model), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    fast(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_wrapping_draws_no_random_number():
+    """Otherwise a resumed run, whose generator is restored before it, would go another way."""
+    model, before = build_model("RES-8", CLASSES), torch.get_rng_state()
+    accelerated(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Counting(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.passes = model, 0
+
+    def forward(self, x):
+        self.passes += 1
+        return self.model(x)
+
+
+NEEDED = {
+    "adaad": (2, 1),
+    "adaad_IGDM": (3, 2),
+    "ard": (2, 1),
+    "ard_IGDM": (3, 2),
+    "rslad": (2, 2),
+    "rslad_IGDM": (3, 3),
+}
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_no_pass_runs_twice(method, networks, batches):
+    """Passes outside of the attack: the student's with the clean one, and the teacher's, RSLAD's T(x) included."""
+    student, teacher = Counting(networks[0]), Counting(networks[1]).eval()
+    args = settings(method)
+    machine = engine()
+    fast = {network: machine.accelerate(network) for network in (student, teacher)}
+    for network, wrapped in fast.items():
+        wrapped._view = (None,)  # so that every pass runs through the counter
+        network.passes = 0  # tracing counted one
+    product_run(method, student, teacher, batches[:1], args, wrap=fast.get, around=machine.step)
+    in_attack = (args.steps, args.steps if args.attack == "adaad" else 0)
+    assert (student.passes - in_attack[0], teacher.passes - in_attack[1]) == NEEDED[method]
+
+
+def test_a_changed_tensor_or_weight_is_no_repetition():
+    model = settled("RES-8").eval()
+    fast, x = accelerated(model), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    fast.begin_step()
+    with torch.no_grad():
+        first = fast(x)
+        assert fast(x) is first
+        x.mul_(0.5)
+        torch.testing.assert_close(fast(x), model(x), **CLOSE)
+        model.linear.weight.mul_(2)
+        torch.testing.assert_close(fast(x), model(x), **CLOSE)
+    fast.end_step()
+    with torch.no_grad():
+        assert fast(x) is not fast(x)
+
+
+@pytest.mark.parametrize("name", ["RES-8", "WRN-10-1"])
+def test_compiled_equals_eager(name, monkeypatch):
+    """Through the whole of torch.compile but its code generation, which needs a compiler and a minute."""
+    plain_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: plain_compile(model, backend="aot_eager", **options))
+    torch.manual_seed(0)
+    student, teacher = settled(name), settled("RES-8").eval()
+    args = settings("adaad_IGDM")
+    data = [(torch.rand(n, 3, 8, 8, dtype=torch.float64), torch.randint(CLASSES, (n,))) for n in (6, 6, 4)]
+    expected = copy.deepcopy(student)
+    torch.manual_seed(5)
+    product_run("adaad_IGDM", expected, copy.deepcopy(teacher), data, args)
+    machine = engine(compile=1)
+    torch.manual_seed(5)
+    product_run("adaad_IGDM", student, teacher, data, args, wrap=machine.accelerate, around=machine.step)
+    assert_same_network(student, expected)
+
+
+def test_bfloat16_stays_near_float32(networks, batches):
+    """bfloat16 keeps 8 bits: logits of a small ResNet are within some per cent of their spread; losses likewise."""
+    student, teacher = (network.float() for network in networks)
+    machine = engine(precision="bf16")
+    fast_student, fast_teacher = machine.accelerate(student), machine.accelerate(teacher)
+    x = batches[0][0].float()
+    with attacks.frozen(student), torch.no_grad():
+        for fast, plain in ((fast_student, student), (fast_teacher, teacher)):
+            with machine.step():
+                ours = fast(x)
+            exact = plain(x)
+            assert ours.dtype == torch.bfloat16
+            assert (ours.float() - exact).abs().max() < 0.05 * (exact.max() - exact.min())
