@@ -3,6 +3,7 @@
 import hashlib
 import io
 import socket
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -113,18 +114,19 @@ def load_data(dataset: str, data_dir: str = "data", device: torch.device | str =
     Args:
         dataset: ``cifar100`` or ``cifar10`` (torchvision's files under data_dir, downloaded if absent, checked),
             ``digits`` (the 1,797 8x8 digits inside scikit-learn, grey repeated to three channels), or the path of an
-            .npz with x_train, y_train, x_test, y_test: uint8 NHWC images, integer labels.
+            .npz with x_train, y_train, x_test, y_test: uint8 NHWC images, integer labels; where it also has
+            class_names, their number is the number of classes, otherwise the highest label tells.
         data_dir: folder of the CIFAR archives.
 
     Raises:
         UserError: unknown name, missing or broken file, no network.
     """
     if dataset in ("cifar100", "cifar10"):
-        arrays = _cifar(dataset, Path(data_dir))
+        arrays, classes = _cifar(dataset, Path(data_dir)), 100 if dataset == "cifar100" else 10
     elif dataset == "digits":
-        arrays = _digits()
+        arrays, classes = _digits(), 10
     elif dataset.endswith(".npz"):
-        arrays = _npz(Path(dataset))
+        arrays, classes = _npz(Path(dataset))
     else:
         raise UserError(f"--dataset {dataset!r} is not allowed; cifar100, cifar10, digits or the path of an .npz file")
     digest = hashlib.sha256()
@@ -141,7 +143,7 @@ def load_data(dataset: str, data_dir: str = "data", device: torch.device | str =
         y_train=labels[0],
         x_test=images[1],
         y_test=labels[1],
-        num_classes=int(y_train.max()) + 1,
+        num_classes=classes,
         pad=pad,
         flip=flip,
         sha256=digest.hexdigest(),
@@ -210,7 +212,7 @@ def _cifar(dataset: str, folder: Path) -> tuple[np.ndarray, ...]:
     )
 
 
-def _npz(path: Path) -> tuple[np.ndarray, ...]:
+def _npz(path: Path) -> tuple[tuple[np.ndarray, ...], int]:
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
@@ -224,6 +226,7 @@ def _npz(path: Path) -> tuple[np.ndarray, ...]:
             raise UserError(f"{path} lacks {', '.join(missing)}; needed are {', '.join(NPZ_KEYS)}")
         with np.load(path, allow_pickle=False) as content:
             arrays = tuple(content[key] for key in NPZ_KEYS)
+            names = content.get("class_names")
     except UserError:
         raise
     except OSError as error:
@@ -232,11 +235,11 @@ def _npz(path: Path) -> tuple[np.ndarray, ...]:
         raise UserError(
             f"{path} is not a readable .npz of plain arrays: {' '.join(str(error).split())[:120]}"
         ) from error
-    _check_arrays(path, arrays)
-    return arrays
+    return arrays, _check_arrays(path, arrays, names)
 
 
-def _check_arrays(path: Path, arrays: tuple[np.ndarray, ...]) -> None:
+def _check_arrays(path: Path, arrays: tuple[np.ndarray, ...], names: np.ndarray | None) -> int:
+    """Refuse what is not images and labels; return the number of classes."""
     x_train, y_train, x_test, y_test = arrays
     for name, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
         if x.dtype != np.uint8:
@@ -253,9 +256,20 @@ def _check_arrays(path: Path, arrays: tuple[np.ndarray, ...]) -> None:
             raise UserError(f"{path}: y_{name} has labels from {y.min()} to {y.max()}; 0 up to 9999 are allowed")
     if x_train.shape[1:] != x_test.shape[1:]:
         raise UserError(f"{path}: x_train is {x_train.shape[1:]} and x_test {x_test.shape[1:]}; they must be equal")
-    classes = int(y_train.max()) + 1
+    if names is not None and (names.ndim != 1 or len(names) < 2 or y_train.max() >= len(names)):
+        raise UserError(
+            f"{path}: class_names has shape {names.shape}; a name for each label up to {y_train.max()} is needed"
+        )
+    classes = int(y_train.max()) + 1 if names is None else len(names)
     empty = sorted(set(range(classes)) - set(np.unique(y_train).tolist()))
-    if empty or classes < 2:
-        raise UserError(f"{path}: y_train has no image of class {empty[0] if empty else 1}; each class needs one")
+    if empty and names is not None:
+        # The file itself says how many classes there are: a small sample may lack some.
+        print(f"warning: {path}: {len(empty)} of {classes} classes have no training image", file=sys.stderr)
+    elif empty or classes < 2:
+        raise UserError(
+            f"{path}: y_train has no image of class {empty[0] if empty else 1}; each class up to the highest label needs "
+            "one, unless an array class_names says how many classes there are"
+        )
     if y_test.max() >= classes:
-        raise UserError(f"{path}: y_test has label {y_test.max()}, y_train only 0 to {classes - 1}")
+        raise UserError(f"{path}: y_test has label {y_test.max()}; 0 to {classes - 1} are allowed")
+    return classes

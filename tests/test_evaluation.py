@@ -123,7 +123,7 @@ def test_bytes_and_floats_and_any_batch_size_give_one_accuracy():
 
 def test_random_starts_come_from_the_seed_alone():
     network = nn.Sequential(tiny_network())
-    x, y = labelled(network, 30)
+    x, y = torch.full((30, 3, 8, 8), 0.5), torch.zeros(30, dtype=torch.int64)
     starts = []
     network.register_forward_pre_hook(lambda _, args: starts.append(args[0].detach().clone()))
     for seed in (3, 3, 4):
@@ -132,7 +132,7 @@ def test_random_starts_come_from_the_seed_alone():
     first, second, again, _, other, _ = starts[::2]
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert not torch.equal(first[:14] - x[:14] / 255, second - x[16:] / 255)  # each batch draws its own noise
+    assert not torch.equal(first[:14], second)  # each batch draws its own noise
 
 
 class Stateful(nn.Module):
