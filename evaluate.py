@@ -38,7 +38,7 @@ def parse_args(argv=None):
         args.attacks = [name for name in ATTACKS if name != "gradients" or args.teacher]
     elif "gradients" in args.attacks and not args.teacher:
         parser.error("argument --attacks: gradients are compared with a teacher's: give --teacher")
-    args.device = cli._resolve_device(parser, args.device)
+    args.device = cli.resolve_device(parser, args.device)
     args.precision = args.precision or ("tf32" if args.device.startswith("cuda") else "fp32")
     args.compile, args.batch = 0, 1  # Engine's, for training
     return args

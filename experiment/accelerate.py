@@ -24,9 +24,9 @@ from attacks import frozen
 class FoldedConv(nn.Module):
     """A convolution that computes bn(conv(x)) for an eval-mode BatchNorm; `refresh` follows their weights."""
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
         super().__init__()
-        weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=torch.channels_last, requires_grad=False)
+        weight = torch.empty_like(conv.weight, memory_format=torch.channels_last, requires_grad=False)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", weight.new_empty(conv.out_channels))
         self._origin = (conv, bn)  # in a tuple: not a submodule of this one
@@ -54,7 +54,7 @@ class FoldedConv(nn.Module):
         self.bias.copy_(shift * scale if bn.bias is None else shift * scale + bn.bias)
 
 
-def folded_view(model: nn.Module, dtype: torch.dtype) -> fx.GraphModule | None:
+def folded_view(model: nn.Module) -> fx.GraphModule | None:
     """A view of the model's eval-mode forward in which each BatchNorm that follows a convolution is folded into it.
 
     Modules that cannot be folded are shared with the model. Returns None where the forward cannot be traced, such as
@@ -75,7 +75,7 @@ def folded_view(model: nn.Module, dtype: torch.dtype) -> fx.GraphModule | None:
             continue
         conv = modules.get(before.target) if before.op == "call_module" else None
         if type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and len(before.users) == 1:
-            view.set_submodule(before.target, FoldedConv(conv, bn, dtype))
+            view.set_submodule(before.target, FoldedConv(conv, bn))
             node.replace_all_uses_with(before)
             graph.erase_node(node)
     graph.eliminate_dead_code()
@@ -98,18 +98,17 @@ class Pass:
 class Accelerated(nn.Module):
     """A network that is called like `model`, shares its weights, and does no work twice."""
 
-    def __init__(self, model: nn.Module, *, dtype: torch.dtype, compiled: bool, batch: int) -> None:
+    def __init__(self, model: nn.Module, *, compiled: bool, batch: int) -> None:
         """Wrap a network; its weights stay where they are.
 
         Args:
             model: the student or the teacher.
-            dtype: in which the folded weights are held: bfloat16 under autocast, otherwise the model's.
             compiled: run batches of `batch` images through torch.compile.
             batch: the usual number of images.
         """
         super().__init__()
         self.model, self.batch = model, batch
-        self._view = (folded_view(model, dtype),)  # in a tuple: no submodule, its weights are not parameters here
+        self._view = (folded_view(model),)  # in a tuple: no submodule, its weights are not parameters here
         self._folded = [m for m in (self.view.modules() if self.view else ()) if isinstance(m, FoldedConv)]
         self._sources = [tensor for conv in self._folded for tensor in conv.sources]
         self._fresh: tuple[int, ...] = ()

@@ -221,7 +221,7 @@ def _resolve(parser: Parser, args: argparse.Namespace, stem: str) -> None:
         args.lr_milestones = [math.ceil(args.epochs / 2), math.ceil(args.epochs * 3 / 4)]
     elif sorted(set(args.lr_milestones)) != args.lr_milestones:
         parser.error(f"argument --lr_milestones: {args.lr_milestones} is not allowed; epochs in rising order")
-    args.device = _resolve_device(parser, args.device)
+    args.device = resolve_device(parser, args.device)
     cuda = args.device.startswith("cuda")
     if args.precision is None:
         args.precision = "tf32" if cuda else "fp32"
@@ -235,7 +235,8 @@ def _resolve(parser: Parser, args: argparse.Namespace, stem: str) -> None:
         )
 
 
-def _resolve_device(parser: Parser, device: str) -> str:
+def resolve_device(parser: Parser, device: str) -> str:
+    """The device that --device means on this machine; one that it has not is refused by the parser."""
     import torch
 
     kind, _, index = device.partition(":")

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -42,12 +41,6 @@ class Engine:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        elif self.rank == 0:
-            print(
-                "warning: running on the CPU; an epoch of CIFAR-100 with a WRN-28-10 teacher takes about a day here, "
-                "minutes on a GPU",
-                file=sys.stderr,
-            )
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self._first, self.held, self._total = 0, 1, 1  # this rank's rows of the global batch
@@ -103,8 +96,7 @@ class Engine:
     def accelerate(self, model: nn.Module) -> Accelerated:
         """A faster way to call the same network; the network itself stays the one that is trained and saved."""
         model.to(memory_format=torch.channels_last)
-        dtype = torch.bfloat16 if self.precision == "bf16" else next(model.parameters()).dtype
-        fast = Accelerated(model, dtype=dtype, compiled=self.compile, batch=self._batch // self.world)
+        fast = Accelerated(model, compiled=self.compile, batch=self._batch // self.world)
         self._fast.append(fast)
         return fast
 

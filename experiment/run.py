@@ -176,6 +176,8 @@ class Run:
             print(f"  student  {self.args.student}, {_size(student)}, {images.num_classes} classes")
             print(f"  data     {images.name}: {len(images.x_train)} training and {len(images.x_test)} test images")
             print(f"  device   {config['device']}, {self.args.precision}, torch {torch.__version__}", flush=True)
+            if self.device.type == "cpu" and images.name != "digits":
+                print("  warning  no CUDA device: with a WRN-28-10 teacher an epoch takes a day here, minutes on a GPU")
         steps = images.steps(self.args.batch)
         done = self._epoch * steps + self._step
         self._bar = Progress(self.args.epochs * steps, done, show=self.engine.main)

@@ -23,7 +23,7 @@ def engine(**changes):
 
 
 def accelerated(model, compiled=False, batch=6):
-    return Accelerated(model, dtype=next(model.parameters()).dtype, compiled=compiled, batch=batch)
+    return Accelerated(model, compiled=compiled, batch=batch)
 
 
 def settled(name):
@@ -85,7 +85,7 @@ def test_untraceable_forward_runs_as_it_is():
             return self.inner(x) if x.sum() > 0 else self.inner(-x)
 
     model = Branches().eval()
-    assert folded_view(model, torch.float32) is None
+    assert folded_view(model) is None
     x = torch.rand(2, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(accelerated(model)(x), model(x))
@@ -187,3 +187,11 @@ def test_bfloat16_stays_near_float32(networks, batches):
             exact = plain(x)
             assert ours.dtype == torch.bfloat16
             assert (ours.float() - exact).abs().max() < 0.05 * (exact.max() - exact.min())
+
+
+def test_evaluation_of_a_bfloat16_run_is_in_float32(networks, batches):
+    student = networks[0].float()
+    fast = engine(precision="bf16").accelerate(student)
+    x = batches[0][0].float()
+    with attacks.frozen(student), torch.no_grad():
+        torch.testing.assert_close(fast(x), student(x), rtol=1e-4, atol=1e-5)  # float32 rounding over 8 layers
