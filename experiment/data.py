@@ -267,8 +267,8 @@ def _check_arrays(path: Path, arrays: tuple[np.ndarray, ...], names: np.ndarray 
         print(f"warning: {path}: {len(empty)} of {classes} classes have no training image", file=sys.stderr)
     elif empty or classes < 2:
         raise UserError(
-            f"{path}: y_train has no image of class {empty[0] if empty else 1}; each class up to the highest label needs "
-            "one, unless an array class_names says how many classes there are"
+            f"{path}: y_train has no image of class {empty[0] if empty else 1}; each class needs one, "
+            "unless an array class_names says how many classes there are"
         )
     if y_test.max() >= classes:
         raise UserError(f"{path}: y_test has label {y_test.max()}; 0 to {classes - 1} are allowed")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiment import RunStopped, UserError, checkpoint, data
+from experiment import RunStopped, UserError, checkpoint, data, teachers
 from experiment.engine import SYNC_EVERY, Engine
 from experiment.tracking import Mirror, Progress, epoch_line, summary
 
@@ -58,6 +58,8 @@ class Run:
                 or is in use; W&B was asked for and does not answer.
         """
         data.check_name(args.dataset)
+        if hasattr(args, "teacher"):
+            teachers.check_teacher_name(args.teacher, args.teacher_path)
         self.args, self.script, self.recipe = args, Path(script), recipe
         self.folder = Path(args.run_dir) / args.run_name
         main = os.environ.get("RANK", "0") == "0"

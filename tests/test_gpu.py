@@ -1,0 +1,158 @@
+"""What only a CUDA device can show: python -m pytest -m gpu. Skipped where there is none.
+
+Needs nothing but torch, numpy, tqdm and scikit-learn, so that it runs on a bare GPU machine.
+"""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import CLASSES, SCRIPTS, product_run, reference_run, settings
+
+import attacks
+from cifar100_models import build_model
+from experiment import checkpoint
+from experiment.engine import Engine
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def engine(**changes):
+    default = {"device": "cuda", "precision": "fp32", "compile": 0, "batch": 6, "deterministic": 0, "seed": 0}
+    return Engine(SimpleNamespace(**{**default, **changes}))
+
+
+def on(device, networks, batches):
+    """Copies of networks and batches on a device."""
+    moved = [copy.deepcopy(network).to(device) for network in networks]
+    return *moved, [(x.to(device), y.to(device)) for x, y in batches]
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_float64_steps_equal_the_reference(method, networks, batches):
+    """Both on the device in float64, one random stream: rounding alone, as on the CPU."""
+    args = settings(method, "--device", "cuda")
+    machine = engine()
+    student, teacher, data = on("cuda", networks, batches)
+    expected = copy.deepcopy(student)
+    torch.manual_seed(5)
+    reference_run(method, expected, teacher, data, args)
+    torch.manual_seed(5)
+    product_run(method, student, teacher, data, args, wrap=machine.accelerate, around=machine.step)
+    for ours, theirs in zip(student.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_losses_near_those_of_the_cpu(precision, networks):
+    """fp32 differs by the order of sums; TF32 keeps 10 bits and bfloat16 7 of the 23 of a product's mantissa."""
+    tolerance = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}[precision]
+    x = torch.rand(6, 3, 8, 8)
+    networks = [network.float() for network in networks]
+    with torch.no_grad(), attacks.frozen(*networks):
+        exact = [network(x) for network in networks]
+    machine = engine(precision=precision)
+    for network, logits in zip(networks, exact, strict=True):
+        fast = machine.accelerate(copy.deepcopy(network).cuda())
+        with torch.no_grad(), attacks.frozen(fast), machine.step():
+            ours = fast(x.cuda()).float().cpu()
+        assert (ours - logits).abs().max() < tolerance * (logits.max() - logits.min())
+
+
+@pytest.mark.parametrize("name", ["RES-18", "WRN-16-4"])
+def test_compiled_equals_eager(name):
+    """In float32; fused kernels sum in another order. One step, since signs of near-zero gradients may then flip."""
+    torch.manual_seed(0)
+    student, teacher = build_model(name, CLASSES).cuda(), build_model("RES-8", CLASSES).cuda().eval()
+    data = [(torch.rand(6, 3, 32, 32, device="cuda"), torch.randint(CLASSES, (6,), device="cuda"))]
+    args = settings("adaad_IGDM", "--device", "cuda", "--steps", "1")
+    losses = []
+    for compiled in (0, 1):
+        machine = engine(compile=compiled)
+        torch.manual_seed(5)
+        around = {"wrap": machine.accelerate, "around": machine.step}
+        losses.append(product_run("adaad_IGDM", copy.deepcopy(student), teacher, data, args, **around))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def run(tmp_path, name, script, *flags):
+    """A script through its command line on digits, without AutoAttack, whose package may be absent here."""
+    command = [sys.executable, str(ROOT / script), "--dataset", "digits", "--epochs", "2", "--batch", "128"]
+    command += ["--steps", "2", "--aa_examples", "0", "--run_dir", str(tmp_path), "--run_name", name, *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    return done
+
+
+@pytest.fixture(scope="module")
+def teacher_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    torch.manual_seed(0)
+    checkpoint.save_student(path, build_model("RES-8", 10), "RES-8", 10, {})
+    return path
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_every_script_end_to_end(method, tmp_path, teacher_path):
+    done = run(tmp_path, "r", f"{method}_cifar100.py", "--teacher", str(teacher_path), "--student", "RES-8")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert torch.cuda.get_device_name() in result["hardware"]
+
+
+def test_deterministic_runs_are_bit_identical(tmp_path, teacher_path):
+    flags = ["--teacher", str(teacher_path), "--student", "RES-8", "--deterministic", "1"]
+    hashes = []
+    for name in ("a", "b"):
+        done = run(tmp_path, name, "adaad_IGDM_cifar100.py", *flags)
+        assert done.returncode == 0, done.stderr
+        hashes.append(json.loads((tmp_path / name / "result.json").read_text())["student_sha256"])
+    assert hashes[0] == hashes[1]
+
+
+def test_a_deterministic_run_resumes_to_the_same_bits(tmp_path, teacher_path):
+    """One run straight through; the other is stopped after its first epoch by SIGTERM sent to itself."""
+    flags = ["--teacher", str(teacher_path), "--student", "RES-8", "--deterministic", "1"]
+    assert run(tmp_path, "whole", "adaad_IGDM_cifar100.py", *flags).returncode == 0
+    (tmp_path / "stopping.py").write_text(
+        "import os, runpy, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from experiment import run\n"
+        "end_epoch = run.Run.end_epoch\n"
+        "def stop(self, accuracies):\n"
+        "    end_epoch(self, accuracies)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "run.Run.end_epoch = stop\n"
+        f"runpy.run_path({str(ROOT / 'adaad_IGDM_cifar100.py')!r}, run_name='__main__')\n"
+    )
+    command = [sys.executable, str(tmp_path / "stopping.py"), "--dataset", "digits", "--epochs", "2", "--batch", "128"]
+    command += ["--steps", "2", "--aa_examples", "0", "--run_dir", str(tmp_path), "--run_name", "stopped", *flags]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=300, check=False)
+    assert not (tmp_path / "stopped" / "result.json").exists()
+    done = run(tmp_path, "stopped", "adaad_IGDM_cifar100.py", *flags)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "stopped")]
+    assert results[0]["student_sha256"] == results[1]["student_sha256"]
+
+
+def test_out_of_memory_is_one_line(tmp_path, teacher_path):
+    """The process may use 1 % of the device: a batch of a thousand for a WRN-28-10 student does not fit."""
+    (tmp_path / "small.py").write_text(
+        f"import runpy, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "torch.cuda.set_per_process_memory_fraction(0.01)\n"
+        f"runpy.run_path({str(ROOT / 'ard_cifar100.py')!r}, run_name='__main__')\n"
+    )
+    command = [sys.executable, str(tmp_path / "small.py"), "--dataset", "digits", "--teacher", str(teacher_path)]
+    command += ["--student", "WRN-28-10", "--batch", "1400", "--aa_examples", "0", "--run_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "--batch" in done.stderr
