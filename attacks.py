@@ -79,7 +79,8 @@ def uniform_start(x: Tensor, epsilon: float) -> Tensor:
 
 def gaussian_start(x: Tensor) -> Tensor:
     """x + 0.001 N(0, 1), not clamped, as in RSLAD's and AdaAD's releases; one float32 draw."""
-    return x + 0.001 * _global_draw(x, lambda shape: torch.randn(shape, dtype=torch.float32, device=x.device))
+    noise = _global_draw(x, lambda shape: torch.randn(shape, dtype=torch.float32, device=x.device))
+    return (x + 0.001 * noise).to(x.dtype)
 
 
 def project(x_adv: Tensor, x: Tensor, epsilon: float) -> Tensor:

@@ -49,9 +49,10 @@ def ard(student_adv: Tensor, teacher_logits: Tensor, y: Tensor, ce_weight: float
 
     Source: Goldblum et al., Adversarially Robust Distillation, AAAI 2020, eq. 4, at temperature 1.
     """
+    student_adv = at_least_float32(student_adv)
     loss = kl_divergence(student_adv, teacher_logits)
     if ce_weight:
-        loss = loss + ce_weight * F.cross_entropy(at_least_float32(student_adv), y)
+        loss = loss + ce_weight * F.cross_entropy(student_adv, y)
     return loss
 
 

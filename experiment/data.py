@@ -1,6 +1,7 @@
 """Data: whole sets as uint8 tensors on the training device; order, crops and flips from generators of their own."""
 
 import hashlib
+import http.client
 import io
 import socket
 import sys
@@ -197,9 +198,9 @@ def _cifar(dataset: str, folder: Path) -> tuple[np.ndarray, ...]:
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 splits = [kind(str(folder), train=train, download=True) for train in (True, False)]
-        except (RuntimeError, OSError, EOFError) as error:
-            if not present:
-                archive.unlink(missing_ok=True)  # half an archive, or a web page saved under its name
+        except (RuntimeError, OSError, EOFError, http.client.HTTPException) as error:
+            if not present and archive.exists():
+                archive.unlink()  # half an archive, or a web page saved under its name
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"{dataset} could not be downloaded ({reason}); {advice}") from error
         finally:
@@ -227,6 +228,8 @@ def _npz(path: Path) -> tuple[tuple[np.ndarray, ...], int]:
         with np.load(path, allow_pickle=False) as content:
             arrays = tuple(content[key] for key in NPZ_KEYS)
             names = content.get("class_names")
+        if any(isinstance(array, bytes) for array in (*arrays, names)):
+            raise ValueError("a member is no array")  # numpy hands such out as they are
     except UserError:
         raise
     except OSError as error:
@@ -246,7 +249,7 @@ def _check_arrays(path: Path, arrays: tuple[np.ndarray, ...], names: np.ndarray 
             raise UserError(f"{path}: x_{name} is {x.dtype}; uint8 is needed")
         if x.ndim != 4 or x.shape[3] != 3 or min(x.shape[1:3]) < 8:
             raise UserError(f"{path}: x_{name} has shape {x.shape}; (N, H, W, 3) with H and W of at least 8 is needed")
-        if not np.issubdtype(y.dtype, np.integer):
+        if y.dtype.kind not in "iu":  # numpy counts durations among the integers
             raise UserError(f"{path}: y_{name} is {y.dtype}; integers are needed")
         if y.shape != (len(x),):
             raise UserError(f"{path}: y_{name} has shape {y.shape}; ({len(x)},) is needed, one label per image")

@@ -344,6 +344,7 @@ def verify(name_or_path: str, teacher_path: str | None, model_dir: str, data_dir
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command line of this module: ``verify NAME_OR_PATH``."""
     parser = argparse.ArgumentParser(prog="python -m experiment.teachers", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="verify")
     command = commands.add_parser("verify", help="check a teacher's file against RobustBench", allow_abbrev=False)
