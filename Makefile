@@ -2,7 +2,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 RUNS := runs/demo
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test test-faults lint bench
 
 setup: .venv/ready
 
@@ -14,6 +14,10 @@ setup: .venv/ready
 
 test: setup
 	$(PY) -m pytest
+
+# Kills, starves and feeds garbage to real runs for some twenty minutes; rewrites docs/reliability.md.
+test-faults: setup
+	$(PY) tests/fault_run.py --write docs/reliability.md
 
 lint: setup
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
@@ -34,3 +38,14 @@ $(RUNS)/adaad/result.json: $(RUNS)/teacher/result.json
 
 $(RUNS)/adaad_IGDM/result.json: $(RUNS)/teacher/result.json
 	$(PY) adaad_IGDM_cifar100.py $(STUDENT) --alpha 5 --ramp_epochs 10 --run_name adaad_IGDM
+
+# The figures of docs/performance.md at a size for CPUs, in under 10 minutes on 2 cores; on a GPU run the modules with
+# their defaults. INSERT=docs/performance.md also writes the tables between their markers there.
+BENCH := --device cpu --teacher WRN-16-4 --batch 16
+bench = $(PY) -m benchmarks.$(1) $(2) --out runs/bench/$(1).json $(if $(INSERT),--insert $(INSERT) $(1)_cpu)
+
+bench: setup
+	$(call bench,training_step,$(BENCH) --rounds 3)
+	$(call bench,tricks,$(BENCH) --rounds 3)
+	$(call bench,evaluation,--device cpu --examples 16 --batch 16 --product_batch 16 --rounds 3 --aa_student RES-8 --aa_examples 2 --aa_batches 2)
+	$(call bench,scaling,$(BENCH) --rounds 2 --batches 8 16 32 --images 16 32 --teachers WRN-16-4 WRN-28-10 WRN-34-10)

@@ -1,8 +1,10 @@
 """Files that must not be lost or lied about: atomic writes, checked reads, and the student checkpoint format."""
 
 import hashlib
+import io
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from cifar100_models import build_model
 from experiment import UserError
 
 STUDENT_FORMAT = "robust-distillation/student/1"
+MOST_CLASSES = 10_000
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -37,11 +40,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.close(folder)
     except BaseException as error:
         aside.unlink(missing_ok=True)
-        # torch.save reports a full disk as a RuntimeError of its writer.
-        full = isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
-        if not (full or isinstance(error, OSError)):
+        if not isinstance(error, OSError):
             raise
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        reason = error.strerror or str(error)
         raise UserError(f"cannot write {path}: {reason}; free some space or choose another --run_dir") from error
 
 
@@ -67,9 +68,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def save(path: Path, value: dict[str, Any]) -> None:
-    """torch.save tensors and plain types, atomically."""
-    write_atomically(path, lambda file: torch.save(value, file))
+def save(path: Path, value: dict[str, Any], previous: Path | None = None) -> None:
+    """torch.save tensors and plain types, atomically; the file that was at `path` before stays as `previous`.
+
+    Raises:
+        UserError: as ``write_atomically``; both files are then what was at `path` before.
+    """
+    if previous and path.exists():
+        aside = previous.with_name(f".{previous.name}.tmp")
+        try:
+            aside.unlink(missing_ok=True)
+            try:
+                os.link(path, aside)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, aside)
+            os.replace(aside, previous)
+        except OSError as error:
+            raise UserError(f"cannot write {previous}: {error.strerror}") from error
+    # Through memory: torch's writer reports a full disk as one of several RuntimeErrors of its own.
+    content = io.BytesIO()
+    torch.save(value, content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
 def load(path: Path) -> Any:
@@ -94,6 +113,9 @@ def load(path: Path) -> Any:
     try:
         if head[:2] == b"PK":
             with zipfile.ZipFile(path) as archive:
+                # torch stores, it never compresses: a compressed file is a zip bomb, or was made by something else.
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise UserError(f"{path} is refused: a compressed archive is no checkpoint of torch")
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{path} is damaged: checksum of {damaged} does not match")
@@ -161,8 +183,18 @@ def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if not isinstance(content, dict) or content.get("format") != STUDENT_FORMAT:
         raise UserError(f"{path} is not a student checkpoint of this project (format {STUDENT_FORMAT})")
     try:
-        model = build_model(content["architecture"], content["num_classes"])
-        model.load_state_dict(content["state_dict"])
+        state, classes = content["state_dict"], content["num_classes"]
+        if not (isinstance(classes, int) and 2 <= classes <= MOST_CLASSES):
+            raise ValueError(f"num_classes {classes!r:.40} is not allowed; 2 up to {MOST_CLASSES}")
+        # On no device first: a name and a number alone must not fill the memory.
+        with torch.device("meta"):
+            model = build_model(content["architecture"], classes)
+        needed = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if {name: tensor.shape for name, tensor in state.items()} != needed:
+            raise ValueError(f"its weights are not those of {content['architecture']} with {classes} classes")
+        if sum(tensor.nbytes for tensor in state.values()) > path.stat().st_size:
+            raise ValueError("its weights are larger than the file")
+        model.to_empty(device="cpu").load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path} does not hold a network that can be rebuilt: {reason}") from error

@@ -1,14 +1,20 @@
 """Flags: one table for all scripts; a script has the method flags that its RECIPE gives a number to, and no others."""
 
 import argparse
+import io
 import math
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cifar100_models import check_name
 from experiment import RunStopped, UserError
+
+_batch: ContextVar[int] = ContextVar("batch", default=0)
+"""--batch of the script at work, 0 without one: guard tells which would have fit."""
 
 
 def settings(recipe: dict[str, Any], *, paper: bool) -> dict[str, Any]:
@@ -22,11 +28,18 @@ def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> 
 
     def parse(text: str) -> float:
         try:
-            numerator, _, denominator = text.partition("/")
-            value = float(numerator) / float(denominator or 1)
+            numerator, slash, denominator = text.partition("/")
+            value = float(numerator) / float(denominator if slash else 1)
         except (ValueError, ZeroDivisionError):
             value = math.nan
-        if not (low <= value <= high) or (above and value == low) or math.isinf(value):
+        # isascii: float() also reads the digits of other scripts, and underscores.
+        if (
+            not text.isascii()
+            or "_" in text
+            or not (low <= value <= high)
+            or (above and value == low)
+            or math.isinf(value)
+        ):
             limits = f"above {low:g}" if above else f"from {low:g}"
             limits += f" up to {high:g}" if math.isfinite(high) else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not allowed; a number {limits}, or a fraction such as 8/255")
@@ -39,12 +52,18 @@ def whole(low: int) -> Callable[[str], int]:
     """A parser of whole numbers of at least `low` (and below 2**31)."""
 
     def parse(text: str) -> int:
-        # isascii: int() also reads the digits of other scripts, and underscores.
         if not (text.isascii() and text.isdigit() and len(text) <= 10 and low <= int(text) < 2**31):
             raise argparse.ArgumentTypeError(f"{text!r} is not allowed; a whole number from {low}")
         return int(text)
 
     return parse
+
+
+def switch(text: str) -> int:
+    """A parser of 0 and 1."""
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; 0 or 1")
+    return int(text)
 
 
 fraction = number(0.0, 1.0)
@@ -112,8 +131,13 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
     "seed": {"type": whole(0), "default": 0, "help": "seed of weights, order, augmentation, attacks and AutoAttack"},
     "device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
     "precision": {"choices": ("fp32", "tf32", "bf16"), "help": "default fp32 on the CPU, tf32 on CUDA"},
-    "compile": {"type": int, "choices": (0, 1), "default": 0, "help": "torch.compile the networks"},
-    "deterministic": {"type": int, "choices": (0, 1), "default": 0, "help": "bit-identical runs on CUDA too, slower"},
+    "compile": {"type": switch, "metavar": "{0,1}", "default": 0, "help": "torch.compile the networks"},
+    "deterministic": {
+        "type": switch,
+        "metavar": "{0,1}",
+        "default": 0,
+        "help": "bit-identical runs on CUDA too, slower",
+    },
     "checkpoint_minutes": {
         "type": number(above=True),
         "default": 10.0,
@@ -125,10 +149,10 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
         "help": "name of the run folder; default made of script, dataset, teacher, student, seed",
     },
     "nowand": {
-        "type": int,
+        "type": switch,
+        "metavar": "{0,1}",
         "nargs": "?",
         "const": 1,
-        "choices": (0, 1),
         "default": 1,
         "help": "0 mirrors the metrics to Weights & Biases",
     },
@@ -196,7 +220,10 @@ def parse_args(script: str, recipe: dict[str, Any], argv: Sequence[str] | None =
         for name, value in settings(recipe, paper=True).items():
             if getattr(given, name) is unset:
                 setattr(args, name, _preset_value(parser, args, name, value))
+        if given.epochs is not unset and given.lr_milestones is unset:
+            args.lr_milestones = None  # the preset's are those of its own number of epochs
     _resolve(parser, args, Path(script).stem)
+    _batch.set(args.batch)
     return args
 
 
@@ -257,11 +284,33 @@ def resolve_device(parser: Parser, device: str) -> str:
 
 def guard(main: Callable[[], None]) -> None:
     """Run a script's main; a user's mistake becomes one line on stderr and exit status 2, a stop one and its own."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     try:
         main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"error: {error}", 2)
     except RunStopped as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.status)
+        _leave(str(stop), stop.status)
+    except KeyboardInterrupt:  # before a run takes over signals, or where there is none
+        _leave("interrupted", 128 + signal.SIGINT)
+    except RuntimeError as error:
+        import torch  # not above: --help must be quick
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        _leave(_out_of_memory(str(error), _batch.get()), 2)
+
+
+def _leave(line: str, status: int) -> NoReturn:
+    print(" ".join(line.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def _out_of_memory(reason: str, batch: int) -> str:
+    """One line with the batch to try next: activations, which dominate, are proportional to it, so half needs half."""
+    advice = f"try --batch {batch // 2}, which needs about half, with --run_name for a new run" if batch > 1 else ""
+    first = reason.partition(". ")[0]  # what was asked for; torch goes on about its allocator
+    at = f" at --batch {batch}" if batch else ""
+    return f"error: the GPU's memory does not suffice{at} ({first}); {advice or 'free some of it'}"

@@ -6,7 +6,11 @@ import sys
 import time
 from typing import Any
 
+import torch
+from torch import nn
+
 from experiment import UserError
+from experiment.data import Data
 
 
 class Progress:
@@ -90,7 +94,7 @@ class Mirror:
         # An explicit mode would beat WANDB_MODE, so it is left to the environment.
         online = os.environ.get("WANDB_MODE", "online") == "online"
         ways_out = "WANDB_MODE=offline keeps the log here, --nowand 1 does without"
-        if online and not wandb.api.api_key:
+        if online and not wandb.login(prompt=False, verify=False):
             # init() would prompt on a terminal, and a batch job would wait for ever.
             raise UserError(f"--nowand 0, but no one is logged in to Weights & Biases: run `wandb login`; {ways_out}")
         try:
@@ -118,6 +122,29 @@ class Mirror:
         if self._run:
             self._run.summary.update(result)
             self._run.finish()
+
+
+def header(
+    config: dict[str, Any], folder: str, resumed: str, images: Data, student: nn.Module, teacher: nn.Module | None
+) -> str:
+    """What a run prints when it starts: all that it is made of, and where it was resumed."""
+
+    def size(model: nn.Module) -> str:
+        return f"{sum(p.numel() for p in model.parameters()):,} parameters"
+
+    settings = config["settings"]
+    lines = [
+        f"{config['method']}{'+' + config['adds'] if config['adds'] else ''}: {folder}{resumed}",
+        f"  student  {settings['student']}, {size(student)}, {images.num_classes} classes",
+        f"  data     {images.name}: {len(images.x_train)} training and {len(images.x_test)} test images",
+        f"  device   {config['device']}, {settings['precision']}, torch {torch.__version__}",
+    ]
+    if teacher is not None:
+        digest = str(config["teacher_sha256"])[:12]
+        lines.insert(1, f"  teacher  {settings['teacher']}, {size(teacher)}, SHA-256 {digest}")
+    if settings["device"] == "cpu" and images.name != "digits":
+        lines.append("  warning  no CUDA device: with a WRN-28-10 teacher an epoch takes a day here, minutes on a GPU")
+    return "\n".join(lines)
 
 
 def per_cent(accuracy: float | None) -> str:

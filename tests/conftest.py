@@ -1,5 +1,8 @@
 """Fixtures that several test files use."""
 
+from types import SimpleNamespace
+
+import fault_run
 import pytest
 import torch
 from reference import CLASSES
@@ -32,3 +35,13 @@ def batches():
         )
         for _ in range(STEPS)
     ]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A server that runs scripts in forks, a home folder with a teacher in it, and the uninterrupted runs' results."""
+    server, home = fault_run.Server(), tmp_path_factory.mktemp("home")
+    try:
+        yield SimpleNamespace(server=server, home=home, expected=fault_run.prepare(server, home))
+    finally:
+        server.close()

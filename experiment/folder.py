@@ -1,0 +1,127 @@
+"""The gate of the run folder: one process at a time, one run, one set of settings; and where a run comes from."""
+
+import argparse
+import fcntl
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from experiment import UserError, checkpoint
+
+FORMAT = 1
+FREE_SETTINGS = (
+    "nowand", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags",
+    "checkpoint_minutes", "data_dir", "run_dir", "teacher_path",
+)  # fmt: skip
+"""Settings that may change between a run and its resumption: they move no bit of the result."""
+LEFTOVER = re.compile(r"\.[a-z]+(-\d+)?\.(pt|jsonl?)(\.\d+)?\.tmp")
+"""Names of files that a killed process was about to write."""
+PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "pyautoattack")
+
+
+def lock(folder: Path) -> int:
+    """Create the folder if need be and lock it for the life of this process; the lock's file descriptor.
+
+    Raises:
+        UserError: the folder cannot be written, or another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{folder} is in use by another process; wait for it, or give another --run_name") from error
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --run_dir") from error
+    return descriptor
+
+
+def admit(folder: Path, script: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The config.json of the run to be resumed in a locked folder, or a new run's id alone.
+
+    Raises:
+        UserError: the folder holds something else, a finished run, or one with other settings.
+    """
+    entries = {entry.name for entry in folder.iterdir()} - {".lock"}
+    foreign = sorted(name for name in entries if not LEFTOVER.fullmatch(name))
+    if "config.json" not in entries:
+        if foreign:
+            raise UserError(f"{folder} is not a run folder (it holds {foreign[0]}); give another --run_name")
+        return {"id": uuid.uuid4().hex[:12]}
+    config = checkpoint.read_json(folder / "config.json")
+    strings = all(isinstance(config.get(name), str) for name in ("id", "script", "command", "device"))
+    if config.get("format") != FORMAT or not strings or not isinstance(config.get("settings"), dict):
+        raise UserError(f"{folder}/config.json is not one that this version wrote; give another --run_name")
+    differing = _differing(config, {"script": script, **vars(args)})
+    if differing and foreign == ["config.json"]:
+        return {"id": uuid.uuid4().hex[:12]}  # it never came to a checkpoint: there is nothing to lose
+    if differing:
+        raise UserError(
+            f"{folder} holds a run with other settings ({'; '.join(differing[:4])}); give its settings to resume it, "
+            "or another --run_name for a new run"
+        )
+    if "result.json" in entries:
+        raise UserError(
+            f"{folder} holds a finished run; see its result.json, evaluate it again with evaluate.py, or train another "
+            "with another --run_name or --seed"
+        )
+    for path in (*folder.glob(".*"), *folder.glob("autoattack/.*")):
+        if LEFTOVER.fullmatch(path.name):
+            path.unlink()
+    return config
+
+
+def _differing(config: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    there = {"script": config["script"], **config["settings"]}
+    names = [name for name in {**there, **here} if name not in FREE_SETTINGS]
+    return [
+        f"{name[:40]} {_show(name, there)} there, {_show(name, here)} now"
+        for name in names
+        if (name in there) != (name in here) or not _same(name, there[name], here[name])
+    ]
+
+
+def _show(name: str, settings: dict[str, Any]) -> str:
+    return f"{settings[name]!r:.80}" if name in settings else "absent"
+
+
+def _same(name: str, there: Any, here: Any) -> bool:
+    if name == "device":  # cuda:0 and cuda:1 are one kind of machine
+        return str(there).partition(":")[0] == str(here).partition(":")[0]
+    return there == here
+
+
+def provenance(script: Path) -> dict[str, Any]:
+    """Command, versions and commit, for config.json."""
+    versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+    command = shlex.join(["python", *sys.argv])
+    return {"command": command, "versions": versions, "commit": _commit(script.resolve().parent)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of the code, marked where the tree has changes on top; None outside a git checkout."""
+    git = shutil.which("git")
+    if not git:
+        return None
+    answer = subprocess.run(
+        [git, "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return answer.stdout.strip() or None

@@ -1,0 +1,476 @@
+"""Flags: the frozen set of every script, its defaults, the papers' preset, and one line for each value not allowed."""
+
+import importlib
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+import attacks
+from experiment import RunStopped, UserError, cli, optim
+
+ROOT = Path(__file__).parent.parent
+BASELINES = ("ard", "rslad", "adaad")
+METHODS = tuple(f"{method}{added}" for method in BASELINES for added in ("", "_IGDM"))
+SCRIPTS = (*(f"{method}_cifar100" for method in METHODS), "train_teacher")
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def parse(script, *argv):
+    """The flags of a script, on the CPU unless told otherwise: defaults must not hang on this machine's devices."""
+    script = script if script in SCRIPTS else f"{script}_cifar100"
+    module = importlib.import_module(script)
+    device = () if "--device" in argv else ("--device", "cpu")
+    return cli.parse_args(module.__file__, module.RECIPE, [*device, *argv])
+
+
+def refused(capsys, script, *argv):
+    """The one line on stderr with which a script refuses its arguments."""
+    with pytest.raises(SystemExit) as caught:
+        parse(script, *argv)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    return err
+
+
+# The frozen set
+
+RUN = {
+    "dataset", "data_dir", "eval_after", "aa_examples", "aa_batch", "seed", "device", "precision", "compile",
+    "deterministic", "checkpoint_minutes", "run_dir", "run_name", "nowand", "wandb_project", "wandb_entity",
+    "wandb_name", "wandb_tags",
+}  # fmt: skip
+OPTIMISATION = {"student", "epochs", "batch", "lr", "momentum", "wd", "lr_milestones"}
+BUDGET = {"epsilon", "step_size", "steps"}
+DISTILLATION = {"preset", "teacher", "teacher_path", "attack"}
+IGDM = {"alpha", "beta", "gamma", "ramp_epochs"}
+OWN = {"ard": {"target", "ce_weight"}, "rslad": {"target", "clean_weight", "loss_scale"}, "adaad": set()}
+
+FLAGS = {"train_teacher": RUN | OPTIMISATION | BUDGET | {"objective", "trades_weight"}}
+for _method in BASELINES:
+    FLAGS[f"{_method}_cifar100"] = RUN | OPTIMISATION | BUDGET | DISTILLATION | OWN[_method]
+    FLAGS[f"{_method}_IGDM_cifar100"] = FLAGS[f"{_method}_cifar100"] | IGDM
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_flag_set_is_frozen(script, capsys):
+    """A flag that a script does not use does not exist in it; one attribute per flag."""
+    assert set(vars(parse(script))) == FLAGS[script]
+    with pytest.raises(SystemExit) as caught:
+        parse(script, "--help")
+    assert caught.value.code == 0
+    printed = re.findall(r"^ +(?:-h, )?--(\w+)(?: [A-Z_\d]+, --(\w+))?", capsys.readouterr().out, flags=re.MULTILINE)
+    expected = FLAGS[script] | {"help"} | ({"model"} if script == "train_teacher" else set())
+    assert {name for names in printed for name in names if name} == expected
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        ("ard", "--alpha"),
+        ("rslad", "--beta"),
+        ("adaad", "--ramp_epochs"),
+        ("adaad_IGDM", "--target"),
+        ("adaad", "--ce_weight"),
+        ("ard_IGDM", "--clean_weight"),
+        ("rslad_IGDM", "--ce_weight"),
+        ("train_teacher", "--teacher"),
+        ("train_teacher", "--preset"),
+        ("train_teacher", "--attack"),
+    ],
+)
+def test_a_flag_that_a_script_does_not_use_is_refused(script, flag, capsys):
+    assert f"unrecognized arguments: {flag} 1" in refused(capsys, script, flag, "1")
+
+
+@pytest.mark.parametrize(
+    "argv", [("--epoch", "3"), ("--epo=3",), ("--wandb_tag", "a"), ("--teach", "BDM"), ("--no", "1"), ("--ALPHA", "3")]
+)
+def test_no_abbreviations(argv, capsys):
+    assert f"unrecognized arguments: {' '.join(argv)}" in refused(capsys, "adaad_IGDM", *argv)
+
+
+# Defaults
+
+COMMON = {
+    "student": "RES-18",
+    "batch": 128,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "wd": 5e-4,
+    "epsilon": 8 / 255,
+    "step_size": 2 / 255,
+    "steps": 10,
+    "dataset": "cifar100",
+    "data_dir": "data",
+    "eval_after": 90,
+    "aa_examples": 10_000,
+    "aa_batch": 250,
+    "seed": 0,
+    "device": "cpu",
+    "precision": "fp32",
+    "compile": 0,
+    "deterministic": 0,
+    "checkpoint_minutes": 10.0,
+    "run_dir": "runs",
+    "nowand": 1,
+    "wandb_project": "robust-distillation",
+    "wandb_entity": None,
+    "wandb_name": None,
+    "wandb_tags": [],
+}
+LONG = {"epochs": 200, "lr_milestones": [100, 150]}
+TAUGHT = {"preset": "default", "teacher": "BDM", "teacher_path": None}
+DEFAULTS = {
+    "ard": {"attack": "pgd", "target": "adversarial", "ce_weight": 0.0},
+    "rslad": {"attack": "rslad", "target": "adversarial", "clean_weight": 0.0, "loss_scale": 1.0},
+    "adaad": {"attack": "adaad"},
+}
+IGDM_DEFAULTS = {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200}
+
+
+@every_method
+def test_defaults_are_the_documented_recipe(method):
+    expected = COMMON | LONG | TAUGHT | DEFAULTS[method.removesuffix("_IGDM")]
+    expected["run_name"] = f"{method}_cifar100_BDM_RES-18_seed0"
+    if method.endswith("_IGDM"):
+        expected |= IGDM_DEFAULTS
+    assert vars(parse(method)) == expected
+    assert vars(parse(method, "--preset", "default")) == expected
+
+
+def test_defaults_of_train_teacher():
+    own = {"student": "WRN-28-10", "epochs": 100, "lr_milestones": [50, 75], "objective": "TRADES"}
+    own |= {"trades_weight": 6.0, "run_name": "train_teacher_cifar100_WRN-28-10_seed0"}
+    assert vars(parse("train_teacher")) == COMMON | own
+
+
+def test_model_is_another_name_of_train_teachers_student():
+    assert parse("train_teacher", "--model", "RES-20").student == "RES-20"
+    assert parse("train_teacher", "--student", "RES-20").student == "RES-20"
+
+
+def test_the_readmes_command():
+    argv = ["--epochs", "200", "--teacher", "BDM", "--alpha", "20", "--beta", "1", "--gamma", "1", "--nowand", "1"]
+    assert vars(parse("adaad_IGDM", *argv)) == vars(parse("adaad_IGDM"))
+
+
+def test_device_and_precision_follow_the_machine(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = parse("adaad", "--device", "auto")
+    assert (args.device, args.precision) == ("cpu", "fp32")
+    assert parse("adaad", "--precision", "bf16").precision == "bf16"
+    for device in ("cuda", "cuda:0"):
+        assert f"{device!r} is not allowed; torch sees no CUDA device here" in refused(
+            capsys, "adaad", "--device", device
+        )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    args = parse("adaad", "--device", "auto")
+    assert (args.device, args.precision) == ("cuda", "tf32")
+    assert parse("adaad", "--device", "cuda:1", "--precision", "fp32").precision == "fp32"
+    assert "'cuda:2' is not allowed; torch sees 2 CUDA device(s)" in refused(capsys, "adaad", "--device", "cuda:2")
+
+
+# The papers' preset
+
+ALPHA = {
+    "ard": {"RES-18": {"BDM": 100, "LTD": 50, "DEC": 100}, "MN-V2": {"BDM": 70, "LTD": 70, "DEC": 70}},
+    "rslad": {"RES-18": {"BDM": 10, "LTD": 3, "DEC": 10}, "MN-V2": {"BDM": 4, "LTD": 3, "DEC": 10}},
+    "adaad": {"RES-18": {"BDM": 70, "LTD": 15, "DEC": 50}, "MN-V2": {"BDM": 50, "LTD": 20, "DEC": 40}},
+}
+PAPER = {
+    "ard": {"target": "clean", "ce_weight": 0.0},
+    "rslad": {
+        "target": "clean",
+        "clean_weight": 1 / 6,
+        "loss_scale": 0.1,
+        "epochs": 300,
+        "lr_milestones": [215, 260, 285],
+    },
+    "adaad": {},
+}
+
+
+def changed(method, *argv):
+    """What --preset paper changes."""
+    before, after = vars(parse(method, *argv)), vars(parse(method, *argv, "--preset", "paper"))
+    return {name: value for name, value in after.items() if value != before[name]}
+
+
+@pytest.mark.parametrize("student", ["RES-18", "MN-V2"])
+@pytest.mark.parametrize("teacher", ["BDM", "LTD", "DEC"])
+@pytest.mark.parametrize("method", BASELINES)
+def test_the_papers_preset(method, teacher, student):
+    networks = ("--teacher", teacher, "--student", student)
+    paper = vars(parse(method, *networks, "--preset", "paper"))
+    default = vars(parse(method, *networks))
+    assert paper == default | PAPER[method] | {"preset": "paper"}
+    twin = vars(parse(f"{method}_IGDM", *networks, "--preset", "paper"))
+    own = {"alpha": ALPHA[method][student][teacher], "beta": 1.0, "gamma": 1.0, "ramp_epochs": paper["epochs"]}
+    assert twin == paper | own | {"run_name": twin["run_name"]}
+
+
+@every_method
+def test_the_command_line_beats_the_preset(method):
+    """Also with a value that happens to be the default, and before or after --preset."""
+    given = {"epochs": "150", "lr_milestones": "70"}
+    if "target" in FLAGS[f"{method}_cifar100"]:
+        given |= {"target": "adversarial"}
+    if method.startswith("rslad"):
+        given |= {"clean_weight": "0", "loss_scale": "1"}
+    if method.endswith("_IGDM"):
+        given |= {"alpha": "20", "ramp_epochs": "200"}
+    argv = [part for name, value in given.items() for part in (f"--{name}", value)]
+    assert changed(method, *argv) == {"preset": "paper"}
+    assert vars(parse(method, "--preset", "paper", *argv)) == vars(parse(method, *argv, "--preset", "paper"))
+
+
+def test_the_papers_ramp_is_over_all_epochs_of_this_run():
+    assert parse("rslad_IGDM", "--preset", "paper").ramp_epochs == 300
+    assert parse("adaad_IGDM", "--preset", "paper", "--epochs", "30").ramp_epochs == 30
+    assert parse("adaad_IGDM", "--epochs", "30").ramp_epochs == 200
+
+
+@pytest.mark.parametrize(
+    "networks", [("--teacher", "runs/teacher"), ("--student", "RES-8"), ("--teacher", "Wang2023Better_WRN-28-10")]
+)
+def test_an_alpha_that_no_paper_has_must_be_given(networks, capsys):
+    line = refused(capsys, "adaad_IGDM", *networks, "--preset", "paper")
+    assert networks[1] in line
+    assert "the paper has it for BDM, LTD, DEC and RES-18, MN-V2 only: give --alpha" in line
+    assert parse("adaad_IGDM", *networks, "--preset", "paper", "--alpha", "5").alpha == 5
+    assert parse("adaad", *networks, "--preset", "paper").preset == "paper"
+
+
+@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize(
+    "argv",
+    [(), ("--preset", "paper"), ("--epochs", "7"), ("--dataset", "digits", "--epsilon", "0.15", "--student", "MN-V2")],
+)
+def test_twins_share_every_setting_that_is_not_igdms(method, argv):
+    baseline, twin = vars(parse(method, *argv)), vars(parse(f"{method}_IGDM", *argv))
+    assert twin.keys() - baseline.keys() == IGDM
+    assert twin.pop("run_name") == baseline.pop("run_name").replace(method, f"{method}_IGDM", 1)
+    assert {name: value for name, value in twin.items() if name not in IGDM} == baseline
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8/255", 8 / 255), ("0.03", 0.03), ("0", 0), ("1", 1), ("1/1", 1), ("3e-2", 0.03), (".5", 0.5)]
+)
+def test_fractions(text, value):
+    assert parse("adaad", "--epsilon", text).epsilon == value
+    assert parse("adaad", "--step_size", text).step_size == value
+
+
+@pytest.mark.parametrize(
+    ("epochs", "milestones"), [(200, [100, 150]), (1, [1, 1]), (2, [1, 2]), (3, [2, 3]), (10, [5, 8]), (99, [50, 75])]
+)
+def test_milestones_are_half_and_three_quarters_rounded_up(epochs, milestones):
+    assert parse("ard", "--epochs", str(epochs)).lr_milestones == milestones
+
+
+def test_milestones_given():
+    assert parse("ard", "--lr_milestones", "3", "5", "9").lr_milestones == [3, 5, 9]
+    assert parse("ard", "--lr_milestones").lr_milestones == []
+    assert parse("rslad", "--preset", "paper", "--lr_milestones").lr_milestones == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "rates"),
+    [
+        ((), {1: 0.1, 100: 0.1, 101: 0.01, 150: 0.01, 151: 0.001, 200: 0.001}),
+        (("--lr", "1/4", "--epochs", "4"), {1: 0.25, 2: 0.25, 3: 0.025, 4: 0.0025}),
+        (("--preset", "paper"), {215: 0.1, 216: 0.01, 260: 0.01, 261: 1e-3, 285: 1e-3, 286: 1e-4, 300: 1e-4}),
+        (("--lr_milestones",), {1: 0.1, 200: 0.1}),
+    ],
+)
+def test_the_rate_falls_after_each_milestone(argv, rates):
+    args = parse("rslad", *argv)
+    optimizer = optim.sgd(torch.nn.Linear(2, 2), args)
+    for epoch, rate in rates.items():
+        optim.set_lr(optimizer, args, epoch)
+        assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(rate, rel=1e-12)]
+
+
+def test_the_optimizer_is_plain_sgd_on_every_parameter():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.BatchNorm2d(2))
+    optimizer = optim.sgd(model, Namespace(lr=0.2, momentum=0.8, wd=1e-3))
+    (group,) = optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.2, 0.8, 1e-3)
+    assert (group["nesterov"], group["dampening"], group["maximize"]) == (False, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"), [((), 1), (("--nowand",), 1), (("--nowand", "1"), 1), (("--nowand", "0"), 0)]
+)
+def test_nowand_alone_means_1(argv, value):
+    assert parse("adaad_IGDM", *argv).nowand == value
+    assert parse("adaad_IGDM", *argv, "--seed", "3").nowand == value
+
+
+def test_wandb_flags():
+    argv = "--wandb_tags a b --wandb_project p --wandb_entity e --wandb_name n"
+    args = parse("ard", *argv.split())
+    assert (args.wandb_tags, args.wandb_project, args.wandb_entity, args.wandb_name) == (["a", "b"], "p", "e", "n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ((), "ard_IGDM_cifar100_BDM_RES-18_seed0"),
+        (("--seed", "3", "--dataset", "digits"), "ard_IGDM_digits_BDM_RES-18_seed3"),
+        (("--teacher", "runs/demo/teacher/"), "ard_IGDM_cifar100_teacher_RES-18_seed0"),
+        (("--teacher", "/a/b/best.pt"), "ard_IGDM_cifar100_best_RES-18_seed0"),
+        (("--dataset", "some/where/sample.npz"), "ard_IGDM_sample_BDM_RES-18_seed0"),
+        (("--dataset", "sample.npz"), "ard_IGDM_sample_BDM_RES-18_seed0"),
+        (("--run_name", "first try"), "first try"),
+    ],
+)
+def test_run_name(argv, name):
+    assert parse("ard_IGDM", *argv).run_name == name
+
+
+WHOLE = ("0", "-1", "1.5", "1e3", "ten", "", "2147483648", "99999999999", "1_000", "٣")
+NOT_NEGATIVE = tuple(text for text in WHOLE if text != "0")
+FRACTION = ("8/0", "-1/255", "1.5", "256/255", "nan", "inf", "a", "", "8/255/2", "1/nan", "8:255", "/255")
+FRACTION += ("1/", "1_0/255", "٨/255")  # float() alone would take the last two
+RATE = ("0", "-0.1", "nan", "inf", "1e999", "fast", "")
+WEIGHT = ("-1", "nan", "inf", "-inf", "much")
+BAD = [
+    ("adaad", "epochs", WHOLE, "a whole number from 1"),
+    ("adaad", "batch", WHOLE, "a whole number from 1"),
+    ("adaad", "steps", WHOLE, "a whole number from 1"),
+    ("adaad", "aa_batch", WHOLE, "a whole number from 1"),
+    ("adaad_IGDM", "ramp_epochs", WHOLE, "a whole number from 1"),
+    ("adaad", "lr_milestones", WHOLE, "a whole number from 1"),
+    ("adaad", "seed", NOT_NEGATIVE, "a whole number from 0"),
+    ("adaad", "aa_examples", NOT_NEGATIVE, "a whole number from 0"),
+    ("adaad", "eval_after", NOT_NEGATIVE, "a whole number from 0"),
+    ("adaad", "epsilon", FRACTION, "a number from 0 up to 1, or a fraction such as 8/255"),
+    ("adaad", "step_size", FRACTION, "a number from 0 up to 1, or a fraction such as 8/255"),
+    ("adaad", "lr", RATE, "a number above 0"),
+    ("adaad", "checkpoint_minutes", RATE, "a number above 0"),
+    ("rslad", "loss_scale", RATE, "a number above 0"),
+    ("adaad", "wd", WEIGHT, "a number from 0"),
+    ("ard", "ce_weight", WEIGHT, "a number from 0"),
+    ("adaad_IGDM", "alpha", WEIGHT, "a number from 0"),
+    ("adaad_IGDM", "beta", WEIGHT, "a number from 0"),
+    ("adaad_IGDM", "gamma", WEIGHT, "a number from 0"),
+    ("train_teacher", "trades_weight", WEIGHT, "a number from 0"),
+    ("adaad", "momentum", ("1.1", "-0.1", "nan"), "a number from 0 up to 1"),
+    ("rslad", "clean_weight", ("7/6", "-0.1", "nan"), "a number from 0 up to 1"),
+    ("adaad", "nowand", ("2", "-1", "yes", "true", ""), r"0(,| or) 1"),
+    ("adaad", "compile", ("2", "yes", ""), r"0(,| or) 1"),
+    ("adaad", "deterministic", ("2", "yes", ""), r"0(,| or) 1"),
+    ("adaad", "attack", ("PGD", "fgsm", ""), "'?pgd'?, '?rslad'?, '?adaad'?, '?igdm'?"),
+    ("rslad", "target", ("x", "Clean"), "'?adversarial'?, '?clean'?"),
+    ("adaad", "preset", ("papers", ""), "'?default'?, '?paper'?"),
+    ("adaad", "precision", ("fp16", "FP32"), "'?fp32'?, '?tf32'?, '?bf16'?"),
+    ("adaad", "precision", ("tf32",), "'tf32' is not allowed on the CPU; fp32 or bf16"),
+    ("train_teacher", "objective", ("trades", "FGSM"), "'?TRADES'?, '?PGD-AT'?"),
+    ("adaad", "student", ("RES-19", "WRN-27-10", "res-18", ""), "choose from RES-18, RES-20, RES-8, MN-V2 or WRN-d-w"),
+    ("train_teacher", "model", ("RES-19", ""), "choose from RES-18, RES-20, RES-8, MN-V2 or WRN-d-w"),
+    ("adaad", "device", ("gpu", "cuda0", "cuda:x", "cuda:", "cpu:0", "mps", ""), "auto, cpu, cuda or cuda:N"),
+    ("adaad", "run_name", ("a/b", "..", ".", "", "a\\b", "a\nb", "-x"), "a plain folder name without slashes"),
+]
+
+
+@pytest.mark.parametrize(("script", "flag", "values", "allowed"), BAD, ids=[f"{case[1]}-{case[3]}" for case in BAD])
+def test_a_bad_value_is_refused_in_a_line_that_names_it_and_the_allowed(script, flag, values, allowed, capsys):
+    for value in values:
+        line = refused(capsys, script, f"--{flag}={value}")
+        assert f"--{flag}" in line
+        assert repr(value) in line or f" {value} " in line, value
+        assert re.search(allowed, line), line
+
+
+def test_milestones_must_rise(capsys):
+    for given in (["5", "3"], ["5", "5"]):
+        line = refused(capsys, "adaad", "--lr_milestones", *given)
+        assert f"[{', '.join(given)}] is not allowed; epochs in rising order" in line
+
+
+@pytest.mark.parametrize("flag", ["--epochs", "--teacher", "--run_name", "--alpha"])
+def test_a_flag_without_its_value(flag, capsys):
+    assert f"{flag}: expected one argument" in refused(capsys, "adaad_IGDM", flag)
+
+
+def test_a_stray_word(capsys):
+    assert "unrecognized arguments: cifar100" in refused(capsys, "adaad", "cifar100")
+
+
+def test_the_attack_choices_are_those_of_perturb(capsys):
+    for attack in attacks.INNER_MAXIMISATIONS:
+        assert parse("ard", "--attack", attack).attack == attack
+    assert cli.METHOD_FLAGS["attack"]["choices"] == attacks.INNER_MAXIMISATIONS
+
+
+# The frame of every script
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("no such\n  file"), 2, "error: no such file\n"),
+        (RunStopped("stopped after epoch 3", RunStopped.INTERRUPTED), 75, "stopped after epoch 3\n"),
+        (RunStopped("loss is nan", RunStopped.DIVERGED), 3, "loss is nan\n"),
+    ],
+)
+def test_guard_turns_a_mistake_into_one_line(error, status, line, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        cli.guard(main)
+    assert caught.value.code == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_guard_hides_no_bug():
+    def main():
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        cli.guard(main)
+    cli.guard(lambda: None)
+
+
+HEAVY = ("robustbench", "torchvision", "wandb", "matplotlib", "sklearn", "torchattacks", "pandas", "pyautoattack")
+
+
+def test_importing_a_script_imports_nothing_heavy():
+    """--help must answer at once, and a run must not need a package that it does not use."""
+    code = f"""
+import importlib, sys
+for script in {(*SCRIPTS, "evaluate", "compare")!r}:
+    importlib.import_module(script)
+    print(script, *[name for name in {(*HEAVY, "autoattack")!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout.split("\n")[:-1] == [*SCRIPTS, "evaluate", "compare"]
+
+
+def test_a_script_by_its_command_line():
+    done = subprocess.run(
+        [sys.executable, "rslad_IGDM_cifar100.py", "--epochs", "0"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "error: argument --epochs: '0' is not allowed; a whole number from 1 (see rslad_IGDM_cifar100.py --help)\n"
+    )

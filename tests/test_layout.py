@@ -1,0 +1,214 @@
+"""The layout that DESIGN promises, read from the sources: import directions, the scripts' skeleton, forbidden words."""
+
+import ast
+import itertools
+import re
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BASELINES = ("ard", "rslad", "adaad")
+METHODS = tuple(f"{method}{added}_cifar100" for method in BASELINES for added in ("", "_IGDM"))
+SCRIPTS = (*METHODS, "train_teacher", "evaluate", "compare")
+LIBRARIES = ("attacks", "rslad_loss")
+PACKAGES = ("cifar100_models", "experiment")
+HEAVY = {
+    *("robustbench", "torchvision", "autoattack", "pyautoattack", "torchattacks"),
+    *("wandb", "matplotlib", "sklearn", "pandas"),
+}
+
+# What of the project, beyond its own package, each part may import. Whatever is not named here imports none.
+ALLOWED = {
+    "experiment/evaluation.py": {"attacks"},
+    "experiment/engine.py": {"attacks"},  # every rank draws its rows of a start
+    "experiment/run.py": {"attacks"},  # a network that has diverged is probed with frozen parameters
+    "experiment/accelerate.py": {"attacks"},  # frozen()
+    "experiment/teachers.py": {"cifar100_models"},
+    "experiment/checkpoint.py": {"cifar100_models"},  # load_student builds the network that a file names
+    "experiment/cli.py": {"cifar100_models"},  # --student is checked before anything is built
+}
+
+
+def parts():
+    """Every source file of the product: (path from the root, syntax tree)."""
+    files = [ROOT / f"{name}.py" for name in (*SCRIPTS, *LIBRARIES)]
+    files += [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in files}
+
+
+PARTS = parts()
+every_part = pytest.mark.parametrize("part", PARTS)
+
+
+def imports(tree):
+    """Top-level names of all modules imported anywhere in a file, functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield node.module.partition(".")[0]
+
+
+def strangers(part):
+    """What a file imports from beyond the standard library and its own package."""
+    return set(imports(PARTS[part])) - set(sys.stdlib_module_names) - {part.partition("/")[0]}
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part.startswith((*LIBRARIES, "cifar100_models/"))])
+def test_attacks_losses_and_networks_need_torch_only(part):
+    assert strangers(part) <= {"torch"}
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part.startswith("experiment/")])
+def test_experiment_knows_no_method(part):
+    ours = strangers(part) & {*SCRIPTS, *LIBRARIES, *PACKAGES, "tests", "benchmarks"}
+    assert ours <= ALLOWED.get(part, set())
+
+
+@every_part
+def test_nobody_imports_a_script(part):
+    assert set(imports(PARTS[part])) & ({*SCRIPTS} - {part.removesuffix(".py")}) == set()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_import_the_projects_parts(script):
+    assert strangers(f"{script}.py") <= {"torch", *LIBRARIES, *PACKAGES}
+
+
+@every_part
+def test_heavy_packages_are_imported_inside_functions(part):
+    """So that --help is quick, and that a run needs only the packages it uses."""
+    top = ast.Module([node for node in PARTS[part].body if not isinstance(node, ast.FunctionDef | ast.ClassDef)], [])
+    assert set(imports(top)) & HEAVY == set()
+
+
+# The skeleton of the six scripts
+
+
+def skeleton(script):
+    """A script without what is the method's own: docstring, RECIPE, training_loss."""
+    docstring, *body = PARTS[f"{script}.py"].body
+    assert isinstance(docstring.value.value, str)
+
+    def name(node):
+        return node.targets[0].id if isinstance(node, ast.Assign) else getattr(node, "name", None)
+
+    assert [name(node) for node in body if name(node)] == ["RECIPE", "training_loss", "main"]
+    rest = [node for node in body if name(node) not in ("RECIPE", "training_loss")]
+    return [ast.unparse(node) for node in rest]
+
+
+@pytest.mark.parametrize("script", METHODS[1:])
+def test_all_six_have_one_skeleton(script):
+    assert skeleton(script) == skeleton(METHODS[0])
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_all_six_have_one_signature_and_return_terms(script):
+    (function,) = [node for node in PARTS[f"{script}.py"].body if getattr(node, "name", "") == "training_loss"]
+    assert ast.unparse(function.args) == "student, teacher, x, y, epoch, args"
+    assert ast.unparse(function.body[-1]) == "return terms"
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_an_igdm_script_only_adds_lines(method):
+    """Its baseline is what is left when lines are taken away, so that diff shows additions only."""
+    baseline = (ROOT / f"{method}_cifar100.py").read_text().splitlines()
+    twin = (ROOT / f"{method}_IGDM_cifar100.py").read_text().splitlines()
+    remaining = iter(twin)
+    assert [line for line in baseline if line not in remaining] == []
+    assert len(twin) - len(baseline) <= 20
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_the_addition_is_the_papers(method):
+    """The same lines are added to each of the three, but for the table of alpha and its source."""
+
+    def added(name):
+        baseline = iter((ROOT / f"{name}_cifar100.py").read_text().splitlines())
+        expected, lines = next(baseline), []
+        for line in (ROOT / f"{name}_IGDM_cifar100.py").read_text().splitlines():
+            if line == expected:
+                expected = next(baseline, None)
+            else:
+                lines.append(line)
+        return [line for line in lines if '"alpha": {' not in line and "appendix" not in line]
+
+    assert added(method) == added(BASELINES[0])
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_a_script_is_60_to_90_lines(script):
+    assert 60 <= len((ROOT / f"{script}.py").read_text().splitlines()) <= 90
+
+
+# Words
+
+
+def words(part):
+    """Every line of a file; in cli.py without the strings that the table of flags gives to --attack."""
+    text = (ROOT / part).read_text()
+    if part == "experiment/cli.py":
+        text, count = re.subn(r'\n    "attack": \{.*?\n    \},', "", text, flags=re.DOTALL)
+        assert count == 1
+    return text
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part.startswith("experiment/")])
+def test_nothing_in_experiment_names_a_base_method(part):
+    found = [line for line in words(part).splitlines() if re.search(r"\b(ard|rslad|adaad)\b", line, re.IGNORECASE)]
+    assert found == []
+
+
+@every_part
+def test_no_device_of_its_own_and_nothing_left_to_do(part):
+    text = (ROOT / part).read_text()
+    for word in (r"\.cuda\(", r"\bDataParallel\(", r"\bTODO\b", r"\bFIXME\b", r"\bXXX\b"):
+        assert re.findall(word, text) == []
+
+
+@every_part
+def test_no_bare_except(part):
+    handlers = [node for node in ast.walk(PARTS[part]) if isinstance(node, ast.ExceptHandler)]
+    assert [node.lineno for node in handlers if node.type is None] == []
+
+
+@every_part
+def test_no_code_is_commented_out(part):
+    """A comment says why; one that parses as a statement with a call or an assignment is code put aside."""
+    with (ROOT / part).open() as file:
+        comments = [token.string for token in tokenize.generate_tokens(file.readline) if token.type == tokenize.COMMENT]
+    found = []
+    for comment in comments:
+        try:
+            body = ast.parse(comment.lstrip("# ")).body
+        except SyntaxError:
+            continue
+        if body and isinstance(body[0], ast.Assign | ast.AugAssign | ast.Return | ast.Import | ast.ImportFrom):
+            found.append(comment)
+    assert found == []
+
+
+@every_part
+def test_public_functions_say_what_they_do(part):
+    public = [
+        node
+        for node in itertools.chain([PARTS[part]], PARTS[part].body)
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+    ]
+    assert [
+        getattr(node, "name", part)
+        for node in public
+        if ast.get_docstring(node) is None and not getattr(node, "name", "").startswith("_")
+    ] == []
+
+
+def test_no_folder_hides_a_package():
+    """A local autoattack/ shadows the package; a tests package would hide behind the one robustbench installs."""
+    present = {path.name for path in ROOT.iterdir()}
+    assert present & {"autoattack", "robustbench", "torchattacks", "wandb.py", "torch"} == set()
+    assert not (ROOT / "tests" / "__init__.py").exists()

@@ -1,0 +1,143 @@
+"""The run folder: stopping, resuming, refusing. Real runs of seconds, in forks (see fault_run.py)."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from fault_run import POINTS, ROOT, SCRIPTS, SMALL, result_of, stopped_run
+
+from experiment import checkpoint
+from experiment.run import _fault
+
+
+def command(name, *flags):
+    return [sys.executable, ROOT / f"{SCRIPTS[0]}.py", *SMALL, "--run_name", name, *flags]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_same_seed_same_bits(small, script):
+    small.server.run(script, [*SMALL, "--run_name", f"again_{script}"], small.home).expect(0)
+    assert result_of(small.home / "runs" / f"again_{script}") == small.expected[script]
+
+
+def test_another_seed_is_another_run(small):
+    flags = [*SMALL, "--seed", "1", "--aa_examples", "0", "--run_name", "seed1"]
+    small.server.run(SCRIPTS[0], flags, small.home).expect(0)
+    assert result_of(small.home / "runs" / "seed1")["rows"] != small.expected[SCRIPTS[0]]["rows"]
+
+
+@pytest.mark.parametrize("place", ["while last.pt is written", "inside PGD-20", "while an AutoAttack chunk is written"])
+def test_killed_run_goes_on(small, place):
+    point, low, high = POINTS[place]
+    fault = (point, random.Random(place).randint(low, high), "kill")
+    flags = [*SMALL, "--run_name", place]
+    small.server.run(SCRIPTS[1], flags, small.home, faults=[fault]).expect(-signal.SIGKILL)
+    small.server.run(SCRIPTS[1], flags, small.home).expect(0)
+    assert result_of(small.home / "runs" / place) == small.expected[SCRIPTS[1]]
+    assert not list((small.home / "runs" / place).rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_stops(small, number):
+    """As a scheduler or a person stops a process; a checkpoint a day: what is saved is saved for the signal."""
+    name = f"signal_{number}"
+    process = subprocess.Popen(
+        command(name, "--epochs", "200", "--checkpoint_minutes", "1440"),
+        cwd=small.home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1/200"):
+            break
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert error.count("\n") == 1
+    assert f"stopped by {number.name} after epoch" in error
+    saved = checkpoint.load(small.home / "runs" / name / "last.pt")
+    assert f"after epoch {saved['epoch']}, step {saved['step']};" in error
+
+
+def test_signal_before_the_first_step(small):
+    outcome = small.server.run(
+        SCRIPTS[0], [*SMALL, "--run_name", "soon"], small.home, faults=[("start of run", 1, "SIGTERM")]
+    )
+    outcome.expect(75, "begins anew: nothing was saved yet")
+
+
+def test_finished_run_is_refused(small):
+    folder = small.home / "runs" / f"{SCRIPTS[0]}_whole"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    small.server.run(SCRIPTS[0], [*SMALL, "--run_name", folder.name], small.home).expect(2, "holds a finished run")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_other_settings_are_refused_and_free_ones_are_not(small):
+    folder = stopped_run(small.server, small.home, "other")
+    flags = [*SMALL, "--run_name", "other"]
+    outcome = small.server.run(SCRIPTS[0], [*flags, "--lr", "0.2", "--seed", "3"], small.home)
+    outcome.expect(2, "other settings .*lr 0.1 there, 0.2 now; seed 0 there, 3 now")
+    outcome = small.server.run(SCRIPTS[1], flags, small.home)
+    outcome.expect(2, "script 'adaad_cifar100.py' there, 'adaad_IGDM_cifar100.py' now")
+    free = ["--checkpoint_minutes", "5", "--wandb_tags", "x", "--data_dir", "elsewhere"]
+    small.server.run(SCRIPTS[0], [*flags, *free], small.home).expect(0)
+    assert result_of(folder) == small.expected[SCRIPTS[0]]
+
+
+def test_run_that_never_saved_anything_is_no_obstacle(small):
+    flags = [*SMALL, "--run_name", "typo"]
+    small.server.run(SCRIPTS[0], [*flags, "--lr", "0.9"], small.home, faults=[("step", 1, "kill")])
+    small.server.run(SCRIPTS[0], flags, small.home, faults=[("start", 1, "")]).expect(2, "admitted")
+    assert json.loads((small.home / "runs" / "typo" / "config.json").read_text())["settings"]["lr"] == 0.1
+
+
+def test_folder_of_something_else_is_refused_untouched(small):
+    folder = small.home / "runs" / "thesis"
+    folder.mkdir()
+    (folder / ".notes.tmp").write_text("mine")
+    (folder / ".last.pt.7.tmp").write_text("also mine")
+    (folder / "chapter.tex").write_text("")
+    outcome = small.server.run(SCRIPTS[0], [*SMALL, "--run_name", "thesis"], small.home)
+    outcome.expect(2, "is not a run folder .it holds .notes.tmp.")
+    assert len(list(folder.iterdir())) == 4  # and .lock
+    shutil.rmtree(folder)
+
+
+def test_resumed_run_names_what_changed(small):
+    folder = stopped_run(small.server, small.home, "moved")
+    config = json.loads((folder / "config.json").read_text())
+    config["versions"]["torch"] = "1.0"
+    (folder / "config.json").write_text(json.dumps(config))
+    outcome = small.server.run(SCRIPTS[0], [*SMALL, "--run_name", "moved"], small.home, faults=[("start", 1, "")])
+    assert "warning: versions changed since the run began" in outcome.out
+
+
+def test_rows_and_seconds(small):
+    folder = small.home / "runs" / f"{SCRIPTS[1]}_whole"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert "clean" not in rows[0]  # --eval_after 90
+    assert rows[1]["loss"] == pytest.approx(rows[1]["loss_adaad"] + rows[1]["loss_igdm"])
+    result = json.loads((folder / "result.json").read_text())
+    assert result["seconds"]["train"] == pytest.approx(sum(row["seconds"] for row in rows))
+    assert (result["clean"], result["pgd20"]) == (rows[1]["clean"], rows[1]["pgd20"])
+
+
+def test_logits_that_are_worth_nothing():
+    logits = torch.randn(8, 10)
+    assert _fault(logits) is None
+    assert _fault(logits[:1].expand(8, 10)) == "the same for every image"
+    assert _fault(torch.zeros(8, 10)) == "the same for every image"
+    logits[3, 4] = torch.inf
+    assert _fault(logits) == "not finite"
