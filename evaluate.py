@@ -60,6 +60,10 @@ def main():
         raise UserError(
             f"{args.checkpoint} has {entry['num_classes']} classes but {args.dataset} has {data.num_classes}"
         )
+    digest = checkpoint.state_sha256(student)
+    claim = args.checkpoint / "result.json"
+    if claim.is_file() and (claimed := checkpoint.read_json(claim).get("student_sha256")) != digest:
+        raise UserError(f"{claim} was measured on another student (SHA-256 {claimed}, student.pt has {digest})")
     teacher = None
     if "gradients" in args.attacks:
         teacher = load_teacher(args.teacher, data.num_classes, teacher_path=args.teacher_path, device=engine.device)
@@ -69,7 +73,7 @@ def main():
         "format": 1,
         "checkpoint": str(args.checkpoint),
         "student": entry["architecture"],
-        "student_sha256": checkpoint.state_sha256(student),
+        "student_sha256": digest,
         "settings": {name: getattr(args, name) for name in (*FROM_RUN, "precision")},
         "dataset_sha256": data.sha256,
         "test_examples": len(x),

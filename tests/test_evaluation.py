@@ -562,11 +562,12 @@ def run_folder(tmp_path):
     """The folder of a run on digits whose student was never trained, and a teacher of the same kind."""
     for name, seed in (("run", 0), ("teacher", 1)):
         torch.manual_seed(seed)
+        model = build_model("RES-8", 10)
         (tmp_path / name).mkdir()
-        checkpoint.save_student(tmp_path / name / "student.pt", build_model("RES-8", 10), "RES-8", 10, {})
+        checkpoint.save_student(tmp_path / name / "student.pt", model, "RES-8", 10, {})
+        checkpoint.write_json(tmp_path / name / "result.json", {"student_sha256": checkpoint.state_sha256(model)})
     settings = {"dataset": "digits", "epsilon": 0.1, "teacher": str(tmp_path / "teacher"), "seed": 3, "aa_examples": 6}
     checkpoint.write_json(tmp_path / "run" / "config.json", {"settings": settings})
-    checkpoint.write_json(tmp_path / "run" / "result.json", {"clean": 0.5})
     return tmp_path / "run"
 
 
@@ -576,10 +577,11 @@ def evaluate_with(monkeypatch, *arguments):
 
 
 def test_evaluate_a_run_folder(small, run_folder, monkeypatch, capsys):
+    before = (run_folder / "result.json").read_bytes()
     evaluate_with(monkeypatch, run_folder, "--examples", "30", "--device", "cpu")
     printed = capsys.readouterr().out
     written = checkpoint.read_json(run_folder / "evaluation.json")
-    assert checkpoint.read_json(run_folder / "result.json") == {"clean": 0.5}
+    assert (run_folder / "result.json").read_bytes() == before
     assert written["settings"]["epsilon"] == 0.1
     assert written["autoattack"]["seed"] == 3
     assert written["autoattack"]["examples"] == 6
@@ -636,3 +638,11 @@ def test_evaluate_refuses_what_does_not_go_together(run_folder, monkeypatch, cap
             evaluate_with(monkeypatch, *arguments)
         assert stopped.value.code == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_evaluate_refuses_a_student_that_was_swapped(run_folder, monkeypatch, capsys):
+    checkpoint.save_student(run_folder / "student.pt", build_model("RES-8", 10), "RES-8", 10, {})
+    with pytest.raises(SystemExit) as stopped:
+        evaluate_with(monkeypatch, run_folder, "--device", "cpu")
+    assert stopped.value.code == 2
+    assert "was measured on another student" in capsys.readouterr().err
