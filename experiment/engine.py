@@ -56,7 +56,8 @@ class Engine:
         if deterministic:
             # cuBLAS reads this when it is first used, which is later than here.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(deterministic)
+        if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports seconds of compiler
+            torch.use_deterministic_algorithms(deterministic)
 
     @property
     def main(self) -> bool:
