@@ -1,6 +1,9 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 RUNS := runs/demo
+# One thread for digits and tests: operations this small gain little from a second one, and two threads that wait for
+# each other after every operation crawl, a hundred times slower, as soon as something else wants a core.
+ONE := OMP_NUM_THREADS=1
 
 .PHONY: setup demo test test-faults lint bench
 
@@ -13,7 +16,7 @@ setup: .venv/ready
 	touch $@
 
 test: setup
-	$(PY) -m pytest
+	$(ONE) $(PY) -m pytest
 
 # Kills, starves and feeds garbage to real runs for some twenty minutes; rewrites docs/reliability.md.
 test-faults: setup
@@ -31,21 +34,24 @@ demo: $(RUNS)/adaad/result.json $(RUNS)/adaad_IGDM/result.json
 	$(PY) compare.py $(RUNS)/adaad $(RUNS)/adaad_IGDM
 
 $(RUNS)/teacher/result.json: | .venv/ready
-	$(PY) train_teacher.py $(DIGITS) --model RES-20 --run_name teacher --aa_examples 0
+	$(ONE) $(PY) train_teacher.py $(DIGITS) --model RES-20 --run_name teacher --aa_examples 0
 
 $(RUNS)/adaad/result.json: $(RUNS)/teacher/result.json
-	$(PY) adaad_cifar100.py $(STUDENT) --run_name adaad
+	$(ONE) $(PY) adaad_cifar100.py $(STUDENT) --run_name adaad
 
 $(RUNS)/adaad_IGDM/result.json: $(RUNS)/teacher/result.json
-	$(PY) adaad_IGDM_cifar100.py $(STUDENT) --alpha 5 --ramp_epochs 10 --run_name adaad_IGDM
+	$(ONE) $(PY) adaad_IGDM_cifar100.py $(STUDENT) --alpha 5 --ramp_epochs 10 --run_name adaad_IGDM
 
-# The figures of docs/performance.md at a size for CPUs, in under 10 minutes on 2 cores; on a GPU run the modules with
-# their defaults. INSERT=docs/performance.md also writes the tables between their markers there.
-BENCH := --device cpu --teacher WRN-16-4 --batch 16
-bench = $(PY) -m benchmarks.$(1) $(2) --out runs/bench/$(1).json $(if $(INSERT),--insert $(INSERT) $(1)_cpu)
+# The figures of docs/performance.md at a size for CPUs; on a GPU run the modules with their defaults. One thread: two that
+# wait for each other lose most of their speed, unevenly, as soon as anything else runs.
+# INSERT=docs/performance.md also writes the tables between their markers there.
+BENCH := --device cpu --teacher WRN-16-4 --batch 8
+bench = OMP_NUM_THREADS=1 $(PY) -m benchmarks.$(1) $(2) --out runs/bench/$(1).json \
+	$(if $(INSERT),--insert $(INSERT) $(1)_cpu)
 
 bench: setup
-	$(call bench,training_step,$(BENCH) --rounds 3)
+	$(call bench,training_step,$(BENCH) --rounds 3 --profile runs/bench/profile.json)
 	$(call bench,tricks,$(BENCH) --rounds 3)
-	$(call bench,evaluation,--device cpu --examples 16 --batch 16 --product_batch 16 --rounds 3 --aa_student RES-8 --aa_examples 2 --aa_batches 2)
-	$(call bench,scaling,$(BENCH) --rounds 2 --batches 8 16 32 --images 16 32 --teachers WRN-16-4 WRN-28-10 WRN-34-10)
+	$(call bench,evaluation,--device cpu --examples 8 --batch 8 --product_batch 8 --rounds 3 --aa_student RES-8 \
+		--aa_examples 2 --aa_batches 2)
+	$(call bench,scaling,$(BENCH) --rounds 2 --batches 4 8 16 --images 16 32 --teachers WRN-16-4 WRN-28-10 WRN-34-10)
