@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import io
+import os
 import socket
 import sys
 import zipfile
@@ -154,7 +155,7 @@ def load_data(dataset: str, data_dir: str = "data", device: torch.device | str =
 def check_name(dataset: str) -> None:
     """Refuse a --dataset that cannot be loaded, before anything else is done."""
     if dataset.endswith(".npz"):
-        if not Path(dataset).is_file():
+        if not os.path.isfile(dataset):  # Path's raises for a name that is too long
             raise UserError(f"--dataset {dataset}: no such file")
     elif dataset not in ("cifar100", "cifar10", "digits"):
         raise UserError(f"--dataset {dataset!r} is not allowed; cifar100, cifar10, digits or the path of an .npz file")

@@ -41,7 +41,7 @@ class Progress:
         self._next = time.monotonic() + 1
         terms = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name.startswith("loss"))
         self._bar.set_description_str(f"epoch {epoch}/{epochs}", refresh=False)
-        self._bar.set_postfix_str(f"{terms}  {row['images_per_second']:.0f} images/s")
+        self._bar.set_postfix_str(f"{terms}  {speed(row)} images/s")
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
@@ -54,6 +54,11 @@ class Progress:
         self._bar.close()
 
 
+def speed(row: dict[str, Any]) -> str:
+    """Images per second: whole ones, or two decimals where they are few."""
+    return f"{row['images_per_second']:.{0 if row['images_per_second'] >= 10 else 2}f}"
+
+
 def epoch_line(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
     """One printed line for one row of metrics.jsonl."""
     terms = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name.startswith("loss"))
@@ -62,7 +67,7 @@ def epoch_line(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
     days = f"{int(seconds_left // 86400)} d " if seconds_left >= 86400 else ""
     return (
         f"epoch {row['epoch']}/{epochs}  {terms}  lr {row['lr']:g}{accuracies}  "
-        f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s  {days}{left} left"
+        f"{row['seconds']:.1f} s  {speed(row)} images/s  {days}{left} left"
     )
 
 
