@@ -554,6 +554,7 @@ def broken_teachers(server: Server, home: Path) -> Iterator[tuple[str, int, str]
         weight = list(model.parameters())[-2]
         with torch.no_grad():
             weight.fill_(float("nan") if "NaN" in kind else 3e38 if "infinite" in kind else 0)
+            model.layer3[0].bn2.bias.fill_(10)  # features far above 0, so that 3e38 times their sum is infinite
         checkpoint.save_student(home / "broken.pt", model, "RES-8", weight.shape[0], {})
         outcome = server.run(SCRIPTS[0], [*SMALL, "--teacher", "broken.pt", "--run_name", kind], home)
         outcome.expect(status, message)
