@@ -279,14 +279,35 @@ def _sum_over_batches(
             # A stream per batch: its start must not depend on which rank takes it. A hash, because neighbouring seeds
             # would share streams, and of 32 bits, because the CPU generator ignores higher ones.
             stream = zlib.crc32(f"{seed} {i}".encode())
-            torch.default_generator.manual_seed(stream)
-            if device.type == "cuda":
-                torch.cuda.manual_seed(stream)
             rows = slice(i * batch, (i + 1) * batch)
-            total += function(_pixels(x[rows].to(device)), y[rows].to(device))
+            x_here, y_here = _pixels(x[rows].to(device)), y[rows].to(device)
+            total += _in_parts(function, x_here, y_here, stream, device)
     if world > 1:
         dist.all_reduce(total)
     return total
+
+
+def _in_parts(
+    function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, stream: int, device: torch.device
+) -> Tensor:
+    """function(x, y), summed over as many parts as the device's memory asks for; every image's start stays its own."""
+    size = len(x)
+    while True:
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        try:
+            for first in range(0, len(x), size):
+                torch.default_generator.manual_seed(stream)
+                if device.type == "cuda":
+                    torch.cuda.manual_seed(stream)
+                with attacks.shard_of(first, len(x)):
+                    total += function(x[first : first + size], y[first : first + size])
+            return total
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise UserError("evaluation does not fit into the device's memory, even image by image") from error
+        # Outside the except clause: the exception's traceback would keep the tensors alive.
+        torch.cuda.empty_cache()
+        size = (size + 1) // 2
 
 
 def _accuracy(

@@ -646,3 +646,31 @@ def test_evaluate_refuses_a_student_that_was_swapped(run_folder, monkeypatch, ca
         evaluate_with(monkeypatch, run_folder, "--device", "cpu")
     assert stopped.value.code == 2
     assert "was measured on another student" in capsys.readouterr().err
+
+
+def test_accuracy_does_not_depend_on_the_memory():
+    """A batch that does not fit is evaluated in parts, in which every image keeps its random start."""
+
+    class Small(nn.Module):
+        def __init__(self, most):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.most, self.sizes = nn.Linear(192, 10), most, []
+
+        def forward(self, x):
+            self.sizes.append(len(x))
+            if len(x) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return self.linear(x.flatten(1))
+
+    torch.manual_seed(1)
+    x, roomy, tight = torch.rand(23, 3, 8, 8), Small(23), Small(3)
+    y = roomy(x).argmax(dim=1)
+    # One step in a wide ball: which images fall hangs on the random starts.
+    by_seed = [evaluation.pgd_accuracy(roomy, x, y, 0.08, steps=1, seed=seed) for seed in range(8)]
+    assert [evaluation.pgd_accuracy(tight, x, y, 0.08, steps=1, seed=seed) for seed in range(8)] == by_seed
+    assert len(set(by_seed)) > 1
+    assert max(roomy.sizes) == 23
+    assert sum(size <= 3 for size in tight.sizes) >= 16
+    with pytest.raises(UserError, match="even image by image"):
+        evaluation.accuracy(Small(0), x, y)
