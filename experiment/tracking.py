@@ -144,6 +144,14 @@ def header(
         f"  data     {images.name}: {len(images.x_train)} training and {len(images.x_test)} test images",
         f"  device   {config['device']}, {settings['precision']}, torch {torch.__version__}",
     ]
+    reach = settings["steps"] * settings["step_size"]
+    lines.append(
+        f"  attack   epsilon {settings['epsilon']:.4g}, {settings['steps']} steps of {settings['step_size']:.4g}"
+    )
+    if reach < settings["epsilon"]:
+        lines.append(
+            f"  warning  the attack's steps reach {reach:.4g} of epsilon {settings['epsilon']:.4g}: see --step_size"
+        )
     if teacher is not None:
         digest = str(config["teacher_sha256"])[:12]
         lines.insert(1, f"  teacher  {settings['teacher']}, {size(teacher)}, SHA-256 {digest}")
