@@ -1,6 +1,7 @@
 """The machine under a run: device, precision, determinism, and several processes with torch.distributed."""
 
 import argparse
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -43,6 +44,8 @@ class Engine:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # Left to the interpreter's end, the group's threads now and then abort a process that was done.
+            atexit.register(dist.destroy_process_group)
         self._first, self.held, self._total = 0, 1, 1  # this rank's rows of the global batch
         self._set_numerics(deterministic=bool(args.deterministic))
         # All ranks hold the same generator state; attacks.shard_of gives each its own rows of every draw.
