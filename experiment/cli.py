@@ -127,7 +127,11 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
         "help": "clean and PGD-20 accuracy in every epoch after this one, and in the last",
     },
     "aa_examples": {"type": whole(0), "default": 10_000, "help": "test images for AutoAttack at the end; 0 for none"},
-    "aa_batch": {"type": positive_int, "default": 250, "help": "images per AutoAttack chunk, the unit of its resume"},
+    "aa_batch": {
+        "type": positive_int,
+        "default": 250,
+        "help": "images per AutoAttack chunk: draws, and resume, go by it",
+    },
     "seed": {"type": whole(0), "default": 0, "help": "seed of weights, order, augmentation, attacks and AutoAttack"},
     "device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
     "precision": {"choices": ("fp32", "tf32", "bf16"), "help": "default fp32 on the CPU, tf32 on CUDA"},

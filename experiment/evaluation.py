@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import attacks
 from experiment import UserError
@@ -129,18 +130,19 @@ def autoattack(
 
     The images are attacked in fixed chunks of `batch`, so that the result does not depend on where a run was
     interrupted. A finished chunk is a file in `folder`; it is read instead of attacked again. Out of CUDA memory, the
-    attack at hand is repeated on half-sized batches of its chunk.
+    network is run on half as many images at once from then on, and the attack at hand is repeated: with the same random
+    numbers, so that the result does not depend on the memory either, but for the rounding of other kernels.
 
     Args:
         folder: where the chunk files are, on a file system that all ranks share; None keeps nothing and cannot resume.
-        batch: images per chunk, and the largest batch.
+        batch: images per chunk. Random starts are drawn per chunk, so it belongs to the result as the seed does.
         show_progress: a progress bar, and lines about what is done, on stderr.
 
     Returns:
         Plain types for result.json: ``accuracy`` (robust fraction), ``clean``, ``examples``, ``epsilon``, ``seed``,
         ``batch``, ``version``, ``package``, ``attacks`` (robust fraction after each attack), ``seconds`` and
         ``attack_seconds`` (summed over chunks, whenever and on whichever rank they were attacked),
-        ``student_sha256``, ``warnings`` (signs of gradient masking, repeated batches).
+        ``student_sha256``, ``warnings`` (signs of gradient masking).
 
     Raises:
         UserError: fewer than 10 classes; epsilon, x or y out of range; parameters not float32; a chunk file of
@@ -189,11 +191,12 @@ def autoattack(
         f"AutoAttack standard on {len(x)} images: epsilon {epsilon:.6f}, seed {seed}, chunks of {batch}, "
         f"{run['package']}; {len(records)} of {len(chunks)} chunks were done before"
     )
+    fitting = _FewAtOnce(model, batch)
     try:
         for i in todo:
             images, labels = _pixels(x[chunks[i]].to(device)).float(), y[chunks[i]].to(device)
-            with _measuring(device, model):
-                records[i] = _attack_chunk(model, images, labels, epsilon, seed, display)
+            with _measuring(device, fitting):
+                records[i] = _attack_chunk(fitting, images, labels, epsilon, seed, display)
             if folder is not None:
                 _write_chunk(_chunk_file(folder, i), parts[i], records[i])
             display.finish(records[i])
@@ -329,32 +332,53 @@ def _accuracy(
 # AutoAttack -------------------------------------------------------------------------------------------------------
 
 
+class _FewAtOnce(nn.Module):
+    """A network that sees at most `limit` images at once: in further parts, each run again for its gradient.
+
+    So memory decides how many images are computed together, and not how many are attacked together.
+    """
+
+    def __init__(self, model: nn.Module, limit: int) -> None:
+        super().__init__()
+        self.model, self.limit = model, limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) <= self.limit:
+            return self.model(x)
+        parts = x.split(self.limit)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return torch.cat([self.model(part) for part in parts])
+        # A part keeps no activations for the backward pass; an eval-mode pass without them draws no random numbers.
+        again = partial(checkpoint, self.model, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(part) for part in parts])
+
+
 def _attack_chunk(
-    model: nn.Module, x: Tensor, y: Tensor, epsilon: float, seed: int, display: "_Display"
+    model: _FewAtOnce, x: Tensor, y: Tensor, epsilon: float, seed: int, display: "_Display"
 ) -> dict[str, Any]:
-    """Run the four attacks on one chunk, each on the images still robust; counts, batches and seconds.
+    """Run the four attacks on one chunk, each on the images still robust; counts and seconds.
 
     One attack at a time is the package's standard run, bit for bit: it reseeds before every batch of every attack,
     and gives each attack the images still robust (a test holds this). Done here, because it shows progress, and lets
-    one attack be repeated on smaller batches.
+    one attack be repeated with less memory.
     """
     AutoAttack = import_autoattack()
 
-    def correct(images: Tensor, labels: Tensor, batch: int) -> Tensor:
-        logits = torch.cat([model(part) for part in images.split(batch)])
+    def correct(images: Tensor, labels: Tensor) -> Tensor:
+        logits = model(images)
         if not logits.isfinite().all():
             raise UserError("the network gives NaN or infinite logits; AutoAttack would report nonsense")
         return logits.argmax(dim=1) == labels
 
-    def attack(name: str, images: Tensor, labels: Tensor, batch: int) -> Tensor:
+    def attack(name: str, images: Tensor, labels: Tensor) -> Tensor:
         adversary = AutoAttack(model, norm="Linf", eps=epsilon, seed=seed, version="standard", device=images.device)
         adversary.attacks_to_run = [name]
-        x_adv, y_adv = adversary.run_standard_evaluation(images, labels, batch_size=batch)
+        x_adv, y_adv = adversary.run_standard_evaluation(images, labels, batch_size=len(images))
         _assert_eval(model)
         _check_adversarial(x_adv, images, epsilon, name)
-        # In the batches that the package used: another batch size may take other kernels, whose rounding moves
+        # In the batch that the package used: another batch size may take other kernels, whose rounding moves
         # FAB's images, which lie on the decision boundary, across it.
-        robust = correct(x_adv, labels, batch)
+        robust = correct(x_adv, labels)
         if not torch.equal(robust, y_adv == labels):
             differing = int((robust != (y_adv == labels)).sum())
             raise RuntimeError(
@@ -363,39 +387,39 @@ def _attack_chunk(
             )
         return robust
 
-    flags, _ = _fitting(partial(correct, x, y), len(x), "clean pass", display)
-    record: dict[str, Any] = {"images": len(x), "clean": int(flags.sum())}
-    record |= {"robust": {}, "seconds": {}, "batch": {}}
+    flags = _within_memory(partial(correct, x, y), len(x), model, "clean pass", display)
+    record: dict[str, Any] = {"images": len(x), "clean": int(flags.sum()), "robust": {}, "seconds": {}}
     with _package_warnings() as warnings:
         for name in AUTOATTACK:
             started = time.perf_counter()
             index = flags.nonzero().squeeze(1)
             if len(index):
                 display.begin(name, record)
-                flags[index], used = _fitting(partial(attack, name, x[index], y[index]), len(index), name, display)
-                record["batch"][name] = used
-                if used < len(index):
-                    warnings.append(f"{name} was repeated on batches of {used}, out of memory")
+                attempt = partial(attack, name, x[index], y[index])
+                flags[index] = _within_memory(attempt, len(index), model, name, display)
             record["robust"][name] = int(flags.sum())
             record["seconds"][name] = time.perf_counter() - started
     record["warnings"] = sorted(set(warnings))
     return record
 
 
-def _fitting(attempt: Callable[[int], Tensor], batch: int, what: str, display: "_Display") -> tuple[Tensor, int]:
-    """attempt(batch) with the batch halved until it fits into the device's memory; also the batch that did."""
+def _within_memory(
+    attempt: Callable[[], Tensor], images: int, model: _FewAtOnce, what: str, display: "_Display"
+) -> Tensor:
+    """attempt() on so many images, repeated with half as many at once until they fit into the device's memory."""
     while True:
+        tried = min(images, model.limit)
         try:
-            return attempt(batch), batch
+            return attempt()
         except torch.OutOfMemoryError as error:
-            if batch == 1:
+            if tried == 1:
                 raise UserError(
                     f"AutoAttack ({what}) does not fit into the device's memory, even one by one"
                 ) from error
         # Outside the except clause: the exception's traceback would keep the tensors alive.
         torch.cuda.empty_cache()
-        display.say(f"AutoAttack {what}: out of memory with a batch of {batch}; again with {batch // 2}")
-        batch //= 2
+        model.limit = tried // 2
+        display.say(f"AutoAttack {what}: out of memory with {tried} images at once; again with {model.limit}")
 
 
 def _check_adversarial(x_adv: Tensor, x: Tensor, epsilon: float, name: str) -> None:

@@ -450,27 +450,63 @@ def test_an_answer_that_does_not_hold_is_an_error(small, monkeypatch):
                 run()
 
 
-def test_out_of_memory_halves_the_batch(small, monkeypatch, tmp_path, capsys):
+def test_a_network_in_parts_has_the_gradients_of_the_whole():
+    """In float64, so that rounding stays far below the tolerance; 7 images by 3 leave an odd part."""
+    network, x = tiny_network().double().eval(), torch.rand(7, 3, 8, 8, dtype=torch.float64)
+    whole, parts = x.clone().requires_grad_(), x.clone().requires_grad_()
+    logits = evaluation._FewAtOnce(network, 3)(parts)
+    torch.testing.assert_close(logits, network(whole), rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(logits)
+    for _ in range(2):  # FAB keeps the graph for a backward pass per class
+        (found,) = torch.autograd.grad(logits, parts, weights, retain_graph=True)
+        (expected,) = torch.autograd.grad(network(whole), whole, weights)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+class SmallMemory(nn.Module):
+    """A network that fits into the device's memory with so many images at most."""
+
+    def __init__(self, network, most):
+        super().__init__()
+        self.network, self.most, self.sizes = network, most, []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.network(x)
+
+
+def test_autoattack_does_not_depend_on_the_memory(small, monkeypatch, tmp_path, capsys):
+    """Out of memory, the network sees fewer images at once; the attack's batch, hence its random numbers, stay."""
+    torch.manual_seed(0)
     network = tiny_network()
-    x, y = labelled(network, 8, 0)
-    small_memory = 3
+    x, y = labelled(network, 12, 0)
+    roomy, tight = SmallMemory(network, 12), SmallMemory(network, 3)
+    expected = evaluation.autoattack(roomy, x, y, 0.03)
+    in_one_go = list(small)
+    small.clear()
+    capsys.readouterr()
+    found = evaluation.autoattack(tight, x, y, 0.03, folder=tmp_path)
+    assert found["attacks"] == expected["attacks"]
+    assert 0 < found["accuracy"] < 1
+    # The package was given the same images in the same batches: each attack, those that the ones before left.
+    assert len(small) == len(in_one_go)
+    for (name, given, _, batch), (its_name, its_given, _, its_batch) in zip(small, in_one_go, strict=True):
+        assert (name, batch) == (its_name, its_batch)
+        assert torch.equal(given, its_given)
+    assert [size for size in tight.sizes if size > 3] == [12, 6]
+    said = capsys.readouterr().err
+    assert "out of memory with 12 images at once; again with 6" in said
+    assert "out of memory with 6 images at once; again with 3" in said
+    assert found["warnings"] == expected["warnings"]
 
-    def run_out(attack, images, labels, batch, real):
-        if attack == "apgd-ce" and min(batch, len(images)) > small_memory:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real()
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    with monkeypatch.context() as patch:
-        replace_run(patch, run_out)
-        result = evaluation.autoattack(network, x, y, 0.01, folder=tmp_path)
-        first_attack, _, _, first_batch = small[0]
-        assert (first_attack, first_batch) == ("apgd-ce", 2)
-        assert json.loads((tmp_path / "chunk-00000.json").read_text())["record"]["batch"]["apgd-ce"] == 2
-        assert result["warnings"] == ["apgd-ce was repeated on batches of 2, out of memory (in 1 of 1 chunks)"]
-        assert "again with 4" in capsys.readouterr().err
-        small_memory = 0
-        with pytest.raises(UserError, match="even one by one"):
-            evaluation.autoattack(network, x, y, 0.01)
+    replace_run(monkeypatch, no_room)
+    with pytest.raises(UserError, match="even one by one"):
+        evaluation.autoattack(network, x, y, 0.03)
 
 
 def test_signs_of_gradient_masking_are_reported(small, monkeypatch, capsys):
@@ -651,20 +687,9 @@ def test_evaluate_refuses_a_student_that_was_swapped(run_folder, monkeypatch, ca
 def test_accuracy_does_not_depend_on_the_memory():
     """A batch that does not fit is evaluated in parts, in which every image keeps its random start."""
 
-    class Small(nn.Module):
-        def __init__(self, most):
-            super().__init__()
-            torch.manual_seed(0)
-            self.linear, self.most, self.sizes = nn.Linear(192, 10), most, []
-
-        def forward(self, x):
-            self.sizes.append(len(x))
-            if len(x) > self.most:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return self.linear(x.flatten(1))
-
     torch.manual_seed(1)
-    x, roomy, tight = torch.rand(23, 3, 8, 8), Small(23), Small(3)
+    network, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), torch.rand(23, 3, 8, 8)
+    roomy, tight = SmallMemory(network, 23), SmallMemory(network, 3)
     y = roomy(x).argmax(dim=1)
     # One step in a wide ball: which images fall hangs on the random starts.
     by_seed = [evaluation.pgd_accuracy(roomy, x, y, 0.08, steps=1, seed=seed) for seed in range(8)]
@@ -673,4 +698,4 @@ def test_accuracy_does_not_depend_on_the_memory():
     assert max(roomy.sizes) == 23
     assert sum(size <= 3 for size in tight.sizes) >= 16
     with pytest.raises(UserError, match="even image by image"):
-        evaluation.accuracy(Small(0), x, y)
+        evaluation.accuracy(SmallMemory(network, 0), x, y)
