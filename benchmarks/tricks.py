@@ -3,7 +3,8 @@
     python -m benchmarks.tricks --out runs/bench/tricks.json
 
 All variants take turns in one process; the ratio is the variant's median time over the product's: above 1, the product
-as it is is the faster. Precision and compilation are compared by benchmarks.training_step.
+as it is is the faster. The teacher's branches in one batch are timed by themselves: they would change the scripts.
+Precision and compilation are compared by benchmarks.training_step.
 """
 
 import argparse
@@ -79,12 +80,40 @@ def measure_method(method: str, device: torch.device, args: argparse.Namespace) 
         measure.Setting({"method": method, "variant": name}, device, lambda change=change: build(change))
         for name, change in VARIANTS.items()
     ]
+    return _measured(settings, args.batch, args)
+
+
+def measure_branches(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """IGDM's teacher branches, x_adv and x - delta, in a pass each as in the scripts, and in one pass of both."""
+    student, teacher = (measure.make_network(name, device, i) for i, name in enumerate((args.student, args.teacher)))
+    batches = measure.make_batches(args.batch, device, 2)
+    x_adv, x_minus = (x for x, _ in batches)
+
+    def build(passes: list[tuple[torch.Tensor, ...]]) -> Callable[[], list[torch.Tensor]]:
+        step = ProductStep("adaad_IGDM", student, teacher.eval(), batches, args.precision, 0)
+
+        def run() -> list[torch.Tensor]:
+            with torch.no_grad(), step.engine.step():
+                return [step.fast_teacher(torch.cat(inputs)) for inputs in passes]
+
+        return run
+
+    variants = {"in a pass each": [(x_adv,), (x_minus,)], "in one pass": [(x_adv, x_minus)]}
+    settings = [
+        measure.Setting({"method": "teacher's two branches", "variant": name}, device, lambda p=passes: build(p))
+        for name, passes in variants.items()
+    ]
+    return _measured(settings, 2 * args.batch, args)
+
+
+def _measured(settings: list[measure.Setting], images: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All settings in turns; their speeds, and their times over the first one's."""
     measure.take_turns(settings, args.rounds, args.repeats)
     return [
         {
             **setting.fields,
-            **measure.speed(args.batch, setting.seconds),
-            # Turned round: how much longer than the product a step takes.
+            **measure.speed(images, setting.seconds),
+            # Turned round: how much longer than the product it takes.
             **measure.ratio(setting.seconds, settings[0].seconds),
         }
         for setting in settings
@@ -127,6 +156,7 @@ def main() -> None:
     args = parse_args()
     device = torch.device(args.device)
     rows = [row for method in args.methods for row in measure_method(method, device, args)]
+    rows += measure_branches(device, args)
     names = ("teacher", "student", "batch", "precision", "rounds", "repeats")
     line = f"{args.teacher} → {args.student}, batch {args.batch}, {args.precision}, eager, {args.rounds} rounds:"
     settings = {name: getattr(args, name) for name in names}

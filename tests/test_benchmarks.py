@@ -180,10 +180,13 @@ def test_scaling(monkeypatch, tmp_path):
 
 def test_tricks(monkeypatch, tmp_path):
     found = run(tricks, monkeypatch, tmp_path, *NETWORKS, "--methods", "rslad_IGDM", "--batch", "2")
-    assert [row["variant"] for row in found["rows"]] == list(tricks.VARIANTS)
-    for row in found["rows"]:
+    *rows, in_two, in_one = found["rows"]
+    assert [row["variant"] for row in rows] == list(tricks.VARIANTS)
+    for row in rows:
         check_speed(row, 2)
-    assert found["rows"][0]["ratio"] == 1
+    for row in (in_two, in_one):
+        check_speed(row, 4)
+    assert rows[0]["ratio"] == in_two["ratio"] == 1
 
 
 def test_turns_alternate_and_put_each_settings_switches_back():
