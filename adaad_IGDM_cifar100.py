@@ -39,7 +39,7 @@ def training_loss(student, teacher, x, y, epoch, args):
     x_adv = attacks.perturb(args.attack, student, teacher, x, y, args.epsilon, args.step_size, args.steps)
     x_plus = x_adv if args.beta == 1 else x + args.beta * (x_adv - x)  # β = 1: x_adv itself, to the bit
     x_minus = x - args.gamma * (x_adv - x)  # not clamped to [0, 1], as published
-    with torch.no_grad():
+    with torch.no_grad(), attacks.frozen(teacher):
         teacher_adv = teacher(x_adv)
         teacher_plus, teacher_minus = teacher(x_plus), teacher(x_minus)
     student_plus = student(x_plus)

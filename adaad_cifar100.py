@@ -27,7 +27,7 @@ RECIPE = {
 def training_loss(student, teacher, x, y, epoch, args):
     """Terms of the loss of one batch, to be summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
     x_adv = attacks.perturb(args.attack, student, teacher, x, y, args.epsilon, args.step_size, args.steps)
-    with torch.no_grad():
+    with torch.no_grad(), attacks.frozen(teacher):
         teacher_adv = teacher(x_adv)
     with torch.no_grad():
         student(x)  # no loss term, but it moves the BatchNorm statistics (Fidelity note 2)

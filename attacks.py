@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+EPSILON, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 10
+"""The budget of all four papers; the defaults of every attack."""
+
 INNER_MAXIMISATIONS = ("pgd", "rslad", "adaad", "igdm")
 """The names that ``perturb`` and ``--attack`` take; ``pgd`` is ARD's."""
 
@@ -70,7 +73,13 @@ def _global_draw(x: Tensor, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor
 
 
 def uniform_start(x: Tensor, epsilon: float) -> Tensor:
-    """x + U(-epsilon, epsilon), clamped to [0, 1]; one draw from the global generator."""
+    """x + U(-epsilon, epsilon), clamped to [0, 1]; one draw from the global generator.
+
+    Raises:
+        ValueError: epsilon is negative or NaN.
+    """
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon {epsilon} is not allowed; a radius from 0")
     noise = _global_draw(
         x, lambda shape: torch.empty(shape, dtype=x.dtype, device=x.device).uniform_(-epsilon, epsilon)
     )
@@ -122,8 +131,13 @@ def ascend(
     Returns:
         x_adv as in the module's conventions.
 
+    Raises:
+        ValueError: epsilon, step_size or steps is negative or NaN.
+
     Source: Madry et al., ICLR 2018, eq. 2; projection: epsilon-ball first, then [0, 1].
     """
+    if not (epsilon >= 0 and step_size >= 0 and steps >= 0):
+        raise ValueError(f"epsilon {epsilon}, step_size {step_size}, steps {steps} are not allowed; all from 0")
     x, x_adv = x.detach(), start.detach()
     with torch.enable_grad():
         for _ in range(steps):
@@ -134,7 +148,7 @@ def ascend(
     return x_adv.detach() if steps else project(x_adv.clone(), x, epsilon)
 
 
-def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, random_start: bool = False) -> Tensor:
+def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float = EPSILON, random_start: bool = False) -> Tensor:
     """One step of length epsilon on CE(model(x), y), from x or from a uniform start in the ball.
 
     Source: Goodfellow et al., ICLR 2015. See the module's conventions for shapes, ranges and side effects.
@@ -146,9 +160,9 @@ def pgd(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    epsilon: float,
-    step_size: float,
-    steps: int,
+    epsilon: float = EPSILON,
+    step_size: float = STEP_SIZE,
+    steps: int = STEPS,
     random_start: bool = True,
 ) -> Tensor:
     """argmax CE(model(x + delta), y): ARD's inner loop, and the PGD-20 of every evaluation.
@@ -164,7 +178,9 @@ def pgd(
         return ascend(objective, x, start, epsilon, step_size, steps)
 
 
-def cw(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step_size: float, steps: int) -> Tensor:
+def cw(
+    model: nn.Module, x: Tensor, y: Tensor, epsilon: float = EPSILON, step_size: float = STEP_SIZE, steps: int = STEPS
+) -> Tensor:
     """argmax max_{j != y} model(x + delta)_j - model(x + delta)_y, uniform start: the L-infinity C&W attack.
 
     Source: the margin loss of Carlini & Wagner, S&P 2017 (f_6 at kappa = infinity), maximised by PGD as is usual in
@@ -182,7 +198,12 @@ def cw(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step_size: float,
 
 
 def rslad(
-    student: nn.Module, teacher_logits: Tensor, x: Tensor, epsilon: float, step_size: float, steps: int
+    student: nn.Module,
+    teacher_logits: Tensor,
+    x: Tensor,
+    epsilon: float = EPSILON,
+    step_size: float = STEP_SIZE,
+    steps: int = STEPS,
 ) -> Tensor:
     """argmax KL(T(x) || S(x + delta)), started at x + 0.001 N(0, 1).
 
@@ -202,7 +223,14 @@ def rslad(
         return ascend(objective, x, gaussian_start(x), epsilon, step_size, steps)
 
 
-def adaad(student: nn.Module, teacher: nn.Module, x: Tensor, epsilon: float, step_size: float, steps: int) -> Tensor:
+def adaad(
+    student: nn.Module,
+    teacher: nn.Module,
+    x: Tensor,
+    epsilon: float = EPSILON,
+    step_size: float = STEP_SIZE,
+    steps: int = STEPS,
+) -> Tensor:
     """argmax KL(T(x + delta) || S(x + delta)), started at x + 0.001 N(0, 1).
 
     The gradient flows through the teacher as well as the student.
@@ -217,7 +245,14 @@ def adaad(student: nn.Module, teacher: nn.Module, x: Tensor, epsilon: float, ste
         return ascend(objective, x, gaussian_start(x), epsilon, step_size, steps)
 
 
-def igdm(student: nn.Module, teacher: nn.Module, x: Tensor, epsilon: float, step_size: float, steps: int) -> Tensor:
+def igdm(
+    student: nn.Module,
+    teacher: nn.Module,
+    x: Tensor,
+    epsilon: float = EPSILON,
+    step_size: float = STEP_SIZE,
+    steps: int = STEPS,
+) -> Tensor:
     """argmax L_IGDM with beta = gamma = 1: KL(T(x+d) - T(x-d) || S(x+d) - S(x-d)), uniform start.
 
     The gradient reaches x_adv through all four branches; the minus branches, at 2x - x_adv, with the sign of d's.
@@ -242,15 +277,17 @@ def perturb(
     teacher: nn.Module,
     x: Tensor,
     y: Tensor,
-    epsilon: float,
-    step_size: float,
-    steps: int,
+    epsilon: float = EPSILON,
+    step_size: float = STEP_SIZE,
+    steps: int = STEPS,
+    teacher_clean: Tensor | None = None,
 ) -> Tensor:
     """Run the inner maximisation called `attack`: the one line of a training step that ``--attack`` chooses.
 
     Args:
         attack: ``pgd`` (ARD: argmax CE(S(x+d), y)), ``rslad`` (argmax KL(T(x) || S(x+d))), ``adaad``
             (argmax KL(T(x+d) || S(x+d))) or ``igdm`` (argmax L_IGDM).
+        teacher_clean: (N, C), T(x) for ``rslad`` from a caller that needs it too; computed here if None.
 
     Raises:
         ValueError: attack is none of these.
@@ -258,8 +295,9 @@ def perturb(
     if attack == "pgd":
         return pgd(student, x, y, epsilon, step_size, steps)
     if attack == "rslad":
-        with torch.no_grad(), frozen(teacher):
-            teacher_clean = teacher(x)
+        if teacher_clean is None:
+            with torch.no_grad(), frozen(teacher):
+                teacher_clean = teacher(x)
         return rslad(student, teacher_clean, x, epsilon, step_size, steps)
     if attack == "adaad":
         return adaad(student, teacher, x, epsilon, step_size, steps)

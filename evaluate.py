@@ -1,7 +1,8 @@
 """Evaluate any run folder or checkpoint again: clean, FGSM, PGD-20, C&W, AutoAttack, and gradient alignment (GD, GC).
 
-python evaluate.py RUN_DIR_OR_CHECKPOINT [--attacks clean pgd ...]; a run folder brings its own settings as defaults.
-Writes evaluation.json beside the checkpoint; result.json stays as the run left it.
+python evaluate.py RUN_DIR_OR_CHECKPOINT [--attacks clean pgd ...]; the settings of its run are the defaults. An
+unfinished run is evaluated as it is in its last.pt. Writes evaluation.json beside the checkpoint; result.json stays as
+the run left it.
 """
 
 import shlex
@@ -16,9 +17,7 @@ FROM_RUN = ("dataset", "data_dir", "teacher", "teacher_path", "epsilon", "aa_exa
 
 
 def parse_args(argv=None):
-    """The flags; those of FROM_RUN have the run's own settings as defaults, if a run folder is given."""
-    from experiment.checkpoint import read_json
-
+    """The flags; those of FROM_RUN have the run's own settings as defaults."""
     parser = cli.Parser(prog="evaluate.py", description="Evaluate a run folder or a checkpoint.")
     parser.add_argument("checkpoint", type=Path, metavar="RUN_DIR_OR_CHECKPOINT", help="run folder or .pt file")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=None, help="what to measure; all")
@@ -29,11 +28,10 @@ def parse_args(argv=None):
     for name in ("dataset", "data_dir", "aa_examples", "aa_batch", "seed", "device", "precision", "deterministic"):
         parser.add_argument(f"--{name}", **cli.RUN_FLAGS[name])
     args = parser.parse_args(argv)
-    if (args.checkpoint / "config.json").is_file():
-        settings = read_json(args.checkpoint / "config.json").get("settings", {})
-        # As text: argparse then checks a hand-edited value as it checks a flag.
-        parser.set_defaults(**{name: str(settings[name]) for name in FROM_RUN if settings.get(name) is not None})
-        args = parser.parse_args(argv)
+    settings = settings_of(args.checkpoint)
+    # As text: argparse then checks a hand-edited value as it checks a flag.
+    parser.set_defaults(**{name: str(settings[name]) for name in FROM_RUN if settings.get(name) is not None})
+    args = parser.parse_args(argv)
     if args.attacks is None:
         args.attacks = [name for name in ATTACKS if name != "gradients" or args.teacher]
     elif "gradients" in args.attacks and not args.teacher:
@@ -44,6 +42,23 @@ def parse_args(argv=None):
     return args
 
 
+def settings_of(path):
+    """The settings of the run that a folder or checkpoint comes from, {} if it does not tell: a student.pt holds them
+    itself, wherever it was put; a last.pt lies beside its run's config.json.
+    """
+    from experiment.checkpoint import load_student, read_json
+
+    if path.is_file():
+        _, entry = load_student(path, unfinished=True)
+        info = entry["info"] if isinstance(entry["info"], dict) else {}
+        if isinstance(info.get("settings"), dict):
+            return info["settings"]
+        if entry["epoch"] is None:
+            return {}
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    return read_json(config).get("settings", {}) if config.is_file() else {}
+
+
 def main():
     """Measure, print a table in per cent, write evaluation.json."""
     args = parse_args()
@@ -52,7 +67,7 @@ def main():
     from experiment.engine import Engine
     from experiment.teachers import load_teacher
 
-    student, entry = checkpoint.load_student(args.checkpoint)
+    student, entry = checkpoint.load_student(args.checkpoint, unfinished=True)
     engine = Engine(args)
     student = student.to(engine.device)
     data = load_data(args.dataset, args.data_dir, engine.device)
@@ -73,6 +88,7 @@ def main():
         "format": 1,
         "checkpoint": str(args.checkpoint),
         "student": entry["architecture"],
+        **{name: entry[name] for name in ("epoch", "step") if entry[name] is not None},  # of an unfinished run
         "student_sha256": digest,
         "settings": {name: getattr(args, name) for name in (*FROM_RUN, "precision")},
         "dataset_sha256": data.sha256,
@@ -108,7 +124,8 @@ def main():
     result["seconds"] = time.perf_counter() - started
     if engine.main:
         checkpoint.write_json(folder / "evaluation.json", result)
-        print(f"{args.checkpoint}: {len(x)} test images of {args.dataset}, epsilon {args.epsilon:.6f}")
+        state = "" if entry["epoch"] is None else f" (unfinished: epoch {entry['epoch']}, step {entry['step']})"
+        print(f"{args.checkpoint}{state}: {len(x)} test images of {args.dataset}, epsilon {args.epsilon:.6f}")
         print("\n".join(f"  {label:<12}{value}" for label, value in rows))
         print(f"written to {folder / 'evaluation.json'}")
 

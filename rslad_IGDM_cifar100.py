@@ -20,8 +20,7 @@ RECIPE = {
     "networks": {"teacher": "BDM", "student": "RES-18"},
     # IGDM paper, section 5.1, for all methods; lr is divided by 10 after 1/2 and 3/4 of the epochs.
     "optimisation": {"epochs": 200, "batch": 128, "lr": 0.1, "momentum": 0.9, "wd": 5e-4, "lr_milestones": None},
-    # RSLAD paper, section 4.1.
-    "inner": {"attack": "rslad", "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10},
+    "inner": {"attack": "rslad", "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10},  # RSLAD paper, section 4.1
     "outer": {"target": "adversarial", "clean_weight": 0.0, "loss_scale": 1.0},  # as documented
     # IGDM's documented default; the paper sets β = γ = 1 and ramps α linearly from epoch 1 on.
     "added": {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200},
@@ -38,11 +37,12 @@ RECIPE = {
 
 def training_loss(student, teacher, x, y, epoch, args):
     """Terms of the loss of one batch, to be summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
-    x_adv = attacks.perturb(args.attack, student, teacher, x, y, args.epsilon, args.step_size, args.steps)
-    x_plus = x_adv if args.beta == 1 else x + args.beta * (x_adv - x)  # β = 1: x_adv itself, to the bit
-    x_minus = x - args.gamma * (x_adv - x)  # not clamped to [0, 1], as published
-    with torch.no_grad():
-        teacher_clean = teacher(x)
+    budget = (args.epsilon, args.step_size, args.steps)
+    with torch.no_grad(), attacks.frozen(teacher):  # the attack switches on the gradients that it needs
+        teacher_clean = teacher(x)  # once: the attack's target is the loss's too
+        x_adv = attacks.perturb(args.attack, student, teacher, x, y, *budget, teacher_clean)
+        x_plus = x_adv if args.beta == 1 else x + args.beta * (x_adv - x)  # β = 1: x_adv itself, to the bit
+        x_minus = x - args.gamma * (x_adv - x)  # not clamped to [0, 1], as published
         teacher_logits = teacher(x_adv) if args.target == "adversarial" else teacher_clean
         teacher_plus, teacher_minus = teacher(x_plus), teacher(x_minus)
     student_adv = student(x_adv)  # first, as in RSLAD's release (Fidelity note 2)

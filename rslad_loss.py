@@ -26,8 +26,13 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Returns:
         Scalar >= 0 up to rounding.
 
+    Raises:
+        ValueError: the shapes differ; one teacher row would otherwise silently serve all students.
+
     Source: Hinton et al. 2015 at temperature 1; ``kl_div(log_softmax(S), softmax(T), batchmean)``.
     """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(f"logits of shapes {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)} differ")
     log_student = F.log_softmax(at_least_float32(student_logits), dim=1)
     # log_target: with probabilities as target, a softmax that underflows to 0 has the gradient log(0) = -inf, and
     # AdaAD's attack, which differentiates the teacher too, would turn that into NaN.

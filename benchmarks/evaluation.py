@@ -29,14 +29,14 @@ def pgd_rows(student: nn.Module, device: torch.device, args: argparse.Namespace)
 
     def build_published(weight_gradients: bool) -> Callable[[], object]:
         measure.RESEARCH_CODE.apply()
-        model = copy.deepcopy(student).eval()
+        model = copy.deepcopy(student)
         parts = list(zip(x.split(args.batch), y.split(args.batch), strict=True))
         return lambda: [published.pgd_correct(model, *part, weight_gradients=weight_gradients) for part in parts]
 
     def build_product(precision: str) -> Callable[[], object]:
         settings = {"batch": args.product_batch, "compile": 0, "deterministic": 0, "seed": 0}
         engine = Engine(argparse.Namespace(device=str(device), precision=precision, **settings))
-        fast = engine.accelerate(copy.deepcopy(student).eval())
+        fast = engine.accelerate(copy.deepcopy(student))
         return lambda: evaluation.pgd_accuracy(fast, x, y, EPSILON, batch=args.product_batch)
 
     settings = []
@@ -60,7 +60,7 @@ def autoattack_rows(student: nn.Module, device: torch.device, args: argparse.Nam
     """Seconds of each attack of AutoAttack, by batch size, on images that the network classifies as labelled."""
     settings = {"precision": "fp32", "batch": 1, "compile": 0, "deterministic": 0, "seed": 0}
     Engine(argparse.Namespace(device=str(device), **settings))
-    model = copy.deepcopy(student).eval().to(memory_format=torch.channels_last)
+    model = copy.deepcopy(student).to(memory_format=torch.channels_last)
     ((x, _),) = measure.make_batches(args.aa_examples, device, 1)
     with torch.no_grad():
         y = model(x).argmax(dim=1)

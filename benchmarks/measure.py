@@ -237,7 +237,7 @@ def count_flop(run: Callable[[], object]) -> int:
 
 
 def make_network(name: str, device: torch.device, seed: int) -> nn.Module:
-    """A network with random weights, whose BatchNorm statistics fit its activations.
+    """A network with random weights, in eval mode, whose BatchNorm statistics fit its activations.
 
     With fresh statistics the logits of a deep network overflow its softmax, and gradients vanish or become NaN.
     """
@@ -250,7 +250,7 @@ def make_network(name: str, device: torch.device, seed: int) -> nn.Module:
         model(torch.rand(4, 3, SIDE, SIDE))
     for norm in norms:
         norm.momentum = 0.1
-    return model.to(device)
+    return model.eval().to(device)
 
 
 def make_batches(batch: int, device: torch.device, count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:

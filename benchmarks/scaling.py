@@ -45,7 +45,7 @@ def random_data(images: int, device: torch.device) -> Data:
 def make_step(networks: tuple[nn.Module, nn.Module], batches: list, args: argparse.Namespace) -> ProductStep:
     """The product's step on copies of the networks."""
     student, teacher = copy.deepcopy(networks)
-    return ProductStep(args.method, student, teacher.eval(), batches, args.precision, args.compile)
+    return ProductStep(args.method, student, teacher, batches, args.precision, args.compile)
 
 
 def batch_row(
@@ -121,7 +121,7 @@ def teacher_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     student = measure.make_network(args.student, cpu, 0)
     for name in args.teachers:
         teacher = measure.make_network(name, cpu, 1)
-        forward = measure.count_flop(lambda t=teacher: t.eval()(torch.rand(1, 3, measure.SIDE, measure.SIDE)))
+        forward = measure.count_flop(lambda t=teacher: t(torch.rand(1, 3, measure.SIDE, measure.SIDE)))
         theirs, ours = gflop_per_image(args.method, (student, teacher), cpu)
         row = {"teacher": name, "teacher_gmac": forward / 2e9, "gflop_published": theirs, "gflop_product": ours}
         rows.append(row)

@@ -30,7 +30,10 @@ COUNTED = 2
 
 
 class ProductStep:
-    """The step of a method's script, exactly as its main() makes it, on given networks and batches."""
+    """The step of a method's script, exactly as its main() makes it, on given networks and batches.
+
+    With --preset paper: its losses are those that the published step computes.
+    """
 
     def __init__(
         self, method: str, student: nn.Module, teacher: nn.Module, batches: list, precision: str, compiled: int
@@ -38,7 +41,7 @@ class ProductStep:
         """Args: method, the script's name without _cifar100; batches, (x, y) to go round; the rest is the engine's."""
         self.script = importlib.import_module(f"{method}_cifar100")
         device, size = str(batches[0][0].device), len(batches[0][0])
-        flags = {"device": device, "batch": size, "precision": precision, "compile": compiled}
+        flags = {"preset": "paper", "device": device, "batch": size, "precision": precision, "compile": compiled}
         argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         self.args = cli.parse_args(self.script.__file__, self.script.RECIPE, argv)
         self.engine = Engine(self.args)
@@ -70,7 +73,6 @@ def published_step(method: str, student: nn.Module, teacher: nn.Module, batches:
     """The published step on these networks and batches, ready to be called."""
     measure.RESEARCH_CODE.apply()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    teacher.eval()
     rounds = itertools.cycle(batches)
     return lambda: published.training_step(method, student, teacher, optimizer, *next(rounds))
 

@@ -71,7 +71,7 @@ def measure_method(method: str, device: torch.device, args: argparse.Namespace) 
 
     def build(change: Callable[[Accelerated], None]) -> ProductStep:
         student, teacher = copy.deepcopy(networks)
-        step = ProductStep(method, student, teacher.eval(), batches, args.precision, 0)
+        step = ProductStep(method, student, teacher, batches, args.precision, 0)
         for fast in (step.fast_student, step.fast_teacher):
             change(fast)
         return step
@@ -90,7 +90,7 @@ def measure_branches(device: torch.device, args: argparse.Namespace) -> list[dic
     x_adv, x_minus = (x for x, _ in batches)
 
     def build(passes: list[tuple[torch.Tensor, ...]]) -> Callable[[], list[torch.Tensor]]:
-        step = ProductStep("adaad_IGDM", student, teacher.eval(), batches, args.precision, 0)
+        step = ProductStep("adaad_IGDM", student, teacher, batches, args.precision, 0)
 
         def run() -> list[torch.Tensor]:
             with torch.no_grad(), step.engine.step():

@@ -165,21 +165,30 @@ def save_student(path: Path, model: nn.Module, architecture: str, num_classes: i
     )
 
 
-def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_student(path: Path, *, unfinished: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """Rebuild a network from a student checkpoint, or from the ``student.pt`` of a run folder.
 
+    Args:
+        unfinished: also take a run's ``last.pt``, and that of a run folder that has no ``student.pt`` yet.
+
     Returns:
-        The network (CPU, train mode) and the checkpoint's other entries: architecture, num_classes, info.
+        The network (CPU, train mode) and the checkpoint's other entries: architecture, num_classes, info, and epoch
+        and step where it is a ``last.pt``.
 
     Raises:
         UserError: as ``load``; not a student checkpoint; unknown architecture; weights that do not fit it.
     """
     path = Path(path)
     if path.is_dir():
-        if not (path / "student.pt").exists():
-            raise UserError(f"{path} holds no student.pt; it is not the folder of a finished run")
-        path = path / "student.pt"
+        names = ["student.pt", *(["last.pt"] if unfinished else [])]
+        found = [path / name for name in names if (path / name).exists()]
+        if not found:
+            kind = "a run with a checkpoint" if unfinished else "a finished run"
+            raise UserError(f"{path} holds no {' or '.join(names)}; it is not the folder of {kind}")
+        path = found[0]
     content = load(path)
+    if unfinished and isinstance(content, dict) and "optimizer" in content:
+        content = {**content, "format": STUDENT_FORMAT, "state_dict": content.get("model")}
     if not isinstance(content, dict) or content.get("format") != STUDENT_FORMAT:
         raise UserError(f"{path} is not a student checkpoint of this project (format {STUDENT_FORMAT})")
     try:
@@ -198,4 +207,4 @@ def load_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path} does not hold a network that can be rebuilt: {reason}") from error
-    return model, {key: content.get(key) for key in ("architecture", "num_classes", "info")}
+    return model, {key: content.get(key) for key in ("architecture", "num_classes", "info", "epoch", "step")}

@@ -237,12 +237,15 @@ def _preset_value(parser: Parser, args: argparse.Namespace, name: str, value: An
         return getattr(args, value)
     if not isinstance(value, dict):
         return value
-    if args.student not in value or args.teacher not in value[args.student]:
+    from experiment.teachers import ALIASES  # not above: --help must be quick
+
+    short = {name: alias for alias, name in ALIASES.items()}.get(args.teacher, args.teacher)
+    if args.student not in value or short not in value[args.student]:
         parser.error(
             f"--preset paper has no {name} for teacher {args.teacher} and student {args.student}; the paper has it for "
             f"{', '.join(next(iter(value.values())))} and {', '.join(value)} only: give --{name}"
         )
-    return value[args.student][args.teacher]
+    return value[args.student][short]
 
 
 def _resolve(parser: Parser, args: argparse.Namespace, stem: str) -> None:

@@ -191,9 +191,10 @@ def _cifar(dataset: str, folder: Path) -> tuple[np.ndarray, ...]:
             raise UserError(
                 f"{archive} is damaged or incomplete (its MD5 is not {kind.tgz_md5}); remove it, {advice}"
             ) from None
-        present = archive.exists()
+        present, unpacked = archive.exists(), folder / kind.base_folder
+        altered = f"{unpacked} is incomplete or altered (MD5)" if unpacked.exists() else ""
         if not present:
-            print(f"{dataset} is not in {folder}; downloading {kind.url}", flush=True)
+            print(f"{altered or f'{dataset} is not in {folder}'}; downloading {kind.url}", flush=True)
         before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(30)  # torchvision waits for ever
         try:
@@ -203,7 +204,8 @@ def _cifar(dataset: str, folder: Path) -> tuple[np.ndarray, ...]:
             if not present and archive.exists():
                 archive.unlink()  # half an archive, or a web page saved under its name
             reason = " ".join(str(error).split())[:120]
-            raise UserError(f"{dataset} could not be downloaded ({reason}); {advice}") from error
+            found = f"{altered}, and " if altered else ""
+            raise UserError(f"{found}{dataset} could not be downloaded ({reason}); {advice}") from error
         finally:
             socket.setdefaulttimeout(before)
     return (

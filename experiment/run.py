@@ -171,8 +171,12 @@ class Run:
         content = {
             "format": folder.FORMAT,
             "id": self._config["id"],
+            "architecture": self.args.student,
+            "num_classes": self._images.num_classes,
             "model": self._student.state_dict(),
             "optimizer": self._optimizer.state_dict(),
+            # The rate of an epoch follows from these: the schedule has no further state.
+            "schedule": {"lr": self.args.lr, "lr_milestones": self.args.lr_milestones},
             **(self._trained or self._generators()),
             "epoch": self._epoch,
             "step": self._step,

@@ -84,7 +84,7 @@ class _Source(NamedTuple):
     browser_url: str
 
 
-def check_teacher_name(name_or_path: str, teacher_path: str | Path | None = None) -> str | None:
+def check_teacher_name(name_or_path: str | Path, teacher_path: str | Path | None = None) -> str | None:
     """Refuse what cannot be a teacher, without importing anything heavy; cheap enough for the flag parser.
 
     Returns:
@@ -93,6 +93,7 @@ def check_teacher_name(name_or_path: str, teacher_path: str | Path | None = None
     Raises:
         UserError: neither a possible name nor an existing path; or teacher_path does not go with it or does not exist.
     """
+    name_or_path = os.fspath(name_or_path)
     name = ALIASES.get(name_or_path, name_or_path)
     is_name = _ROBUSTBENCH_NAME.fullmatch(name) is not None
     if not is_name and not os.path.lexists(name_or_path):
@@ -111,7 +112,7 @@ def check_teacher_name(name_or_path: str, teacher_path: str | Path | None = None
 
 
 def load_teacher(
-    name_or_path: str,
+    name_or_path: str | Path,
     num_classes: int | None = None,
     *,
     teacher_path: str | Path | None = None,
@@ -132,6 +133,7 @@ def load_teacher(
             page, damaged, unsafe, or does not fit the architecture. One line; says what to download from where, and
             where to put it. Files that this call did not download itself are never changed or deleted.
     """
+    name_or_path = os.fspath(name_or_path)
     name = check_teacher_name(name_or_path, teacher_path)
     # Building draws initial weights that are thrown away: the run's own random stream must not depend on the teacher.
     with torch.random.fork_rng(devices=[]):

@@ -64,6 +64,35 @@ def images(n=4, seed=3, dtype=torch.float64, channels=3, side=7):
     return x, torch.randint(CLASSES, (n,), generator=generator)
 
 
+def test_the_default_budget_is_the_papers(setting):
+    """8/255 in 10 steps of 2/255 (FGSM: one step of 8/255)."""
+    student, teacher, x, y = setting
+    logits = teacher.eval()(x).detach()
+    budget = (8 / 255, 2 / 255, 10)
+    calls = [
+        (attacks.fgsm, (student, x, y), budget[:1]),
+        (attacks.pgd, (student, x, y), budget),
+        (attacks.cw, (student, x, y), budget),
+        (attacks.rslad, (student, logits, x), budget),
+        (attacks.adaad, (student, teacher, x), budget),
+        (attacks.igdm, (student, teacher, x), budget),
+        (attacks.perturb, ("rslad", student, teacher, x, y), budget),
+    ]
+    for attack, arguments, explicit in calls:
+        torch.manual_seed(0)
+        x_adv = attack(*arguments)
+        torch.manual_seed(0)
+        assert torch.equal(x_adv, attack(*arguments, *explicit)), attack.__name__
+
+
+@pytest.mark.parametrize("bad", [{"epsilon": -0.1}, {"step_size": -0.1}, {"steps": -1}, {"epsilon": float("nan")}])
+def test_a_negative_budget_is_refused(bad, setting):
+    student, teacher, x, y = setting
+    for attack, arguments in ((attacks.pgd, (student, x, y)), (attacks.adaad, (student, teacher, x))):
+        with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
+            attack(*arguments, **bad)
+
+
 @pytest.fixture
 def setting():
     x, y = images()

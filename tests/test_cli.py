@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import attacks
-from experiment import RunStopped, UserError, cli, optim
+from experiment import RunStopped, UserError, cli, optim, teachers
 
 ROOT = Path(__file__).parent.parent
 BASELINES = ("ard", "rslad", "adaad")
@@ -241,7 +241,7 @@ def test_the_papers_ramp_is_over_all_epochs_of_this_run():
 
 
 @pytest.mark.parametrize(
-    "networks", [("--teacher", "runs/teacher"), ("--student", "RES-8"), ("--teacher", "Wang2023Better_WRN-28-10")]
+    "networks", [("--teacher", "runs/teacher"), ("--student", "RES-8"), ("--teacher", "Wang2023Better_WRN-70-16")]
 )
 def test_an_alpha_that_no_paper_has_must_be_given(networks, capsys):
     line = refused(capsys, "adaad_IGDM", *networks, "--preset", "paper")
@@ -249,6 +249,14 @@ def test_an_alpha_that_no_paper_has_must_be_given(networks, capsys):
     assert "the paper has it for BDM, LTD, DEC and RES-18, MN-V2 only: give --alpha" in line
     assert parse("adaad_IGDM", *networks, "--preset", "paper", "--alpha", "5").alpha == 5
     assert parse("adaad", *networks, "--preset", "paper").preset == "paper"
+
+
+@pytest.mark.parametrize("alias", ["BDM", "DEC", "LTD"])
+def test_the_papers_alpha_also_goes_by_a_teachers_full_name(alias):
+    by_alias, by_name = (
+        parse("adaad_IGDM", "--preset", "paper", "--teacher", name) for name in (alias, teachers.ALIASES[alias])
+    )
+    assert by_name.alpha == by_alias.alpha
 
 
 @pytest.mark.parametrize("method", BASELINES)

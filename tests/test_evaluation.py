@@ -676,6 +676,31 @@ def test_evaluate_refuses_what_does_not_go_together(run_folder, monkeypatch, cap
         assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_evaluate_a_file_with_the_settings_of_its_run(run_folder, monkeypatch, tmp_path):
+    """A student.pt tells them itself, wherever it lies; a last.pt lies beside its run's config.json."""
+    arguments = ("--attacks", "clean", "--examples", "20", "--device", "cpu")
+    model = build_model("RES-8", 10)
+    (tmp_path / "away").mkdir()
+    info = {"settings": {"dataset": "digits", "epsilon": 0.2, "teacher": None}}
+    checkpoint.save_student(tmp_path / "away" / "student.pt", model, "RES-8", 10, info)
+    evaluate_with(monkeypatch, tmp_path / "away" / "student.pt", *arguments)
+    moved = checkpoint.read_json(tmp_path / "away" / "evaluation.json")
+    assert (moved["settings"]["dataset"], moved["settings"]["epsilon"]) == ("digits", 0.2)
+    assert "epoch" not in moved
+
+    (run_folder / "student.pt").unlink()
+    (run_folder / "result.json").unlink()
+    last = {"architecture": "RES-8", "num_classes": 10, "model": model.state_dict(), "optimizer": {}, "epoch": 2}
+    checkpoint.save(run_folder / "last.pt", {**last, "step": 5})
+    for path in (run_folder, run_folder / "last.pt"):
+        evaluate_with(monkeypatch, path, *arguments)
+        found = checkpoint.read_json(run_folder / "evaluation.json")
+        assert (found["epoch"], found["step"], found["settings"]["epsilon"]) == (2, 5, 0.1)
+        assert found["clean"] == moved["clean"]
+        assert found["student_sha256"] == moved["student_sha256"]
+        (run_folder / "evaluation.json").unlink()
+
+
 def test_evaluate_refuses_a_student_that_was_swapped(run_folder, monkeypatch, capsys):
     checkpoint.save_student(run_folder / "student.pt", build_model("RES-8", 10), "RES-8", 10, {})
     with pytest.raises(SystemExit) as stopped:

@@ -126,7 +126,7 @@ def test_an_igdm_script_only_adds_lines(method):
 
 @pytest.mark.parametrize("method", BASELINES)
 def test_the_addition_is_the_papers(method):
-    """The same lines are added to each of the three, but for the table of alpha and its source."""
+    """The same lines are added to each of the three, but for the table of alpha, its source, and indentation."""
 
     def added(name):
         baseline = iter((ROOT / f"{name}_cifar100.py").read_text().splitlines())
@@ -136,7 +136,7 @@ def test_the_addition_is_the_papers(method):
                 expected = next(baseline, None)
             else:
                 lines.append(line)
-        return [line for line in lines if '"alpha": {' not in line and "appendix" not in line]
+        return [line.strip() for line in lines if '"alpha": {' not in line and "appendix" not in line]
 
     assert added(method) == added(BASELINES[0])
 

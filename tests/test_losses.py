@@ -302,3 +302,10 @@ def test_full_precision_is_kept(dtype):
     z = logits(2, 3, dtype=dtype)
     assert rslad_loss.at_least_float32(z) is z
     assert rslad_loss.kl_divergence(z, z).dtype == dtype
+
+
+def test_rows_and_classes_must_match():
+    """One row of teacher logits must not silently serve a batch of students."""
+    for teacher in (logits(1, 4), logits(3, 5)):
+        with pytest.raises(ValueError, match=r"\(3, 4\)"):
+            rslad_loss.kl_divergence(logits(3, 4), teacher)

@@ -51,6 +51,36 @@ def test_every_attack_choice_equals_the_reference(attack, networks, batches):
 
 
 @pytest.mark.parametrize("method", SCRIPTS)
+def test_the_teachers_own_mode_does_not_matter(method, networks, batches):
+    """A teacher left in train mode answers as in eval mode, and neither its statistics nor its mode move."""
+    student, teacher = networks
+    expected, careless = copy.deepcopy(student), copy.deepcopy(teacher).train()
+    torch.manual_seed(5)
+    product_run(method, expected, teacher, batches, settings(method))
+    torch.manual_seed(5)
+    product_run(method, student, careless, batches, settings(method))
+    assert all(module.training for module in careless.modules())
+    assert_same_network(careless, teacher)
+    assert_same_network(student, expected)
+
+
+# Teacher passes of one image beyond those of the attack's steps, as the scripts write them. The engine spares the plus
+# pass where beta = 1: that is x_adv's.
+TEACHER_PASSES = {"ard": (1, 1), "ard_IGDM": (3, 3), "rslad": (2, 1), "rslad_IGDM": (4, 3), "adaad": (1, 1)}
+
+
+@pytest.mark.parametrize("method", TEACHER_PASSES)
+def test_no_more_teacher_passes_than_published(method, networks, batches):
+    for kind, expected in zip(("default", "paper"), TEACHER_PASSES[method], strict=True):
+        student, teacher = networks
+        calls = []
+        teacher.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        args = settings(method, *FLAGS[kind])
+        product_run(method, student, teacher, batches[:1], args)
+        assert len(calls) == expected + (args.steps if method == "adaad" else 0), kind
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
 def test_the_reference_notices_what_it_must(method, networks, batches):
     """The tolerance is not so wide that a wrong pass fits in: one step size or weight off is seen."""
     student, teacher = networks

@@ -155,7 +155,8 @@ def test_own_checkpoint_and_run_folder(tmp_path):
     checkpoint.save_student(folder / "student.pt", model, "RES-8", 10, {"method": "PGD-AT"})
     small_x = torch.rand(2, 3, 8, 8)
     for path in (folder, folder / "student.pt"):
-        teacher = load_teacher(str(path), 10)
+        teacher = load_teacher(path, 10)
+        assert load_teacher(str(path), 10).sha256 == teacher.sha256
         with torch.no_grad():
             assert torch.equal(teacher(small_x), model(small_x))
         assert teacher.num_classes == 10
