@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks import measure
-from benchmarks.training_step import METHODS, ProductStep, gflop_per_image
+from benchmarks.training_step import METHODS, ProductStep, gflop_by_passes, gflop_of_passes
 from experiment import UserError, cli
 from experiment.checkpoint import read_json
 from experiment.data import Data
@@ -116,15 +116,16 @@ def overhead(networks: tuple[nn.Module, nn.Module], device: torch.device, args: 
 
 
 def teacher_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Counted operations per image by teacher, published order and product; on the CPU, with two images."""
+    """Operations per image by teacher and method, published order and product; counted on the CPU."""
     cpu, rows = torch.device("cpu"), []
-    student = measure.make_network(args.student, cpu, 0)
+    student = gflop_of_passes(measure.make_network(args.student, cpu, 0))
     for name in args.teachers:
-        teacher = measure.make_network(name, cpu, 1)
-        forward = measure.count_flop(lambda t=teacher: t(torch.rand(1, 3, measure.SIDE, measure.SIDE)))
-        theirs, ours = gflop_per_image(args.method, (student, teacher), cpu)
-        row = {"teacher": name, "teacher_gmac": forward / 2e9, "gflop_published": theirs, "gflop_product": ours}
-        rows.append(row)
+        teacher = gflop_of_passes(measure.make_network(name, cpu, 1))
+        gflop = {}
+        for method in METHODS:
+            published, product = gflop_by_passes(method, student, teacher)
+            gflop[method] = {"published": published, "product": product}
+        rows.append({"teacher": name, "teacher_gmac": teacher[0] / 2, "gflop": gflop})
     return rows
 
 
@@ -170,11 +171,14 @@ def tables(found: dict[str, Any]) -> list[str]:
         made.append(measure.table(["part", "ms/step", "of the step"], body))
     if "teachers" in found:
         body = [
-            [r["teacher"], f"{r['teacher_gmac']:.3f}", f"{r['gflop_published']:.1f}", f"{r['gflop_product']:.1f}"]
-            for r in found["teachers"]
+            [
+                row["teacher"],
+                f"{row['teacher_gmac']:.3f}",
+                *(f"{g['published']:.1f} → {g['product']:.1f}" for g in row["gflop"].values()),
+            ]
+            for row in found["teachers"]
         ]
-        header = ["teacher", "GMAC/forward", "GFLOP/image, published", "GFLOP/image, product"]
-        made.append(measure.table(header, body))
+        made.append(measure.table(["GFLOP/image, published → product", "GMAC/forward", *METHODS], body))
     return made
 
 

@@ -23,7 +23,19 @@ from benchmarks import measure, published
 from experiment import UserError, cli, optim
 from experiment.engine import Engine
 
-METHODS = ("ard", "ard_IGDM", "rslad", "rslad_IGDM", "adaad", "adaad_IGDM")
+PASSES = {
+    "ard": {"published": (12, 10, 2, 1, 0), "product": (12, 10, 1, 1, 0)},
+    "ard_IGDM": {"published": (13, 10, 3, 3, 0), "product": (13, 10, 2, 3, 0)},
+    "rslad": {"published": (12, 10, 2, 1, 0), "product": (12, 10, 2, 1, 0)},
+    "rslad_IGDM": {"published": (14, 10, 4, 4, 0), "product": (13, 10, 3, 3, 0)},
+    "adaad": {"published": (12, 10, 2, 12, 10), "product": (12, 10, 1, 11, 10)},
+    "adaad_IGDM": {"published": (14, 10, 4, 14, 10), "product": (13, 10, 2, 12, 10)},
+}
+"""Passes of a step with ten attack steps and --preset paper: the student's forward passes, backward passes to the input
+alone, and full backward passes; the teacher's forward passes and backward passes to the input. The published ones were
+counted in the published code; the product's lack the plus pass, which is x_adv's, and the backward passes of terms with
+weight zero; a student's clean pass without gradient, which moves BatchNorm statistics, counts."""
+METHODS = tuple(PASSES)
 EPOCH = 1
 COUNTED = 2
 """Images of the step whose operations are counted; the count per image is the same for any batch."""
@@ -86,6 +98,28 @@ def gflop_per_image(method: str, networks: tuple[nn.Module, nn.Module], device: 
     theirs = published_step(method, *copy.deepcopy(networks), batches)
     ours = ProductStep(method, *copy.deepcopy(networks), batches, "fp32", 0)
     return tuple(measure.count_flop(step) / COUNTED / 1e9 for step in (theirs, ours))
+
+
+def gflop_of_passes(network: nn.Module) -> tuple[float, float, float]:
+    """Operations of one image's forward pass, backward pass to the input alone, and full backward pass, 10^9 each."""
+    x = torch.rand(1, 3, measure.SIDE, measure.SIDE, device=next(network.parameters()).device)
+
+    def run(wants_input: bool, wants_weights: bool) -> float:
+        network.requires_grad_(wants_weights)
+        logits = network(x.clone().requires_grad_(wants_input))
+        return measure.count_flop(lambda: logits.sum().backward()) / 1e9
+
+    forward = measure.count_flop(lambda: network(x)) / 1e9
+    return forward, run(True, False), run(False, True)
+
+
+def gflop_by_passes(
+    method: str, student: tuple[float, float, float], teacher: tuple[float, float, float]
+) -> tuple[float, float]:
+    """Operations of a step by PASSES and what a pass costs (`gflop_of_passes`): published order and product."""
+    costs = (*student, *teacher[:2])
+    counts = (PASSES[method][step] for step in ("published", "product"))
+    return tuple(sum(n * cost for n, cost in zip(passes, costs, strict=True)) for passes in counts)
 
 
 def measure_method(

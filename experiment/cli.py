@@ -40,9 +40,9 @@ def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> 
             or (above and value == low)
             or math.isinf(value)
         ):
-            limits = f"above {low:g}" if above else f"from {low:g}"
+            limits = f" above {low:g}" if above else f" from {low:g}" if math.isfinite(low) else ""
             limits += f" up to {high:g}" if math.isfinite(high) else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; a number {limits}, or a fraction such as 8/255")
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; a number{limits}, or a fraction such as 8/255")
         return value
 
     return parse
@@ -103,7 +103,7 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "steps": {"type": positive_int, "help": "attack steps"},
     "attack": {
         "choices": ("pgd", "rslad", "adaad", "igdm"),
-        "help": "inner maximisation; the default is the method's own; pgd and rslad spare the teacher",
+        "help": "inner maximisation; the default is the method's own; pgd and rslad run without the teacher",
     },
     "objective": {"choices": ("TRADES", "PGD-AT"), "help": "adversarial training objective"},
     "trades_weight": {"type": number(), "help": "weight of TRADES' robust term (1/lambda in its paper)"},
@@ -145,7 +145,7 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
     "checkpoint_minutes": {
         "type": number(above=True),
         "default": 10.0,
-        "help": "most minutes of work that a kill can lose",
+        "help": "most minutes of training that a kill can lose",
     },
     "run_dir": {"default": "runs", "help": "folder of the run folders"},
     "run_name": {
@@ -167,14 +167,32 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults as they would be typed: 8/255, and none where the text says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        value = action.default
+        if value is None or value == []:
+            return action.help
+        if isinstance(value, float) and not value.is_integer() and math.isclose(round(255 * value), 255 * value):
+            return f"{action.help} (default: {255 * value:.0f}/255)"
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Strict parsing; an error is one line on stderr and exit status 2."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def _flag_like(value: Any) -> dict[str, Any]:
+    """A flag for a number that only this RECIPE has: whole or not, as its default is."""
+    kind = whole(0) if isinstance(value, int) else number(-math.inf) if isinstance(value, float) else str
+    return {"type": kind, "help": "of this script's RECIPE"}
 
 
 def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
@@ -193,7 +211,7 @@ def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
     for name, value in settings(recipe, paper=False).items():
         # train_teacher.py's only network is no one's student: --model says the same there.
         alias = ["--model"] if name == "student" and "teacher" not in recipe["networks"] else []
-        parser.add_argument(*alias, f"--{name}", dest=name, **METHOD_FLAGS[name], default=value)
+        parser.add_argument(*alias, f"--{name}", dest=name, **METHOD_FLAGS.get(name, _flag_like(value)), default=value)
     for name, options in RUN_FLAGS.items():
         parser.add_argument(f"--{name}", **options)
     return parser

@@ -2,7 +2,7 @@
 
 Runs that differ in nothing but their seed are one row. A method that adds something to a base method (config.json's
 "adds") stands beside its baseline, and its gain, the AutoAttack accuracy minus the baseline's, is printed only if the
-two rows were made under the same conditions.
+two rows were made under the same conditions; if they were not, the error after the table says in what they differ.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from experiment.checkpoint import read_json, write_atomically
 
 MAY_DIFFER = (
     "run_name", "run_dir", "data_dir", "teacher_path", "device", "nowand", "aa_batch", "checkpoint_minutes", "seed",
+    "eval_after",
 )  # fmt: skip
 """Settings that leave the experiment the same; those that begin with wandb_ come on top."""
 
@@ -160,6 +161,9 @@ def _checked_run(folder: Path, config: dict[str, Any], result: dict[str, Any]) -
         circumstances={
             "hardware": _get(result, in_result, "hardware", str),
             "commit": _get(config, in_config, "commit", str, optional=True) or "unknown",
+            "changed before a resumption": _listed(result.get("changed") or ["nothing"])
+            if isinstance(result.get("changed", []), list)
+            else "unknown",
             **{f"{package} version": str(version) for package, version in versions.items()},
             # Chunks of another size draw other random numbers.
             **{f"AutoAttack {key}": str(measured[key]) for key in ("batch", "package") if key in (measured or {})},
@@ -273,13 +277,14 @@ def differences(run: Run, baseline: Run) -> list[str]:
     return found
 
 
-def gains_of(rows: Sequence[Row]) -> list[Gain]:
+def gains_of(rows: Sequence[Row]) -> tuple[list[Gain], list[str]]:
     """Subtract its baseline from every row that has one; rows of different methods are never subtracted.
 
-    Raises:
-        UserError: the baseline was made under other conditions or with other seeds; names each with both values.
+    Returns:
+        The gains, and for each row that was made under other conditions or with other seeds than its baseline a
+        sentence that names each of them with both values.
     """
-    gains = []
+    gains, refusals = [], []
     for row in rows:
         baselines = [other for other in rows if other.pair == row.pair and other.first.adds is None]
         if row.first.adds is None or not baselines:
@@ -289,25 +294,28 @@ def gains_of(rows: Sequence[Row]) -> list[Gain]:
         subtraction = f"cannot subtract {baseline.first.folder} ({baseline.name}) from {row.first.folder} ({row.name})"
         if found := differences(row.first, baseline.first):
             allowed = ", ".join(row.first.added_settings) or "nothing"
-            raise UserError(
+            refusals.append(
                 f"{subtraction}, they differ in {'; '.join(found)}; only {allowed} may differ: rerun one of them"
             )
+            continue
         if row.seeds != baseline.seeds:
-            raise UserError(
+            refusals.append(
                 f"{subtraction}, their seeds differ: {_listed(baseline.seeds)} and {_listed(row.seeds)}; "
                 "give runs with the same seeds"
             )
-        for run, other in zip(row.runs, baseline.runs, strict=True):
-            if run.attack.get("seed") != other.attack.get("seed"):
-                raise UserError(
-                    f"{subtraction}, they differ in AutoAttack seed {other.attack['seed']} and {run.attack['seed']} "
-                    f"(seed {run.seed}); rerun one of them"
-                )
+            continue
+        attack_seeds, theirs = ([run.attack.get("seed") for run in each.runs] for each in (row, baseline))
+        if attack_seeds != theirs:
+            refusals.append(
+                f"{subtraction}, they differ in AutoAttack seed {_listed(theirs)} and {_listed(attack_seeds)}; "
+                "rerun one of them"
+            )
+            continue
         ours, theirs = row.values("autoattack"), baseline.values("autoattack")
         if ours:
             by_seed = tuple(a - b for a, b in zip(ours, theirs, strict=True))
             gains.append(Gain(row, baseline, by_seed))
-    return gains
+    return gains, refusals
 
 
 def _listed(values: Iterable[Any]) -> str:
@@ -503,7 +511,8 @@ def compare(folders: Sequence[Path], out: Path, show: Callable[[str], None] = pr
         The paths of the plot and of the Markdown file.
 
     Raises:
-        UserError: see ``read_run``, ``rows_of`` and ``gains_of``; a folder given twice; `out` cannot be written to.
+        UserError: see ``read_run`` and ``rows_of``; a folder given twice; `out` cannot be written to. After all was
+            written and shown, the rest without a gain: runs that cannot be subtracted, see ``gains_of``.
     """
     seen: dict[str, Path] = {}
     for folder in folders:
@@ -511,8 +520,8 @@ def compare(folders: Sequence[Path], out: Path, show: Callable[[str], None] = pr
         if earlier is not folder:
             raise UserError(f"{folder} is given twice (the other time as {earlier}); give every run once")
     rows = rows_of([read_run(folder) for folder in folders])
-    gains = gains_of(rows)
-    table, notes = table_of(rows, gains), notes_of(rows, gains)
+    gains, refusals = gains_of(rows)
+    table, notes = table_of(rows, gains), [*notes_of(rows, gains), *(f"No gain: {refusal}." for refusal in refusals)]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -525,6 +534,8 @@ def compare(folders: Sequence[Path], out: Path, show: Callable[[str], None] = pr
     write_atomically(markdown, lambda file: file.write(escaped(text).encode()))
     for part in (as_text(table), "", *notes, "", f"plot      {picture}", f"markdown  {markdown}"):
         show(escaped(part))
+    if refusals:
+        raise UserError("; ".join(refusals))
     return picture, markdown
 
 

@@ -1,7 +1,9 @@
 """The gate of the run folder: one process at a time, one run, one set of settings; and where a run comes from."""
 
 import argparse
+import atexit
 import fcntl
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -11,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,9 @@ from experiment import UserError, checkpoint
 FORMAT = 1
 FREE_SETTINGS = (
     "nowand", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags",
-    "checkpoint_minutes", "data_dir", "run_dir", "teacher_path",
+    "checkpoint_minutes", "data_dir", "run_dir", "teacher_path", "eval_after",
 )  # fmt: skip
-"""Settings that may change between a run and its resumption: they move no bit of the result."""
+"""Settings that may change between a run and its resumption: they move no bit of result.json."""
 LEFTOVER = re.compile(r"\.[a-z]+(-\d+)?\.(pt|jsonl?)(\.\d+)?\.tmp")
 """Names of files that a killed process was about to write."""
 PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "pyautoattack")
@@ -29,6 +32,8 @@ PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "pyautoattack")
 
 def lock(folder: Path) -> int:
     """Create the folder if need be and lock it for the life of this process; the lock's file descriptor.
+
+    A folder that holds nothing but the lock when the process ends, because the run was refused, is removed.
 
     Raises:
         UserError: the folder cannot be written, or another process has it.
@@ -41,7 +46,15 @@ def lock(folder: Path) -> int:
         raise UserError(f"{folder} is in use by another process; wait for it, or give another --run_name") from error
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --run_dir") from error
+    atexit.register(_leave_nothing, folder.absolute())
     return descriptor
+
+
+def _leave_nothing(folder: Path) -> None:
+    with suppress(OSError):  # it may be gone, or another process's by now
+        if [entry.name for entry in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
 
 
 def admit(folder: Path, script: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -58,7 +71,8 @@ def admit(folder: Path, script: str, args: argparse.Namespace) -> dict[str, Any]
         return {"id": uuid.uuid4().hex[:12]}
     config = checkpoint.read_json(folder / "config.json")
     strings = all(isinstance(config.get(name), str) for name in ("id", "script", "command", "device"))
-    if config.get("format") != FORMAT or not strings or not isinstance(config.get("settings"), dict):
+    kinds = isinstance(config.get("settings"), dict) and isinstance(config.get("changed", []), list)
+    if config.get("format") != FORMAT or not strings or not kinds:
         raise UserError(f"{folder}/config.json is not one that this version wrote; give another --run_name")
     differing = _differing(config, {"script": script, **vars(args)})
     if differing and foreign == ["config.json"]:
@@ -100,10 +114,19 @@ def _same(name: str, there: Any, here: Any) -> bool:
 
 
 def provenance(script: Path) -> dict[str, Any]:
-    """Command, versions and commit, for config.json."""
+    """Command, versions, commit and a hash of the code, for config.json."""
     versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
     command = shlex.join(["python", *sys.argv])
-    return {"command": command, "versions": versions, "commit": _commit(script.resolve().parent)}
+    return {"command": command, "versions": versions, "commit": _commit(script), "code_sha256": _code_sha256(script)}
+
+
+def _code_sha256(script: Path) -> str:
+    """SHA-256 over the script and every module of the project that a run imports."""
+    root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
+    packages = (path for name in ("cifar100_models", "experiment") for path in (root / name).glob("*.py"))
+    for path in (script, root / "attacks.py", root / "rslad_loss.py", *sorted(packages)):
+        digest.update(f"{path.name} {checkpoint.file_sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str | None:
@@ -113,15 +136,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit(folder: Path) -> str | None:
-    """The commit of the code, marked where the tree has changes on top; None outside a git checkout."""
-    git = shutil.which("git")
+def _commit(script: Path) -> str | None:
+    """The commit of the code, marked where it does not hold what runs; None outside a git checkout."""
+    git, script = shutil.which("git"), script.resolve()
     if not git:
         return None
-    answer = subprocess.run(
-        [git, "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return answer.stdout.strip() or None
+
+    def ask(*arguments: str) -> str:
+        command = [git, "-C", str(script.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = ask("describe", "--always", "--dirty", "--abbrev=40")
+    # git calls a tree clean in which nobody has added a new script yet.
+    untracked = commit and not commit.endswith("-dirty") and not ask("ls-files", "--", script.name)
+    return f"{commit}-dirty" if untracked else commit or None

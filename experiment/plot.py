@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from experiment.checkpoint import write_atomically
-from experiment.compare import Row, escaped, labels_of
+from experiment.compare import Row, escaped, half_width, labels_of
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette without yellow (too pale for a line): told apart with any colour vision."""
@@ -91,30 +91,36 @@ def _draw_curves(axes: Any, rows: Sequence[Row], colors: Sequence[tuple[float, f
                 low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
                 high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
                 axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+    if len(evaluated) == 1:
+        axes.set_xticks(sorted(evaluated))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("test accuracy (%)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles = [Line2D([], [], color=color, linewidth=5) for color in colors]
     return [*handles, *(Line2D([], [], color="0.25", linestyle=style, linewidth=1.8) for style in ("-", "--"))]
 
 
 def _draw_bars(axes: Any, rows: Sequence[Row], labels: Sequence[str], colors: Sequence[Any]) -> None:
-    """One bar per row, pairs close together; error bars are one standard deviation over seeds."""
+    """One bar per row, pairs close together.
+
+    Error bars: one standard deviation over seeds, or for a single seed the 95 % binomial interval of its images.
+    """
     positions, at = [], 0.0
     for index, row in enumerate(rows):
         at += 0.0 if index == 0 else 0.86 if row.pair == rows[index - 1].pair else 1.5
         positions.append(at)
-    several = False
+    several = single = False
     for row, color, position in zip(rows, colors, positions, strict=True):
         values = row.values("autoattack")
         if not values:
             axes.annotate("not run", (position, 0), (0, 3), textcoords="offset points", ha="center", fontsize=7)
             continue
-        mean, spread = 100 * fmean(values), 100 * stdev(values) if len(values) > 1 else 0.0
-        several = several or len(values) > 1
+        mean = 100 * fmean(values)
+        spread = 100 * (stdev(values) if len(values) > 1 else half_width(values[0], row.first.attack["examples"]))
+        several, single = several or len(values) > 1, single or len(values) == 1
         axes.bar(position, mean, width=0.8, color=color)
-        if len(values) > 1:
-            axes.errorbar(position, mean, spread, color="0.15", capsize=4, linewidth=1.4)
+        axes.errorbar(position, mean, spread, color="0.15", capsize=4, linewidth=1.4)
         top = (position, mean + spread)
         axes.annotate(f"{mean:.2f}", top, (0, 3), textcoords="offset points", ha="center", fontsize=9)
     stacked = [label.replace("+", "\n+", 1).replace(", ", "\n") for label in labels]
@@ -130,5 +136,6 @@ def _draw_bars(axes: Any, rows: Sequence[Row], labels: Sequence[str], colors: Se
     axes.margins(y=0.1)
     images = {row.first.attack["examples"] for row in rows if row.first.attack}
     basis = ["mean ± std over seeds"] if several else []
+    basis += ["one seed: 95 % interval" if several else "95 % interval"] if single else []
     basis += [f"{images.pop()} images"] if len(images) == 1 else []
     axes.set_ylabel("\n".join(filter(None, ["AutoAttack accuracy (%)", ", ".join(basis)])))

@@ -97,6 +97,7 @@ class Run:
             "script": self.script.name,
             "method": self.recipe["method"],
             "adds": self.recipe.get("adds"),
+            "outer_settings": list(self.recipe.get("outer", {})),
             "added_settings": list(self.recipe.get("added", {})),
             "settings": vars(self.args),
             **folder.provenance(self.script),
@@ -127,10 +128,16 @@ class Run:
                         f"{self.folder} began with {name} {there.get(name)!r:.80}, now it is {config[name]}; give it "
                         "back what it began with, or another --run_name"
                     )
-            changed = [name for name in ("device", "versions", "commit") if there.get(name) != config[name]]
+            names = {"device": "device", "versions": "versions", "commit": "commit", "code_sha256": "code"}
+            changed = [said for name, said in names.items() if there.get(name) != config[name]]
+            config = {**config, "command": there["command"], "device": there["device"]}
             if changed:
                 print(f"warning: {' and '.join(changed)} changed since the run began: not bit for bit the same run")
-            config = {**config, "command": there["command"], "device": there["device"]}
+                # Kept for result.json: nobody who reads it has seen the warning.
+                config["changed"] = [said for said in names.values() if said in (*there.get("changed", []), *changed)]
+                checkpoint.write_json(self.folder / "config.json", {**there, "changed": config["changed"]})
+            elif "changed" in there:
+                config["changed"] = there["changed"]
         self._config = config
 
     def _check_feasible(self, teacher: nn.Module | None) -> None:
@@ -405,6 +412,7 @@ class Run:
             "student_sha256": checkpoint.state_sha256(self._student),
             "hardware": config["device"],
             "command": config["command"],
+            "changed": config.get("changed", []),  # between the run's start and its resumptions
         }
         checkpoint.write_json(self.folder / "result.json", result)
         self._mirror.finish(result)

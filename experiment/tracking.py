@@ -39,9 +39,8 @@ class Progress:
     def figures(self, epoch: int, epochs: int, row: dict[str, Any]) -> None:
         """Show the running means of the loss terms and the speed."""
         self._next = time.monotonic() + 1
-        terms = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name.startswith("loss"))
         self._bar.set_description_str(f"epoch {epoch}/{epochs}", refresh=False)
-        self._bar.set_postfix_str(f"{terms}  {speed(row)} images/s")
+        self._bar.set_postfix_str(f"{loss_terms(row)}  {speed(row)} images/s")
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
@@ -54,6 +53,12 @@ class Progress:
         self._bar.close()
 
 
+def loss_terms(row: dict[str, Any]) -> str:
+    """The loss and its terms; a single term is the loss."""
+    names = [name for name in row if name.startswith("loss")]
+    return "  ".join(f"{name} {row[name]:.4f}" for name in (names if len(names) > 2 else names[:1]))
+
+
 def speed(row: dict[str, Any]) -> str:
     """Images per second: whole ones, or two decimals where they are few."""
     return f"{row['images_per_second']:.{0 if row['images_per_second'] >= 10 else 2}f}"
@@ -61,13 +66,13 @@ def speed(row: dict[str, Any]) -> str:
 
 def epoch_line(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
     """One printed line for one row of metrics.jsonl."""
-    terms = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name.startswith("loss"))
+    terms = loss_terms(row)
     accuracies = "".join(f"  {label} {100 * row[key]:.2f} %" for key, label in ACCURACIES.items() if key in row)
     left = time.strftime("%H:%M:%S", time.gmtime(seconds_left % 86400))
     days = f"{int(seconds_left // 86400)} d " if seconds_left >= 86400 else ""
     return (
         f"epoch {row['epoch']}/{epochs}  {terms}  lr {row['lr']:g}{accuracies}  "
-        f"{row['seconds']:.1f} s  {speed(row)} images/s  {days}{left} left"
+        f"{row['seconds']:.1f} s  {speed(row)} images/s  {days}{left} of training left"
     )
 
 
@@ -152,12 +157,23 @@ def header(
         lines.append(
             f"  warning  the attack's steps reach {reach:.4g} of epsilon {settings['epsilon']:.4g}: see --step_size"
         )
+    # What the method brings: all that may surprise in it is a setting.
+    own = {name: settings[name] for name in (*config["outer_settings"], *config["added_settings"])}
+    if own:
+        lines.append(f"  method   {', '.join(f'{name} {_short(value)}' for name, value in own.items())}")
     if teacher is not None:
         digest = str(config["teacher_sha256"])[:12]
         lines.insert(1, f"  teacher  {settings['teacher']}, {size(teacher)}, SHA-256 {digest}")
     if settings["device"] == "cpu" and images.name != "digits":
-        lines.append("  warning  no CUDA device: with a WRN-28-10 teacher an epoch takes a day here, minutes on a GPU")
+        large = teacher is not None and sum(p.numel() for p in teacher.parameters()) > 1e7
+        lines.append(
+            f"  warning  no CUDA device: an epoch takes {'a day' if large else 'hours'} here, minutes on a GPU"
+        )
     return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def per_cent(accuracy: float | None) -> str:

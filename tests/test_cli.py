@@ -251,6 +251,27 @@ def test_an_alpha_that_no_paper_has_must_be_given(networks, capsys):
     assert parse("adaad", *networks, "--preset", "paper").preset == "paper"
 
 
+def test_a_number_of_ones_own_in_a_recipe_is_a_flag(capsys):
+    """What README promises who adds a method."""
+    script = importlib.import_module("adaad_cifar100")
+    recipe = {**script.RECIPE, "outer": {"tv_weight": 0.5, "layers": 3, "norm": "l2"}}
+    args = cli.parse_args(script.__file__, recipe, ["--tv_weight=-1/4", "--norm", "l1"])
+    assert (args.tv_weight, args.layers, args.norm) == (-0.25, 3, "l1")
+    with pytest.raises(SystemExit):
+        cli.parse_args(script.__file__, recipe, ["--tv_weight", "much"])
+    assert "'much' is not allowed; a number, or a fraction such as 8/255" in capsys.readouterr().err
+
+
+def test_help_shows_defaults_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit):
+        parse("adaad_IGDM", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 8/255)" in text
+    assert "(default: 2/255)" in text
+    assert "(default: 20.0)" in text
+    assert "default: None" not in text
+
+
 @pytest.mark.parametrize("alias", ["BDM", "DEC", "LTD"])
 def test_the_papers_alpha_also_goes_by_a_teachers_full_name(alias):
     by_alias, by_name = (

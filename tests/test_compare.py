@@ -187,7 +187,12 @@ def test_runs_made_under_other_conditions_are_not_subtracted(tmp_path, twin, nam
         compare(folders, tmp_path / "out")
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    # The runs themselves are shown, without a gain, and the note says why.
+    written = (tmp_path / "out" / "comparison.md").read_text()
+    assert "No gain: cannot subtract" in written
+    (row,) = [line for line in written.splitlines() if line.startswith("| AdaAD+IGDM")]
+    assert row.split(" | ")[7] == "-"
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
 
 
 def test_every_difference_is_named_at_once(tmp_path):
@@ -358,7 +363,7 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path, data):
         (folder / file).write_text(json.dumps(value))
     try:
         rows = comparison.rows_of([comparison.read_run(folder)])
-        gains = comparison.gains_of(rows)
+        gains, _ = comparison.gains_of(rows)
         table, notes = comparison.table_of(rows, gains), comparison.notes_of(rows, gains)
         assert comparison.as_text(table)
         assert comparison.as_markdown(rows, table, notes, "comparison.png")

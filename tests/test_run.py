@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from fault_run import POINTS, ROOT, SCRIPTS, SMALL, result_of, stopped_run
 
 from experiment import checkpoint
+from experiment.folder import provenance
 from experiment.run import _fault
 
 
@@ -114,6 +116,15 @@ def test_folder_of_something_else_is_refused_untouched(small):
     shutil.rmtree(folder)
 
 
+def test_a_refused_start_leaves_no_folder(small):
+    done = subprocess.run(
+        command("refused", "--teacher", str(small.home)), cwd=small.home, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "holds no student.pt" in done.stderr
+    assert not (small.home / "runs" / "refused").exists()
+
+
 def test_resumed_run_names_what_changed(small):
     folder = stopped_run(small.server, small.home, "moved")
     config = json.loads((folder / "config.json").read_text())
@@ -121,6 +132,19 @@ def test_resumed_run_names_what_changed(small):
     (folder / "config.json").write_text(json.dumps(config))
     outcome = small.server.run(SCRIPTS[0], [*SMALL, "--run_name", "moved"], small.home, faults=[("start", 1, "")])
     assert "warning: versions changed since the run began" in outcome.out
+    # Who reads the result has not seen the warning.
+    outcome = small.server.run(SCRIPTS[0], [*SMALL, "--run_name", "moved"], small.home)
+    outcome.expect(0)
+    assert json.loads((folder / "result.json").read_text())["changed"] == ["versions"]
+
+
+def test_resumed_run_names_changed_code(small):
+    folder = stopped_run(small.server, small.home, "edited")
+    config = json.loads((folder / "config.json").read_text())
+    config["code_sha256"] = "0" * 64
+    (folder / "config.json").write_text(json.dumps(config))
+    outcome = small.server.run(SCRIPTS[0], [*SMALL, "--run_name", "edited"], small.home, faults=[("start", 1, "")])
+    assert "warning: code changed since the run began" in outcome.out
 
 
 def test_rows_and_seconds(small):
@@ -141,3 +165,25 @@ def test_logits_that_are_worth_nothing():
     assert _fault(torch.zeros(8, 10)) == "the same for every image"
     logits[3, 4] = torch.inf
     assert _fault(logits) == "not finite"
+
+
+def test_the_commit_of_a_script_that_git_does_not_know_is_dirty(tmp_path):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    script, mine = tmp_path / "script.py", tmp_path / "mine.py"
+    script.write_text("1\n")
+    assert provenance(script)["commit"] is None
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = provenance(script)
+    assert re.fullmatch("[0-9a-f]{40}", clean["commit"])
+    mine.write_text("1\n")
+    assert provenance(mine)["commit"] == f"{clean['commit']}-dirty"
+    assert provenance(script)["commit"] == clean["commit"]
+    script.write_text("2\n")
+    edited = provenance(script)
+    assert edited["commit"] == f"{clean['commit']}-dirty"
+    assert edited["code_sha256"] != clean["code_sha256"]
