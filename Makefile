@@ -42,16 +42,16 @@ $(RUNS)/adaad/result.json: $(RUNS)/teacher/result.json
 $(RUNS)/adaad_IGDM/result.json: $(RUNS)/teacher/result.json
 	$(ONE) $(PY) adaad_IGDM_cifar100.py $(STUDENT) --alpha 5 --ramp_epochs 10 --run_name adaad_IGDM
 
-# The figures of docs/performance.md at a size for CPUs; on a GPU run the modules with their defaults. One thread: two that
-# wait for each other lose most of their speed, unevenly, as soon as anything else runs.
+# The figures of docs/performance.md at a size for CPUs; on a GPU run the modules with their defaults. On a machine that
+# does something else at the same time: OMP_NUM_THREADS=1 make bench.
 # INSERT=docs/performance.md also writes the tables between their markers there.
-BENCH := --device cpu --teacher WRN-16-4 --batch 8
-bench = OMP_NUM_THREADS=1 $(PY) -m benchmarks.$(1) $(2) --out runs/bench/$(1).json \
+BENCH := --device cpu --teacher WRN-16-4 --batch 16
+bench = $(PY) -m benchmarks.$(1) $(2) --out runs/bench/$(1).json \
 	$(if $(INSERT),--insert $(INSERT) $(1)_cpu)
 
 bench: setup
 	$(call bench,training_step,$(BENCH) --rounds 3 --profile runs/bench/profile.json)
 	$(call bench,tricks,$(BENCH) --rounds 3)
-	$(call bench,evaluation,--device cpu --examples 8 --batch 8 --product_batch 8 --rounds 3 --aa_student RES-8 \
+	$(call bench,evaluation,--device cpu --examples 16 --batch 16 --product_batch 16 --rounds 3 --aa_student RES-8 \
 		--aa_examples 2 --aa_batches 2)
 	$(call bench,scaling,$(BENCH) --rounds 2 --batches 4 8 16 --images 16 32 --teachers WRN-16-4 WRN-28-10 WRN-34-10)

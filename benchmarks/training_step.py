@@ -12,6 +12,7 @@ import copy
 import importlib
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,7 +290,7 @@ def main() -> None:
         rows, settings = measure_method(method, networks, device, args)
         add_share_of_peak(rows, found["ceilings"], device)
         found["rows"] += rows
-        print(training_table(rows), flush=True)
+        print(f"{method}: measured", file=sys.stderr, flush=True)
         if args.profile and method == args.methods[-1]:
             found["profile"] = profile(next(s for s in settings if s.fields["step"] == "product"))
             measure.write_json(args.profile, found["profile"])

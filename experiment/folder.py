@@ -146,7 +146,9 @@ def _commit(script: Path) -> str | None:
         command = [git, "-C", str(script.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    commit = ask("describe", "--always", "--dirty", "--abbrev=40")
-    # git calls a tree clean in which nobody has added a new script yet.
-    untracked = commit and not commit.endswith("-dirty") and not ask("ls-files", "--", script.name)
-    return f"{commit}-dirty" if untracked else commit or None
+    commit = ask("describe", "--always", "--abbrev=40")
+    if not commit:
+        return None
+    # Of code only: an edited README changes no run, a script that nobody has added to git yet is the run.
+    edited = ask("status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py")
+    return f"{commit}-dirty" if edited or not ask("ls-files", "--", script.name) else commit

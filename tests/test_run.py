@@ -174,6 +174,7 @@ def test_the_commit_of_a_script_that_git_does_not_know_is_dirty(tmp_path):
 
     script, mine = tmp_path / "script.py", tmp_path / "mine.py"
     script.write_text("1\n")
+    (tmp_path / "README.md").write_text("a word\n")
     assert provenance(script)["commit"] is None
     git("init")
     git("add", ".")
@@ -182,6 +183,7 @@ def test_the_commit_of_a_script_that_git_does_not_know_is_dirty(tmp_path):
     assert re.fullmatch("[0-9a-f]{40}", clean["commit"])
     mine.write_text("1\n")
     assert provenance(mine)["commit"] == f"{clean['commit']}-dirty"
+    (tmp_path / "README.md").write_text("another word\n")
     assert provenance(script)["commit"] == clean["commit"]
     script.write_text("2\n")
     edited = provenance(script)
