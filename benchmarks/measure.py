@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cifar100_models import build_model
-from experiment import UserError
+from experiment import UserError, cli
 from experiment.checkpoint import write_atomically, write_json
 from experiment.engine import Engine
 from experiment.folder import provenance
@@ -264,13 +264,38 @@ def make_batches(batch: int, device: torch.device, count: int = 4) -> list[tuple
 # The report -------------------------------------------------------------------------------------------------------
 
 
+def output_file(text: str) -> Path:
+    """A parser of paths to be written: makes the folder now, because minutes of measuring lie before the write."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from error
+    return path
+
+
+class _Insert(argparse.Action):
+    """FILE and MARK, held to be there before anything is measured."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        try:
+            split_at(Path(values[0]), values[1])
+        except UserError as error:
+            parser.error(f"argument {option}: {error}")
+        setattr(namespace, self.dest, values)
+
+
 def add_report_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every benchmark has."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--rounds", type=int, default=5, help="turns per setting")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--rounds", type=cli.positive_int, default=5, help="turns per setting")
+    parser.add_argument("--out", type=output_file, help="write the figures to this JSON file")
     parser.add_argument(
-        "--insert", nargs=2, metavar=("FILE", "MARK"), help="replace what is between MARK's markers in a Markdown file"
+        "--insert",
+        nargs=2,
+        action=_Insert,
+        metavar=("FILE", "MARK"),
+        help="replace what is between MARK's markers in a Markdown file",
     )
 
 
@@ -315,7 +340,6 @@ def report(name: str, args: argparse.Namespace, device: torch.device, figures: d
         "commit": origin["commit"],
     }
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, {"format": FORMAT, **about, **figures})
     where = f"{about['hardware']}; torch {about['torch']}; commit {about['commit']}"
     text = "\n\n".join([f"`{about['command']}`  \n{where}", *tables])
@@ -330,11 +354,20 @@ def insert(path: Path, mark: str, text: str) -> None:
     Raises:
         UserError: the file does not have them.
     """
+    before, after = split_at(path, mark)
+    write_atomically(path, lambda file: file.write(f"{before}{text}\n{after}".encode()))
+
+
+def split_at(path: Path, mark: str) -> tuple[str, str]:
+    """A file's text up to and with MARK's begin line, and from its end line on.
+
+    Raises:
+        UserError: the file does not have them.
+    """
     begin, end = f"<!-- begin {mark} -->\n", f"<!-- end {mark} -->"
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
     before, found, rest = old.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise UserError(f"{path} has no lines {begin.strip()!r} and {end!r} to write between")
-    new = f"{before}{begin}{text}\n{end}{after}"
-    write_atomically(path, lambda file: file.write(new.encode()))
+    return before + begin, end + after

@@ -14,7 +14,6 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -268,7 +267,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--compile", nargs="+", type=int, choices=(0, 1), help="0, 1 or both; default 0 on the CPU, both on CUDA"
     )
     parser.add_argument("--repeats", type=cli.positive_int, help="steps per turn; default 1 on the CPU, 4 on CUDA")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="profile the last method's fastest setting")
+    parser.add_argument(
+        "--profile", type=measure.output_file, metavar="FILE", help="profile the last method's fastest setting"
+    )
     args = parser.parse_args(argv)
     args.device = cli.resolve_device(parser, args.device)
     return args

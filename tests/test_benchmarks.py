@@ -216,8 +216,17 @@ def test_insert_replaces_what_is_between_its_markers(tmp_path):
 
 
 @pytest.mark.parametrize("module", [training_step, evaluation, scaling, tricks])
-def test_mistakes_are_one_line(module, capsys):
-    with pytest.raises(SystemExit) as stop:
-        module.parse_args(["--device", "tpu"])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_mistakes_are_one_line_before_anything_is_measured(module, capsys, tmp_path):
+    (tmp_path / "file").write_text("no folder, no markers")
+    for flags in (
+        ["--device", "tpu"],
+        ["--rounds", "0"],
+        ["--out", str(tmp_path / "file" / "x.json")],
+        ["--insert", str(tmp_path / "file"), "mark"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            module.parse_args(flags)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    module.parse_args(["--out", str(tmp_path / "new" / "x.json")])
+    assert (tmp_path / "new").is_dir()
