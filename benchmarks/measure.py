@@ -169,17 +169,19 @@ def ceilings(device: torch.device, precisions: Sequence[str], rounds: int = 7) -
             for shape in ((images, 320, 16, 16), (320, 320, 3, 3))  # the middle stage of a WRN-28-10
         )
         repeats = 20 if cuda else 1
-        best = _best_seconds(partial(torch.mm, a, b), device, rounds, repeats)
+        best = best_seconds(partial(torch.mm, a, b), device, rounds, repeats)
         found["matmul_tflops"][precision] = 2 * size**3 / best / 1e12
-        best = _best_seconds(partial(F.conv2d, x, weight, padding=1), device, rounds, repeats)
+        best = best_seconds(partial(F.conv2d, x, weight, padding=1), device, rounds, repeats)
         found["convolution_tflops"][precision] = 2 * 9 * 320 * x.numel() / best / 1e12
     source = torch.rand(2**28 if cuda else 2**25, device=device)  # far larger than any cache
-    best = _best_seconds(partial(torch.empty_like(source).copy_, source), device, rounds, 1)
+    best = best_seconds(partial(torch.empty_like(source).copy_, source), device, rounds, 1)
     found["copy_gb_per_second"] = 2 * source.numel() * source.element_size() / best / 1e9
     return found
 
 
-def _best_seconds(run: Callable[[], object], device: torch.device, rounds: int, repeats: int) -> float:
+def best_seconds(run: Callable[[], object], device: torch.device, rounds: int, repeats: int) -> float:
+    """The shortest of `rounds` turns of `repeats` calls, per call, after one turn to warm up."""
+
     def several() -> None:
         for _ in range(repeats):
             run()

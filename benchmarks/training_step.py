@@ -14,9 +14,11 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import measure, published
@@ -243,11 +245,59 @@ def profile(setting: measure.Setting, repeats: int = 3) -> dict[str, Any]:
     }
 
 
+def convolutions_alone(
+    method: str, networks: tuple[nn.Module, nn.Module], batch: int, precision: str, device: torch.device
+) -> float:
+    """Seconds of all convolutions of the product's step, each kind timed by itself, over and over on the same data.
+
+    What a step would take if nothing but its convolutions cost time, and each found its data in the cache: the least
+    that a step can take with the library's convolutions.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x = torch.rand(batch, 3, measure.SIDE, measure.SIDE, device=device)
+    costs = [_convolution_seconds(network, x, dtype) for network in networks]
+    student, teacher = costs
+    passes = PASSES[method]["product"]
+    return sum(n * cost for n, cost in zip(passes, (*student, *teacher[:2]), strict=True))
+
+
+def _convolution_seconds(network: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Seconds of a network's convolutions: forward, backward to the input alone, full backward."""
+    kinds: dict[tuple, list] = {}
+
+    def note(conv: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> None:
+        shape = (tuple(inputs[0].shape), conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.groups)
+        kinds.setdefault(shape, []).append((conv, inputs[0]))
+
+    hooks = [m.register_forward_pre_hook(note) for m in network.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        network(x)
+    for hook in hooks:
+        hook.remove()
+    seconds = [0.0, 0.0, 0.0]
+    repeats = 20 if x.is_cuda else 1
+    for calls in kinds.values():
+        conv, given = calls[0]
+        inputs, weight = (t.detach().to(dtype, memory_format=torch.channels_last) for t in (given, conv.weight))
+        options = (conv.stride, conv.padding, conv.dilation)
+        forward = partial(F.conv2d, inputs, weight, None, *options, conv.groups)
+        gradient = torch.randn_like(forward())
+        arguments = (gradient, inputs, weight, None, *options, False, (0, 0), conv.groups)
+        # The gradient of the training images themselves is not needed in a full backward pass.
+        masks = ((True, False, False), (given is not x, True, False))
+        runs = [forward, *(partial(torch.ops.aten.convolution_backward, *arguments, mask) for mask in masks)]
+        for i, run in enumerate(runs):
+            seconds[i] += len(calls) * measure.best_seconds(run, x.device, 5, repeats)
+    return tuple(seconds)
+
+
 def profile_tables(found: dict[str, Any]) -> str:
     """The profile as Markdown."""
     head = [f"{found['method']}, {found['precision']}, {'compiled' if found['compile'] else 'eager'}", "share"]
     shares = [[kind, f"{100 * share:.1f} %"] for kind, share in found["shares"].items()]
     shares.append(["(device busy, of wall-clock time)", f"{100 * found['busy_share']:.1f} %"])
+    alone = found["convolutions_alone_seconds"] / found["seconds_per_step"]
+    shares.append(["(the same convolutions, each timed by itself, of wall-clock time)", f"{100 * alone:.1f} %"])
     top = [[f"`{row['name'][:70]}`", f"{100 * row['share']:.1f} %"] for row in found["top"]]
     return f"{measure.table(head, shares)}\n\n{measure.table(['ten largest', 'share'], top)}"
 
@@ -293,7 +343,9 @@ def main() -> None:
         found["rows"] += rows
         print(f"{method}: measured", file=sys.stderr, flush=True)
         if args.profile and method == args.methods[-1]:
-            found["profile"] = profile(next(s for s in settings if s.fields["step"] == "product"))
+            best = next(s for s in settings if s.fields["step"] == "product")
+            alone = convolutions_alone(method, networks, args.batch, best.fields["precision"], device)
+            found["profile"] = {**profile(best), "convolutions_alone_seconds": alone}
             measure.write_json(args.profile, found["profile"])
             tables.append(profile_tables(found["profile"]))
     found["ceilings"] = measure.better(found["ceilings"], measure.ceilings(device, list(rates)))

@@ -117,6 +117,7 @@ def test_training_step(monkeypatch, tmp_path, capsys):
     assert second["ratio"] == pytest.approx(second["images_per_second"] / first["images_per_second"])
     profile = json.loads((tmp_path / "profile.json").read_text())
     assert len(profile["top"]) == 10
+    assert profile["convolutions_alone_seconds"] > 0
     assert sum(profile["shares"].values()) == pytest.approx(1)
     printed = capsys.readouterr().out
     assert printed.rstrip().splitlines()[-1].startswith("| rslad_IGDM | product, fp32, eager")
