@@ -25,6 +25,8 @@ FREE_SETTINGS = (
     "checkpoint_minutes", "data_dir", "run_dir", "teacher_path", "eval_after",
 )  # fmt: skip
 """Settings that may change between a run and its resumption: they move no bit of result.json."""
+ATTACK_SETTINGS = ("aa_examples", "aa_batch")
+"""Settings that may change as long as AutoAttack has not begun."""
 LEFTOVER = re.compile(r"\.[a-z]+(-\d+)?\.(pt|jsonl?)(\.\d+)?\.tmp")
 """Names of files that a killed process was about to write."""
 PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "pyautoattack")
@@ -60,6 +62,8 @@ def _leave_nothing(folder: Path) -> None:
 def admit(folder: Path, script: str, args: argparse.Namespace) -> dict[str, Any]:
     """The config.json of the run to be resumed in a locked folder, or a new run's id alone.
 
+    A finished run without AutoAttack is resumed if --aa_examples now asks for it.
+
     Raises:
         UserError: the folder holds something else, a finished run, or one with other settings.
     """
@@ -74,7 +78,10 @@ def admit(folder: Path, script: str, args: argparse.Namespace) -> dict[str, Any]
     kinds = isinstance(config.get("settings"), dict) and isinstance(config.get("changed", []), list)
     if config.get("format") != FORMAT or not strings or not kinds:
         raise UserError(f"{folder}/config.json is not one that this version wrote; give another --run_name")
-    differing = _differing(config, {"script": script, **vars(args)})
+    result = checkpoint.read_json(folder / "result.json") if "result.json" in entries else None
+    to_attack = result is not None and result.get("autoattack") is None and args.aa_examples > 0
+    free = (*FREE_SETTINGS, *(ATTACK_SETTINGS if to_attack else ()))
+    differing = _differing(config, {"script": script, **vars(args)}, free)
     if differing and foreign == ["config.json"]:
         return {"id": uuid.uuid4().hex[:12]}  # it never came to a checkpoint: there is nothing to lose
     if differing:
@@ -82,7 +89,7 @@ def admit(folder: Path, script: str, args: argparse.Namespace) -> dict[str, Any]
             f"{folder} holds a run with other settings ({'; '.join(differing[:4])}); give its settings to resume it, "
             "or another --run_name for a new run"
         )
-    if "result.json" in entries:
+    if result is not None and not to_attack:
         raise UserError(
             f"{folder} holds a finished run; see its result.json, evaluate it again with evaluate.py, or train another "
             "with another --run_name or --seed"
@@ -93,9 +100,9 @@ def admit(folder: Path, script: str, args: argparse.Namespace) -> dict[str, Any]
     return config
 
 
-def _differing(config: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def _differing(config: dict[str, Any], here: dict[str, Any], free: tuple[str, ...]) -> list[str]:
     there = {"script": config["script"], **config["settings"]}
-    names = [name for name in {**there, **here} if name not in FREE_SETTINGS]
+    names = [name for name in {**there, **here} if name not in free]
     return [
         f"{name[:40]} {_show(name, there)} there, {_show(name, here)} now"
         for name in names

@@ -133,11 +133,13 @@ class Run:
             config = {**config, "command": there["command"], "device": there["device"]}
             if changed:
                 print(f"warning: {' and '.join(changed)} changed since the run began: not bit for bit the same run")
-                # Kept for result.json: nobody who reads it has seen the warning.
-                config["changed"] = [said for said in names.values() if said in (*there.get("changed", []), *changed)]
-                checkpoint.write_json(self.folder / "config.json", {**there, "changed": config["changed"]})
-            elif "changed" in there:
-                config["changed"] = there["changed"]
+            # Kept for result.json: nobody who reads it has seen the warning.
+            changed = [said for said in names.values() if said in (*there.get("changed", []), *changed)]
+            attack = {name: config["settings"][name] for name in folder.ATTACK_SETTINGS}
+            kept = {**there, "settings": {**there["settings"], **attack}, "changed": changed}
+            if kept != {"changed": [], **there}:
+                checkpoint.write_json(self.folder / "config.json", kept)
+            config["changed"] = changed
         self._config = config
 
     def _check_feasible(self, teacher: nn.Module | None) -> None:

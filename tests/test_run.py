@@ -147,6 +147,22 @@ def test_resumed_run_names_changed_code(small):
     assert "warning: code changed since the run began" in outcome.out
 
 
+def test_a_finished_run_without_autoattack_can_be_attacked(small):
+    """The same command with --aa_examples: the student stays, and a kill in between costs nothing."""
+    name, folder = "attacked later", small.home / "runs" / "attacked later"
+    flags = [*SMALL, "--run_name", name]
+    small.server.run(SCRIPTS[0], [*flags, "--aa_examples", "0"], small.home).expect(0)
+    assert json.loads((folder / "result.json").read_text())["autoattack"] is None
+    small.server.run(SCRIPTS[0], [*flags, "--aa_examples", "0"], small.home).expect(2, "holds a finished run")
+    small.server.run(SCRIPTS[0], [*flags, "--lr", "0.9"], small.home).expect(2, "other settings .lr")
+    small.server.run(SCRIPTS[0], flags, small.home, faults=[("autoattack", 1, "kill")])
+    small.server.run(SCRIPTS[0], flags, small.home).expect(0)
+    assert result_of(folder) == small.expected[SCRIPTS[0]]
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    assert f"--aa_examples {settings['aa_examples']}" in " ".join(SMALL)
+    small.server.run(SCRIPTS[0], flags, small.home).expect(2, "holds a finished run")
+
+
 def test_rows_and_seconds(small):
     folder = small.home / "runs" / f"{SCRIPTS[1]}_whole"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
