@@ -130,7 +130,7 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
     "aa_batch": {
         "type": positive_int,
         "default": 250,
-        "help": "images per AutoAttack chunk: draws, and resume, go by it",
+        "help": "images per AutoAttack chunk; random draws and resume go by chunks",
     },
     "seed": {"type": whole(0), "default": 0, "help": "seed of weights, order, augmentation, attacks and AutoAttack"},
     "device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import attacks
 from experiment import UserError
@@ -349,7 +349,7 @@ class _FewAtOnce(nn.Module):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return torch.cat([self.model(part) for part in parts])
         # A part keeps no activations for the backward pass; an eval-mode pass without them draws no random numbers.
-        again = partial(checkpoint, self.model, use_reentrant=False, preserve_rng_state=False)
+        again = partial(recomputed, self.model, use_reentrant=False, preserve_rng_state=False)
         return torch.cat([again(part) for part in parts])
 
 
