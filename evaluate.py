@@ -17,7 +17,7 @@ FROM_RUN = ("dataset", "data_dir", "teacher", "teacher_path", "epsilon", "aa_exa
 
 
 def parse_args(argv=None):
-    """The flags; those of FROM_RUN have the run's own settings as defaults."""
+    """The flags; those of FROM_RUN have the run's own settings as defaults (the teacher's only for a run folder)."""
     parser = cli.Parser(prog="evaluate.py", description="Evaluate a run folder or a checkpoint.")
     parser.add_argument("checkpoint", type=Path, metavar="RUN_DIR_OR_CHECKPOINT", help="run folder or .pt file")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=None, help="what to measure; all")
@@ -29,8 +29,10 @@ def parse_args(argv=None):
         parser.add_argument(f"--{name}", **cli.RUN_FLAGS[name])
     args = parser.parse_args(argv)
     settings = settings_of(args.checkpoint)
+    # A file may have been moved away from its teacher: that is asked for, or not compared with.
+    names = [name for name in FROM_RUN if args.checkpoint.is_dir() or not name.startswith("teacher")]
     # As text: argparse then checks a hand-edited value as it checks a flag.
-    parser.set_defaults(**{name: str(settings[name]) for name in FROM_RUN if settings.get(name) is not None})
+    parser.set_defaults(**{name: str(settings[name]) for name in names if settings.get(name) is not None})
     args = parser.parse_args(argv)
     if args.attacks is None:
         args.attacks = [name for name in ATTACKS if name != "gradients" or args.teacher]
@@ -88,7 +90,7 @@ def main():
         "format": 1,
         "checkpoint": str(args.checkpoint),
         "student": entry["architecture"],
-        **{name: entry[name] for name in ("epoch", "step") if entry[name] is not None},  # of an unfinished run
+        **{name: entry[name] for name in ("epoch", "step") if entry[name] is not None},  # of a last.pt
         "student_sha256": digest,
         "settings": {name: getattr(args, name) for name in (*FROM_RUN, "precision")},
         "dataset_sha256": data.sha256,
@@ -124,7 +126,7 @@ def main():
     result["seconds"] = time.perf_counter() - started
     if engine.main:
         checkpoint.write_json(folder / "evaluation.json", result)
-        state = "" if entry["epoch"] is None else f" (unfinished: epoch {entry['epoch']}, step {entry['step']})"
+        state = "" if entry["epoch"] is None else f" (last.pt: epoch {entry['epoch']}, step {entry['step']})"
         print(f"{args.checkpoint}{state}: {len(x)} test images of {args.dataset}, epsilon {args.epsilon:.6f}")
         print("\n".join(f"  {label:<12}{value}" for label, value in rows))
         print(f"written to {folder / 'evaluation.json'}")

@@ -72,7 +72,7 @@ class Setting:
         self.fields, self.device = fields, device
         before = self._allocated()
         self.run = build()
-        self._numerics = Numerics.current()
+        self.numerics = Numerics.current()
         for _ in range(2 if fields.get("compile") else 1):  # a second call may compile another variant
             self.run()
         # Weights, optimizer state and gradients stay between turns; those of the other settings do not count.
@@ -86,7 +86,7 @@ class Setting:
 
     def turn(self, repeats: int) -> None:
         """Time `repeats` calls in a row, which may overlap on a GPU, and note the peak of memory."""
-        self._numerics.apply()
+        self.numerics.apply()
         before = self._allocated()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -223,7 +223,6 @@ def main() -> None:
         row = batch_row(args.batches[0], networks, device, args)
         if dist.get_rank() == 0:
             measure.write_json(args.out, row)
-        dist.destroy_process_group()
         return
     found: dict[str, Any] = {}
     if args.batches:

@@ -191,7 +191,8 @@ class Parser(argparse.ArgumentParser):
 
 def _flag_like(value: Any) -> dict[str, Any]:
     """A flag for a number that only this RECIPE has: whole or not, as its default is."""
-    kind = whole(0) if isinstance(value, int) else number(-math.inf) if isinstance(value, float) else str
+    kinds = {bool: switch, int: whole(0), float: number(-math.inf)}
+    kind = kinds.get(type(value), str)
     return {"type": kind, "help": "of this script's RECIPE"}
 
 

@@ -36,9 +36,8 @@ class Engine:
         self.rank = int(os.environ.get("RANK", "0"))
         self.precision, self.compile, self._batch = args.precision, bool(args.compile), args.batch
         self._fast: list[Accelerated] = []
-        device = args.device
-        if device == "cuda" and self.world > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        # set_device refuses a "cuda" without a number.
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if args.device == "cuda" else args.device
         self.device = torch.device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

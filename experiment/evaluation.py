@@ -17,6 +17,7 @@ import math
 import re
 import sys
 import time
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -195,7 +196,7 @@ def autoattack(
     try:
         for i in todo:
             images, labels = _pixels(x[chunks[i]].to(device)).float(), y[chunks[i]].to(device)
-            with _measuring(device, fitting):
+            with _measuring(device, fitting), _attack_switches():
                 records[i] = _attack_chunk(fitting, images, labels, epsilon, seed, display)
             if folder is not None:
                 _write_chunk(_chunk_file(folder, i), parts[i], records[i])
@@ -262,6 +263,28 @@ def _measuring(device: torch.device, *models: nn.Module) -> Iterator[None]:
         yield
         for model in models:
             _assert_eval(model)
+
+
+@contextmanager
+def _attack_switches() -> Iterator[None]:
+    """What AutoAttack needs of torch's switches, restored on exit.
+
+    cudnn.benchmark off: Square's batch shrinks with every image that falls, and each new size would be tuned anew.
+    Deterministic algorithms where there are any: FAB's cumulative sum has none on CUDA, and would raise.
+    """
+    benchmark, strict = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.backends.cudnn.benchmark = False
+    try:
+        with warnings.catch_warnings():
+            if strict:
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        if strict:
+            torch.use_deterministic_algorithms(True, warn_only=warn_only)
 
 
 def _assert_eval(model: nn.Module) -> None:
@@ -389,7 +412,7 @@ def _attack_chunk(
 
     flags = _within_memory(partial(correct, x, y), len(x), model, "clean pass", display)
     record: dict[str, Any] = {"images": len(x), "clean": int(flags.sum()), "robust": {}, "seconds": {}}
-    with _package_warnings() as warnings:
+    with _package_warnings() as found:
         for name in AUTOATTACK:
             started = time.perf_counter()
             index = flags.nonzero().squeeze(1)
@@ -399,7 +422,7 @@ def _attack_chunk(
                 flags[index] = _within_memory(attempt, len(index), model, name, display)
             record["robust"][name] = int(flags.sum())
             record["seconds"][name] = time.perf_counter() - started
-    record["warnings"] = sorted(set(warnings))
+    record["warnings"] = sorted(set(found))
     return record
 
 

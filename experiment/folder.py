@@ -24,9 +24,9 @@ FREE_SETTINGS = (
     "nowand", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags",
     "checkpoint_minutes", "data_dir", "run_dir", "teacher_path", "eval_after",
 )  # fmt: skip
-"""Settings that may change between a run and its resumption: they move no bit of result.json."""
+"""Settings that may change between a run and its resumption: they move no weight and no final accuracy."""
 ATTACK_SETTINGS = ("aa_examples", "aa_batch")
-"""Settings that may change as long as AutoAttack has not begun."""
+"""Settings that may change when a finished run without AutoAttack is attacked."""
 LEFTOVER = re.compile(r"\.[a-z]+(-\d+)?\.(pt|jsonl?)(\.\d+)?\.tmp")
 """Names of files that a killed process was about to write."""
 PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "pyautoattack")
@@ -44,6 +44,8 @@ def lock(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder / ".lock")):
+            raise BlockingIOError  # a refused process has just removed the file that was locked here
     except BlockingIOError as error:
         raise UserError(f"{folder} is in use by another process; wait for it, or give another --run_name") from error
     except OSError as error:
@@ -79,7 +81,8 @@ def admit(folder: Path, script: str, args: argparse.Namespace) -> dict[str, Any]
     if config.get("format") != FORMAT or not strings or not kinds:
         raise UserError(f"{folder}/config.json is not one that this version wrote; give another --run_name")
     result = checkpoint.read_json(folder / "result.json") if "result.json" in entries else None
-    to_attack = result is not None and result.get("autoattack") is None and args.aa_examples > 0
+    unattacked = result is not None and result.get("autoattack") is None
+    to_attack = unattacked and args.aa_examples > 0 and "last.pt" in entries  # without it, it would train anew
     free = (*FREE_SETTINGS, *(ATTACK_SETTINGS if to_attack else ()))
     differing = _differing(config, {"script": script, **vars(args)}, free)
     if differing and foreign == ["config.json"]:

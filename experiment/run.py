@@ -22,6 +22,8 @@ SETTLED_STEPS = 200
 """Optimizer steps after which a student that predicts one class only has collapsed; before, its BatchNorm statistics
 may simply not have settled."""
 PROBE_IMAGES = 256
+CHANGES = {"device": "device", "versions": "versions", "commit": "commit", "code_sha256": "code"}
+"""Entries of config.json that may differ when a run is resumed, and what they are called: its bits may differ then."""
 
 
 class Run:
@@ -66,6 +68,8 @@ class Run:
         self._seconds = {"train": 0.0, "evaluation": 0.0}
         self._epoch_seconds, self._saved_at = 0.0, time.monotonic()
         self._busy, self._signal = False, None
+        self._changed: list[str] = []
+        self._attacked_config: dict[str, Any] | None = None
         self._trained: dict[str, Any] | None = None  # generator states of a trained epoch that is being evaluated
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
@@ -109,6 +113,7 @@ class Run:
         if self.engine.main:
             self._write_config(config)
         resumed = self._restore()
+        self._check_finished_student()
         if self.engine.main:
             print(header(config, str(self.folder), resumed, images, student, teacher), flush=True)
         steps = images.steps(self.args.batch)
@@ -128,19 +133,31 @@ class Run:
                         f"{self.folder} began with {name} {there.get(name)!r:.80}, now it is {config[name]}; give it "
                         "back what it began with, or another --run_name"
                     )
-            names = {"device": "device", "versions": "versions", "commit": "commit", "code_sha256": "code"}
-            changed = [said for name, said in names.items() if there.get(name) != config[name]]
-            config = {**config, "command": there["command"], "device": there["device"]}
-            if changed:
-                print(f"warning: {' and '.join(changed)} changed since the run began: not bit for bit the same run")
-            # Kept for result.json: nobody who reads it has seen the warning.
-            changed = [said for said in names.values() if said in (*there.get("changed", []), *changed)]
+            self._changed = [CHANGES[name] for name in CHANGES if name in there and there[name] != config[name]]
+            if self._changed:
+                changed = " and ".join(self._changed)
+                print(f"warning: {changed} changed since the run began: not bit for bit the same run")
             attack = {name: config["settings"][name] for name in folder.ATTACK_SETTINGS}
-            kept = {**there, "settings": {**there["settings"], **attack}, "changed": changed}
-            if kept != {"changed": [], **there}:
-                checkpoint.write_json(self.folder / "config.json", kept)
-            config["changed"] = changed
+            if any(there["settings"][name] != value for name, value in attack.items()):
+                # A finished run that is attacked now: its config.json says so together with its result.json.
+                settings = {**there["settings"], **attack}
+                self._attacked_config = {**there, "settings": settings, "command": config["command"]}
+            else:
+                config["command"] = there["command"]
+            config["device"] = there["device"]
         self._config = config
+
+    def _check_finished_student(self) -> None:
+        """A finished run that is attacked now: what was restored must be the student of its result.json."""
+        path = self.folder / "result.json"
+        if not path.exists():
+            return
+        digest = checkpoint.read_json(path).get("student_sha256")
+        if self._epoch != self.args.epochs or checkpoint.state_sha256(self._student) != digest:
+            raise UserError(
+                f"{self.folder} is finished, but its last.pt does not hold the student of its result.json; attack its "
+                "student.pt with evaluate.py --attacks autoattack"
+            )
 
     def _check_feasible(self, teacher: nn.Module | None) -> None:
         images, args = self._images, self.args
@@ -194,6 +211,7 @@ class Run:
             "rows": self._rows,
             "seconds": self._seconds,
             "epoch_seconds": self._epoch_seconds,
+            "changed": self._changed,
         }
         checkpoint.save(self.folder / "last.pt", content, previous=self.folder / "previous.pt")
         self._busy = busy
@@ -246,6 +264,9 @@ class Run:
             mine = self.engine.main
             self._sums = {name: self._scalar(value if mine else 0.0) for name, value in content["sums"].items()}
             self._seconds, self._epoch_seconds = content["seconds"], content["epoch_seconds"]
+            # Kept for result.json: nobody who reads it has seen the warnings.
+            before = content.get("changed", [])
+            self._changed = [said for said in CHANGES.values() if said in (*before, *self._changed)]
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{path} does not fit this run: {reason}") from error
@@ -414,8 +435,10 @@ class Run:
             "student_sha256": checkpoint.state_sha256(self._student),
             "hardware": config["device"],
             "command": config["command"],
-            "changed": config.get("changed", []),  # between the run's start and its resumptions
+            "changed": self._changed,  # between the run's start and its resumptions
         }
+        if self._attacked_config:
+            checkpoint.write_json(self.folder / "config.json", self._attacked_config)
         checkpoint.write_json(self.folder / "result.json", result)
         self._mirror.finish(result)
         print(summary(result, str(self.folder)), flush=True)

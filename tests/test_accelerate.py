@@ -195,3 +195,14 @@ def test_evaluation_of_a_bfloat16_run_is_in_float32(networks, batches):
     x = batches[0][0].float()
     with attacks.frozen(student), torch.no_grad():
         torch.testing.assert_close(fast(x), student(x), rtol=1e-4, atol=1e-5)  # float32 rounding over 8 layers
+
+
+@pytest.mark.parametrize(("flag", "rank", "index"), [("cuda", None, 0), ("cuda", "2", 2), ("cuda:1", None, 1)])
+def test_cuda_without_a_number_is_a_device_with_one(flag, rank, index, monkeypatch):
+    """set_device takes no other: the one thing of a start on a GPU that a machine without one can show."""
+    chosen = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert engine(device=flag).device == torch.device("cuda", index)
+    assert chosen == [index]

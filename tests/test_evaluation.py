@@ -509,6 +509,39 @@ def test_autoattack_does_not_depend_on_the_memory(small, monkeypatch, tmp_path, 
         evaluation.autoattack(network, x, y, 0.03)
 
 
+def test_autoattack_runs_under_its_own_switches(small, monkeypatch):
+    """Deterministic where torch can, no tuning of kernels for sizes that come once; restored after a fault, too."""
+
+    def switches():
+        return (
+            torch.backends.cudnn.benchmark,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+
+    seen = []
+
+    def look(attack, images, labels, batch, real):
+        seen.append(switches())
+        if attack == "fab-t":
+            raise ZeroDivisionError
+        return real()
+
+    network = tiny_network()
+    x, y = labelled(network, 4, 0)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with monkeypatch.context() as patch:
+            replace_run(patch, look)
+            with pytest.raises(ZeroDivisionError):
+                evaluation.autoattack(network, x, y, 1e-4)
+        assert switches() == (True, True, False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [(False, True, True)] * 3
+
+
 def test_signs_of_gradient_masking_are_reported(small, monkeypatch, capsys):
     network = tiny_network()
     x, y = labelled(network, 12, 0)

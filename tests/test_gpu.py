@@ -68,6 +68,7 @@ def test_losses_near_those_of_the_cpu(precision, networks):
         assert (ours - logits).abs().max() < tolerance * (logits.max() - logits.min())
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # off on purpose: fp32
 @pytest.mark.parametrize("name", ["RES-18", "WRN-16-4"])
 def test_compiled_equals_eager(name):
     """In float32; fused kernels sum in another order. One step, since signs of near-zero gradients may then flip."""
@@ -141,6 +142,15 @@ def test_a_deterministic_run_resumes_to_the_same_bits(tmp_path, teacher_path):
     assert done.returncode == 0, done.stderr
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "stopped")]
     assert results[0]["student_sha256"] == results[1]["student_sha256"]
+
+
+def test_autoattack_of_a_deterministic_run(tmp_path, teacher_path):
+    """FAB uses a sum for which CUDA has no deterministic algorithm."""
+    pytest.importorskip("pyautoattack")
+    flags = ["--teacher", str(teacher_path), "--student", "RES-8", "--deterministic", "1", "--aa_examples", "8"]
+    done = run(tmp_path, "r", "adaad_cifar100.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "r" / "result.json").read_text())["autoattack"]["examples"] == 8
 
 
 def test_out_of_memory_is_one_line(tmp_path, teacher_path):

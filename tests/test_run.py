@@ -155,11 +155,24 @@ def test_a_finished_run_without_autoattack_can_be_attacked(small):
     assert json.loads((folder / "result.json").read_text())["autoattack"] is None
     small.server.run(SCRIPTS[0], [*flags, "--aa_examples", "0"], small.home).expect(2, "holds a finished run")
     small.server.run(SCRIPTS[0], [*flags, "--lr", "0.9"], small.home).expect(2, "other settings .lr")
+    saved = {last: last.read_bytes() for last in (folder / "last.pt", folder / "previous.pt")}
+    for last in saved:
+        last.unlink()
+    before = (folder / "result.json").read_bytes()
+    small.server.run(SCRIPTS[0], flags, small.home).expect(2, "other settings .aa_examples")  # it would train anew
+    (folder / "last.pt").write_bytes(saved[folder / "previous.pt"])  # of the last step, before its epoch was evaluated
+    small.server.run(SCRIPTS[0], flags, small.home).expect(2, "does not hold the student of its result.json")
+    assert (folder / "result.json").read_bytes() == before
+    for last, content in saved.items():
+        last.write_bytes(content)
     small.server.run(SCRIPTS[0], flags, small.home, faults=[("autoattack", 1, "kill")])
+    assert (folder / "result.json").read_bytes() == before
     small.server.run(SCRIPTS[0], flags, small.home).expect(0)
     assert result_of(folder) == small.expected[SCRIPTS[0]]
-    settings = json.loads((folder / "config.json").read_text())["settings"]
-    assert f"--aa_examples {settings['aa_examples']}" in " ".join(SMALL)
+    config, result = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "result"))
+    assert f"--aa_examples {config['settings']['aa_examples']}" in " ".join(SMALL)
+    assert config["command"] == result["command"]
+    assert "--aa_examples 0" not in result["command"]
     small.server.run(SCRIPTS[0], flags, small.home).expect(2, "holds a finished run")
 
 

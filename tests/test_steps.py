@@ -64,20 +64,27 @@ def test_the_teachers_own_mode_does_not_matter(method, networks, batches):
     assert_same_network(student, expected)
 
 
-# Teacher passes of one image beyond those of the attack's steps, as the scripts write them. The engine spares the plus
-# pass where beta = 1: that is x_adv's.
-TEACHER_PASSES = {"ard": (1, 1), "ard_IGDM": (3, 3), "rslad": (2, 1), "rslad_IGDM": (4, 3), "adaad": (1, 1)}
+# Teacher passes, (default, paper), beyond those of the attack's steps, as the scripts write them; the paper's are the
+# published ones or fewer. The engine spares the plus pass where beta = 1: that is x_adv's.
+TEACHER_PASSES = {
+    "ard": (1, 1),
+    "ard_IGDM": (3, 3),
+    "rslad": (2, 1),
+    "rslad_IGDM": (4, 3),
+    "adaad": (1, 1),
+    "adaad_IGDM": (3, 3),
+}
 
 
 @pytest.mark.parametrize("method", TEACHER_PASSES)
-def test_no_more_teacher_passes_than_published(method, networks, batches):
+def test_teacher_passes(method, networks, batches):
     for kind, expected in zip(("default", "paper"), TEACHER_PASSES[method], strict=True):
         student, teacher = networks
         calls = []
         teacher.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         args = settings(method, *FLAGS[kind])
         product_run(method, student, teacher, batches[:1], args)
-        assert len(calls) == expected + (args.steps if method == "adaad" else 0), kind
+        assert len(calls) == expected + (args.steps if "adaad" in method else 0), kind
 
 
 @pytest.mark.parametrize("method", SCRIPTS)
