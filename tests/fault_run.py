@@ -46,13 +46,12 @@ SECONDS = 120  # after which a run of some seconds counts as hung
 def serve() -> None:
     """Answer requests, one JSON object a line, until stdin ends."""
     sys.path.insert(0, str(ROOT))
-    import sklearn.datasets
-    import sklearn.model_selection  # noqa: F401
-    import tqdm  # noqa: F401
-    import wandb  # noqa: F401
-
-    # torch imports the second only when an Engine or an optimizer is made: two seconds.
+    # Imported once for all forks. torch imports _inductor only when an Engine or an optimizer is made: two seconds.
     for name in (
+        "sklearn.datasets",
+        "sklearn.model_selection",
+        "tqdm",
+        "wandb",
         "pyautoattack",
         "torch._inductor",
         *SCRIPTS,
@@ -738,8 +737,10 @@ def crafted_files(server: Server, home: Path) -> Iterator[tuple[str, int, str]]:
         "numbers for weights": {**good, "state_dict": dict.fromkeys(good["state_dict"], 1.0)},
     }
     cases = {name: lambda path, c=content: torch.save(c, path) for name, content in saved.items()}
-    old = lambda path: torch.save(Evil(), path, _use_new_zipfile_serialization=False)  # noqa: E731
-    cases |= {"old pickle that runs code": old, "compressed archive": recompressed}
+    cases |= {
+        "old pickle that runs code": lambda path: torch.save(Evil(), path, _use_new_zipfile_serialization=False),
+        "compressed archive": recompressed,
+    }
     cases |= {"HTML page": lambda path: path.write_text("<!DOCTYPE html><html></html>")}
     cases |= {"empty file": lambda path: path.write_bytes(b"")}
     yield checks("crafted teacher checkpoint", cases, ".pt", "--teacher")
