@@ -48,7 +48,7 @@ def settings_of(path):
     """The settings of the run that a folder or checkpoint comes from, {} if it does not tell: a student.pt holds them
     itself, wherever it was put; a last.pt lies beside its run's config.json.
     """
-    from experiment.checkpoint import load_student, read_json
+    from experiment.files import load_student, read_json
 
     if path.is_file():
         _, entry = load_student(path, unfinished=True)
@@ -64,12 +64,12 @@ def settings_of(path):
 def main():
     """Measure, print a table in per cent, write evaluation.json."""
     args = parse_args()
-    from experiment import checkpoint, evaluation
+    from experiment import evaluation, files
     from experiment.data import load_data
     from experiment.engine import Engine
     from experiment.teachers import load_teacher
 
-    student, entry = checkpoint.load_student(args.checkpoint, unfinished=True)
+    student, entry = files.load_student(args.checkpoint, unfinished=True)
     engine = Engine(args)
     student = student.to(engine.device)
     data = load_data(args.dataset, args.data_dir, engine.device)
@@ -77,9 +77,9 @@ def main():
         raise UserError(
             f"{args.checkpoint} has {entry['num_classes']} classes but {args.dataset} has {data.num_classes}"
         )
-    digest = checkpoint.state_sha256(student)
+    digest = files.state_sha256(student)
     claim = args.checkpoint / "result.json"
-    if claim.is_file() and (claimed := checkpoint.read_json(claim).get("student_sha256")) != digest:
+    if claim.is_file() and (claimed := files.read_json(claim).get("student_sha256")) != digest:
         raise UserError(f"{claim} was measured on another student (SHA-256 {claimed}, student.pt has {digest})")
     teacher = None
     if "gradients" in args.attacks:
@@ -125,7 +125,7 @@ def main():
         rows.append(("", evaluation.GRADIENT_DEFINITION))
     result["seconds"] = time.perf_counter() - started
     if engine.main:
-        checkpoint.write_json(folder / "evaluation.json", result)
+        files.write_json(folder / "evaluation.json", result)
         state = "" if entry["epoch"] is None else f" (last.pt: epoch {entry['epoch']}, step {entry['step']})"
         print(f"{args.checkpoint}{state}: {len(x)} test images of {args.dataset}, epsilon {args.epsilon:.6f}")
         print("\n".join(f"  {label:<12}{value}" for label, value in rows))

@@ -24,9 +24,9 @@ from torch.utils.flop_counter import flop_registry
 
 from cifar100_models import build_model
 from experiment import UserError, cli
-from experiment.checkpoint import write_atomically, write_json
 from experiment.engine import Engine
-from experiment.folder import provenance
+from experiment.files import write_atomically, write_json
+from experiment.run import provenance
 
 FORMAT = 1
 CLASSES, SIDE = 100, 32

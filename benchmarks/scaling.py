@@ -23,8 +23,8 @@ from torch import nn
 from benchmarks import measure
 from benchmarks.training_step import METHODS, ProductStep, gflop_by_passes, gflop_of_passes
 from experiment import UserError, cli
-from experiment.checkpoint import read_json
 from experiment.data import Data
+from experiment.files import read_json
 from experiment.run import Run
 
 EPOCH_IMAGES = 50_000

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from benchmarks import measure
 from benchmarks.training_step import METHODS, ProductStep
 from experiment import cli
-from experiment.accelerate import Accelerated, FoldedConv
+from experiment.engine.accelerated import Accelerated
+from experiment.engine.folding import FoldedConv
 
 
 def without_folding(fast: Accelerated) -> None:

@@ -1,20 +1,22 @@
 """Flags: one table for all scripts; a script has the method flags that its RECIPE gives a number to, and no others."""
 
 import argparse
-import io
 import math
-import signal
-import sys
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cifar100_models import check_name
-from experiment import RunStopped, UserError
+from experiment.entry import batch_of_script, guard
 
-_batch: ContextVar[int] = ContextVar("batch", default=0)
-"""--batch of the script at work, 0 without one: guard tells which would have fit."""
+ALIASES = {
+    "BDM": "Wang2023Better_WRN-28-10",
+    "DEC": "Cui2023Decoupled_WRN-28-10",
+    "LTD": "Chen2021LTD_WRN34_10",
+}
+"""The papers' short names of RobustBench models."""
+
+__all__ = ["guard"]
 
 
 def settings(recipe: dict[str, Any], *, paper: bool) -> dict[str, Any]:
@@ -246,7 +248,7 @@ def parse_args(script: str, recipe: dict[str, Any], argv: Sequence[str] | None =
         if given.epochs is not unset and given.lr_milestones is unset:
             args.lr_milestones = None  # the preset's are those of its own number of epochs
     _resolve(parser, args, Path(script).stem)
-    _batch.set(args.batch)
+    batch_of_script.set(args.batch)
     return args
 
 
@@ -256,8 +258,6 @@ def _preset_value(parser: Parser, args: argparse.Namespace, name: str, value: An
         return getattr(args, value)
     if not isinstance(value, dict):
         return value
-    from experiment.teachers import ALIASES  # not above: --help must be quick
-
     short = {name: alias for alias, name in ALIASES.items()}.get(args.teacher, args.teacher)
     if args.student not in value or short not in value[args.student]:
         parser.error(
@@ -306,37 +306,3 @@ def resolve_device(parser: Parser, device: str) -> str:
             f"argument --device: {device!r} is not allowed; torch sees {torch.cuda.device_count()} CUDA device(s)"
         )
     return device
-
-
-def guard(main: Callable[[], None]) -> None:
-    """Run a script's main; a user's mistake becomes one line on stderr and exit status 2, a stop one and its own."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
-    try:
-        main()
-    except UserError as error:
-        _leave(f"error: {error}", 2)
-    except RunStopped as stop:
-        _leave(str(stop), stop.status)
-    except KeyboardInterrupt:  # before a run takes over signals, or where there is none
-        _leave("interrupted", 128 + signal.SIGINT)
-    except RuntimeError as error:
-        import torch  # not above: --help must be quick
-
-        if not isinstance(error, torch.OutOfMemoryError):
-            raise
-        _leave(_out_of_memory(str(error), _batch.get()), 2)
-
-
-def _leave(line: str, status: int) -> NoReturn:
-    print(" ".join(line.split()), file=sys.stderr)
-    sys.exit(status)
-
-
-def _out_of_memory(reason: str, batch: int) -> str:
-    """One line with the batch to try next: activations, which dominate, are proportional to it, so half needs half."""
-    advice = f"try --batch {batch // 2}, which needs about half, with --run_name for a new run" if batch > 1 else ""
-    first = reason.partition(". ")[0]  # what was asked for; torch goes on about its allocator
-    at = f" at --batch {batch}" if batch else ""
-    return f"error: the GPU's memory does not suffice{at} ({first}); {advice or 'free some of it'}"

@@ -172,7 +172,7 @@ def _sabotage(point: str, n: int, action: str) -> None:
 
     import attacks
     import rslad_loss
-    from experiment import UserError, checkpoint, evaluation, run
+    from experiment import UserError, evaluation, files, run
 
     point, _, name = point.partition(":")
     if point == "clock":
@@ -187,7 +187,7 @@ def _sabotage(point: str, n: int, action: str) -> None:
 
         run.Run.start = admitted
     elif point == "write":
-        checkpoint.open = lambda path, mode: _Watched(path, mode, n, action, name)
+        files.open = lambda path, mode: _Watched(path, mode, n, action, name)
     elif point in ("replace", "fsync"):
         real = getattr(os, point)
         calls = iter(range(1, 1 << 30))
@@ -205,7 +205,7 @@ def _sabotage(point: str, n: int, action: str) -> None:
             "attack": (attacks, "project"),
             "step": (torch.optim.SGD, "step"),
             "evaluation": (evaluation, "pgd_accuracy"),
-            "autoattack": (evaluation, "_check_adversarial"),
+            "autoattack": (importlib.import_module("experiment.evaluation.driver"), "_check_adversarial"),
             "loss": (rslad_loss, "adaad"),
             "start of run": (run.Run, "start"),
         }[point]
@@ -291,12 +291,12 @@ def result_of(folder: Path) -> dict:
         return value
 
     sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
-    from experiment import checkpoint
+    from experiment import files
 
     rows = [untimed(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = untimed(json.loads((folder / "result.json").read_text()))
-    student, _ = checkpoint.load_student(folder)
-    assert checkpoint.state_sha256(student) == result["student_sha256"]
+    student, _ = files.load_student(folder)
+    assert files.state_sha256(student) == result["student_sha256"]
     return {"rows": rows, **{k: result[k] for k in ("clean", "pgd20", "autoattack", "student_sha256")}}
 
 
@@ -541,7 +541,7 @@ def broken_teachers(server: Server, home: Path) -> Iterator[tuple[str, int, str]
     import torch
 
     from cifar100_models import build_model
-    from experiment import checkpoint
+    from experiment import files
 
     for kind, status, message in (
         ("teacher with NaN weights", 2, "values that are not finite"),
@@ -554,7 +554,7 @@ def broken_teachers(server: Server, home: Path) -> Iterator[tuple[str, int, str]
         with torch.no_grad():
             weight.fill_(float("nan") if "NaN" in kind else 3e38 if "infinite" in kind else 0)
             model.layer3[0].bn2.bias.fill_(10)  # features far above 0, so that 3e38 times their sum is infinite
-        checkpoint.save_student(home / "broken.pt", model, "RES-8", weight.shape[0], {})
+        files.save_student(home / "broken.pt", model, "RES-8", weight.shape[0], {})
         outcome = server.run(SCRIPTS[0], [*SMALL, "--teacher", "broken.pt", "--run_name", kind], home)
         outcome.expect(status, message)
         yield kind, 1, f"refused before training, exit status {status}"
@@ -562,7 +562,7 @@ def broken_teachers(server: Server, home: Path) -> Iterator[tuple[str, int, str]
 
 def two_processes(server: Server, home: Path) -> tuple[int, str]:
     """A second process on the folder of a running one."""
-    from experiment import folder
+    from experiment.run import folder
 
     (home / "runs" / "shared").mkdir(parents=True, exist_ok=True)
     held = folder.lock(home / "runs" / "shared")
@@ -941,7 +941,7 @@ def main() -> None:
     minutes = (time.monotonic() - began) / 60
     import torch
 
-    from experiment.engine import _cpu_name
+    from experiment.engine.machine import _cpu_name
 
     machine = f"{_cpu_name()}, torch {torch.__version__}"
     footer = f"{measured}\n\nPrinted by `make test-faults` in {minutes:.0f} minutes: {machine}."

@@ -13,8 +13,9 @@ from torch import nn
 
 import attacks
 from cifar100_models import build_model
-from experiment.accelerate import Accelerated, FoldedConv, folded_view
 from experiment.engine import Engine
+from experiment.engine.accelerated import Accelerated
+from experiment.engine.folding import FoldedConv, folded_view
 
 
 def engine(**changes):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import attacks
-from experiment import RunStopped, UserError, cli, optim, teachers
+from experiment import RunStopped, UserError, cli, optim
 
 ROOT = Path(__file__).parent.parent
 BASELINES = ("ard", "rslad", "adaad")
@@ -275,7 +275,7 @@ def test_help_shows_defaults_as_they_are_typed(capsys):
 @pytest.mark.parametrize("alias", ["BDM", "DEC", "LTD"])
 def test_the_papers_alpha_also_goes_by_a_teachers_full_name(alias):
     by_alias, by_name = (
-        parse("adaad_IGDM", "--preset", "paper", "--teacher", name) for name in (alias, teachers.ALIASES[alias])
+        parse("adaad_IGDM", "--preset", "paper", "--teacher", name) for name in (alias, cli.ALIASES[alias])
     )
     assert by_name.alpha == by_alias.alpha
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiment import UserError
-from experiment import compare as comparison
+from experiment import UserError, report
+from experiment.report import results, statistics, tables
 
 ROOT = Path(__file__).parents[1]
 ADDED = {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200}
@@ -79,7 +79,7 @@ def pair(tmp_path):
 def compare(folders, out: Path) -> str:
     """What is printed."""
     lines: list[str] = []
-    comparison.compare(folders, out, lines.append)
+    report.compare(folders, out, lines.append)
     return "\n".join(lines)
 
 
@@ -134,7 +134,7 @@ def test_seeds_become_mean_and_sample_deviation(tmp_path):
     assert "single seed" not in printed
     # Student's t for 2 degrees of freedom is 4.303: the seeds alone leave +-3.8 around the mean of 3.67.
     seeds = 4.303 * stdev(gains) / math.sqrt(3)
-    images = [100 * comparison.half_width(p, 10000) for p in (0.2633, 0.30)]
+    images = [100 * statistics.half_width(p, 10000) for p in (0.2633, 0.30)]
     assert f"± {math.hypot(seeds, *images):.1f} points" in printed
     assert "within noise" in printed
     assert all(f"--run_name {folder.name}" in (tmp_path / "comparison.md").read_text() for folder in folders)
@@ -147,7 +147,7 @@ def test_seeds_become_mean_and_sample_deviation(tmp_path):
 )
 def test_half_width_is_wilsons(accuracy, examples, low, high):
     # The bounds above are rounded to four decimals.
-    assert comparison.half_width(accuracy, examples) == pytest.approx((high - low) / 2, abs=1e-4)
+    assert statistics.half_width(accuracy, examples) == pytest.approx((high - low) / 2, abs=1e-4)
 
 
 @pytest.mark.parametrize(("examples", "verdict"), [(100, "within noise"), (10000, "beyond this uncertainty")])
@@ -362,11 +362,11 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path, data):
     for file, value in originals.items():
         (folder / file).write_text(json.dumps(value))
     try:
-        rows = comparison.rows_of([comparison.read_run(folder)])
-        gains, _ = comparison.gains_of(rows)
-        table, notes = comparison.table_of(rows, gains), comparison.notes_of(rows, gains)
-        assert comparison.as_text(table)
-        assert comparison.as_markdown(rows, table, notes, "comparison.png")
+        rows = statistics.rows_of([results.read_run(folder)])
+        gains, _ = statistics.gains_of(rows)
+        table, notes = tables.table_of(rows, gains), tables.notes_of(rows, gains)
+        assert tables.as_text(table)
+        assert tables.as_markdown(rows, table, notes, "comparison.png")
     except UserError:
         pass  # the only error that is not a traceback
 
@@ -387,14 +387,14 @@ def test_out_that_cannot_be_made_is_refused(pair, tmp_path):
 
 def test_output_goes_beside_the_runs_or_here(pair, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    comparison.main(["base", "twin"])
+    report.main(["base", "twin"])
     assert "plot      comparison.png\n" in capsys.readouterr().out
     elsewhere = make_run(tmp_path / "elsewhere" / "base")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    comparison.main([str(elsewhere)])
+    report.main([str(elsewhere)])
     assert (tmp_path / "elsewhere" / "comparison.md").exists()
-    comparison.main([str(elsewhere), str(pair[1])])
+    report.main([str(elsewhere), str(pair[1])])
     assert (tmp_path / "here" / "comparison.md").exists()
 
 

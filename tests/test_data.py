@@ -450,7 +450,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
     assert "folder.npz: Is a directory" in refusal(str(tmp_path / "folder.npz"))
     for name in ("absent.npz", "folder.npz"):
         with pytest.raises(UserError, match=f"{name}: no such file"):
-            data.check_name(str(tmp_path / name))
+            data.check_dataset(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["cifar", "CIFAR100", "", "imagenet", "images.npy", "digits "])
@@ -458,13 +458,13 @@ def test_unknown_names_are_refused(name):
     line = refusal(name)
     assert line == f"--dataset {name!r} is not allowed; cifar100, cifar10, digits or the path of an .npz file"
     with pytest.raises(UserError) as caught:
-        data.check_name(name)
+        data.check_dataset(name)
     assert str(caught.value) == line
 
 
 def test_known_names_pass_the_check(tmp_path):
     for name in ("cifar100", "cifar10", "digits", str(npz(tmp_path, arrays()))):
-        data.check_name(name)
+        data.check_dataset(name)
 
 
 # CIFAR

@@ -14,7 +14,8 @@ from torch import nn
 import attacks
 import evaluate
 from cifar100_models import build_model
-from experiment import UserError, checkpoint, cli, compat, evaluation
+from experiment import UserError, cli, compat, evaluation, files
+from experiment.evaluation import driver
 
 ROOT = Path(__file__).parents[1]
 EPSILON = 0.05
@@ -153,7 +154,7 @@ class Stateful(nn.Module):
     def facts(self):
         modes = [module.training for module in self.modules()]
         grads = [(p.requires_grad, None if p.grad is None else p.grad.sum().item()) for p in self.parameters()]
-        return modes, grads, checkpoint.state_sha256(self), torch.get_rng_state().tolist()
+        return modes, grads, files.state_sha256(self), torch.get_rng_state().tolist()
 
 
 @pytest.mark.parametrize("measure", ["accuracy", "fgsm", "pgd", "cw", "autoattack", "gradient_alignment"])
@@ -321,7 +322,7 @@ def test_the_result_says_what_was_measured(small, capsys):
     x, y = labelled(network, 10, 2)
     result = evaluation.autoattack(network, x, y, EPSILON, batch=4, seed=7)
     assert result["clean"] == 0.8
-    assert result["student_sha256"] == checkpoint.state_sha256(network)
+    assert result["student_sha256"] == files.state_sha256(network)
     assert (result["examples"], result["batch"], result["seed"], result["epsilon"]) == (10, 4, 7, EPSILON)
     assert (result["version"], result["package"]) == ("standard", "pyautoattack 0.2.0")
     assert list(result["attacks"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
@@ -454,7 +455,7 @@ def test_a_network_in_parts_has_the_gradients_of_the_whole():
     """In float64, so that rounding stays far below the tolerance; 7 images by 3 leave an odd part."""
     network, x = tiny_network().double().eval(), torch.rand(7, 3, 8, 8, dtype=torch.float64)
     whole, parts = x.clone().requires_grad_(), x.clone().requires_grad_()
-    logits = evaluation._FewAtOnce(network, 3)(parts)
+    logits = driver._FewAtOnce(network, 3)(parts)
     torch.testing.assert_close(logits, network(whole), rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(logits)
     for _ in range(2):  # FAB keeps the graph for a backward pass per class
@@ -633,10 +634,10 @@ def run_folder(tmp_path):
         torch.manual_seed(seed)
         model = build_model("RES-8", 10)
         (tmp_path / name).mkdir()
-        checkpoint.save_student(tmp_path / name / "student.pt", model, "RES-8", 10, {})
-        checkpoint.write_json(tmp_path / name / "result.json", {"student_sha256": checkpoint.state_sha256(model)})
+        files.save_student(tmp_path / name / "student.pt", model, "RES-8", 10, {})
+        files.write_json(tmp_path / name / "result.json", {"student_sha256": files.state_sha256(model)})
     settings = {"dataset": "digits", "epsilon": 0.1, "teacher": str(tmp_path / "teacher"), "seed": 3, "aa_examples": 6}
-    checkpoint.write_json(tmp_path / "run" / "config.json", {"settings": settings})
+    files.write_json(tmp_path / "run" / "config.json", {"settings": settings})
     return tmp_path / "run"
 
 
@@ -649,7 +650,7 @@ def test_evaluate_a_run_folder(small, run_folder, monkeypatch, capsys):
     before = (run_folder / "result.json").read_bytes()
     evaluate_with(monkeypatch, run_folder, "--examples", "30", "--device", "cpu")
     printed = capsys.readouterr().out
-    written = checkpoint.read_json(run_folder / "evaluation.json")
+    written = files.read_json(run_folder / "evaluation.json")
     assert (run_folder / "result.json").read_bytes() == before
     assert written["settings"]["epsilon"] == 0.1
     assert written["autoattack"]["seed"] == 3
@@ -665,7 +666,7 @@ def test_evaluate_a_run_folder(small, run_folder, monkeypatch, capsys):
     (run_folder / "student.pt").rename(run_folder / "best.pt")
     arguments = (run_folder / "best.pt", "--dataset", "digits", "--attacks", "clean", "--examples", "30")
     evaluate_with(monkeypatch, *arguments, "--device", "cpu")
-    anew = checkpoint.read_json(run_folder / "evaluation.json")
+    anew = files.read_json(run_folder / "evaluation.json")
     assert anew["clean"] == written["clean"]
     assert "pgd20" not in anew
 
@@ -693,7 +694,7 @@ def test_evaluate_refuses_in_one_line(run_folder, monkeypatch, capsys, arguments
 
 def test_evaluate_refuses_what_does_not_go_together(run_folder, monkeypatch, capsys):
     other = run_folder / "other.pt"
-    checkpoint.save_student(other, build_model("RES-8", 7), "RES-8", 7, {})
+    files.save_student(other, build_model("RES-8", 7), "RES-8", 7, {})
     config = json.loads((run_folder / "config.json").read_text())
     config["settings"]["epsilon"] = "lots"
     (run_folder / "config.json").write_text(json.dumps(config))
@@ -715,19 +716,19 @@ def test_evaluate_a_file_with_the_settings_of_its_run(run_folder, monkeypatch, t
     model = build_model("RES-8", 10)
     (tmp_path / "away").mkdir()
     info = {"settings": {"dataset": "digits", "epsilon": 0.2, "teacher": None}}
-    checkpoint.save_student(tmp_path / "away" / "student.pt", model, "RES-8", 10, info)
+    files.save_student(tmp_path / "away" / "student.pt", model, "RES-8", 10, info)
     evaluate_with(monkeypatch, tmp_path / "away" / "student.pt", *arguments)
-    moved = checkpoint.read_json(tmp_path / "away" / "evaluation.json")
+    moved = files.read_json(tmp_path / "away" / "evaluation.json")
     assert (moved["settings"]["dataset"], moved["settings"]["epsilon"]) == ("digits", 0.2)
     assert "epoch" not in moved
 
     (run_folder / "student.pt").unlink()
     (run_folder / "result.json").unlink()
     last = {"architecture": "RES-8", "num_classes": 10, "model": model.state_dict(), "optimizer": {}, "epoch": 2}
-    checkpoint.save(run_folder / "last.pt", {**last, "step": 5})
+    files.save(run_folder / "last.pt", {**last, "step": 5})
     for path in (run_folder, run_folder / "last.pt"):
         evaluate_with(monkeypatch, path, *arguments)
-        found = checkpoint.read_json(run_folder / "evaluation.json")
+        found = files.read_json(run_folder / "evaluation.json")
         assert (found["epoch"], found["step"], found["settings"]["epsilon"]) == (2, 5, 0.1)
         assert found["clean"] == moved["clean"]
         assert found["student_sha256"] == moved["student_sha256"]
@@ -735,7 +736,7 @@ def test_evaluate_a_file_with_the_settings_of_its_run(run_folder, monkeypatch, t
 
 
 def test_evaluate_refuses_a_student_that_was_swapped(run_folder, monkeypatch, capsys):
-    checkpoint.save_student(run_folder / "student.pt", build_model("RES-8", 10), "RES-8", 10, {})
+    files.save_student(run_folder / "student.pt", build_model("RES-8", 10), "RES-8", 10, {})
     with pytest.raises(SystemExit) as stopped:
         evaluate_with(monkeypatch, run_folder, "--device", "cpu")
     assert stopped.value.code == 2

@@ -16,7 +16,7 @@ from reference import CLASSES, SCRIPTS, product_run, reference_run, settings
 
 import attacks
 from cifar100_models import build_model
-from experiment import checkpoint
+from experiment import files
 from experiment.engine import Engine
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +97,7 @@ def run(tmp_path, name, script, *flags):
 def teacher_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
     torch.manual_seed(0)
-    checkpoint.save_student(path, build_model("RES-8", 10), "RES-8", 10, {})
+    files.save_student(path, build_model("RES-8", 10), "RES-8", 10, {})
     return path
 
 

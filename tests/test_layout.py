@@ -20,15 +20,24 @@ HEAVY = {
     *("wandb", "matplotlib", "sklearn", "pandas"),
 }
 
-# What of the project, beyond its own package, each part may import. Whatever is not named here imports none.
+# Floors of experiment/, from below: imports go down only, also those inside functions.
+FLOORS = (
+    ("files", "entry", "compat", "optim"),
+    ("cli",),
+    ("data", "teachers", "engine"),
+    ("evaluation",),
+    ("run",),
+    ("report",),
+)
+# Same floor, one direction: a teacher's command line checks it on data.
+BESIDE = {("teachers", "data")}
+# What of the project, beyond experiment/, a room may import. Whatever is not named here imports none.
 ALLOWED = {
-    "experiment/evaluation.py": {"attacks"},
-    "experiment/engine.py": {"attacks"},  # every rank draws its rows of a start
-    "experiment/run.py": {"attacks"},  # a network that has diverged is probed with frozen parameters
-    "experiment/accelerate.py": {"attacks"},  # frozen()
-    "experiment/teachers.py": {"cifar100_models"},
-    "experiment/checkpoint.py": {"cifar100_models"},  # load_student builds the network that a file names
-    "experiment/cli.py": {"cifar100_models"},  # --student is checked before anything is built
+    "evaluation": {"attacks"},
+    "engine": {"attacks"},  # frozen(), and every rank draws its rows of a start
+    "run": {"attacks"},  # a network that has diverged is probed with frozen parameters
+    "files": {"cifar100_models"},  # load_student builds the network that a file names
+    "cli": {"cifar100_models"},  # --student is checked before anything is built
 }
 
 
@@ -40,6 +49,16 @@ def parts():
 
 
 PARTS = parts()
+DOORS = {
+    Path(part).parent.name: {
+        element.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+        for element in node.value.elts
+    }
+    for part, tree in PARTS.items()
+    if part.count("/") == 2 and part.endswith("/__init__.py")
+}
 every_part = pytest.mark.parametrize("part", PARTS)
 
 
@@ -63,10 +82,73 @@ def test_attacks_losses_and_networks_need_torch_only(part):
     assert strangers(part) <= {"torch"}
 
 
-@pytest.mark.parametrize("part", [part for part in PARTS if part.startswith("experiment/")])
+def room_of(module):
+    """experiment.teachers.zoo and experiment/teachers/zoo.py are of the room teachers; None for experiment itself."""
+    names = module.removesuffix(".py").replace("/", ".").split(".")
+    return names[1] if len(names) > 1 and names[1] != "__init__" else None
+
+
+def project_imports(part):
+    """(module, name) of every import of experiment in a file, functions included."""
+    for node in ast.walk(PARTS[part]):
+        if isinstance(node, ast.Import):
+            assert [alias.name for alias in node.names if alias.name.startswith("experiment.")] == []
+        elif isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "experiment":
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+EXPERIMENT = pytest.mark.parametrize("part", [part for part in PARTS if part.startswith("experiment/")])
+
+
+@EXPERIMENT
 def test_experiment_knows_no_method(part):
     ours = strangers(part) & {*SCRIPTS, *LIBRARIES, *PACKAGES, "tests", "benchmarks"}
-    assert ours <= ALLOWED.get(part, set())
+    assert ours <= ALLOWED.get(room_of(part), set())
+
+
+def test_every_room_has_a_floor():
+    assert {room_of(part) for part in PARTS if part.startswith("experiment/")} == {None, *itertools.chain(*FLOORS)}
+
+
+@EXPERIMENT
+def test_imports_go_down_only(part):
+    """Never up, and never beside: so there is no circle between rooms."""
+    floor = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+    here = room_of(part)
+    for module, name in project_imports(part):
+        there = room_of(module) or room_of(f"experiment.{name}")
+        if there in floor and there != here and (here, there) not in BESIDE:
+            assert here is not None, f"experiment/__init__.py imports {there}"
+            assert floor[there] < floor[here], f"{part} imports {there}"
+
+
+@every_part
+def test_nobody_reaches_past_a_door(part):
+    """A room's modules are its own affair; others import from experiment.ROOM what its __init__ lists."""
+    for module, name in project_imports(part):
+        room = room_of(module)
+        if module.count(".") > 1:
+            assert part.startswith(f"experiment/{room}/"), f"{part} imports {module}"
+        elif room and room != room_of(part) and (ROOT / "experiment" / room).is_dir():
+            assert name in DOORS[room], f"{part}: {name} is not in the door of {room}"
+
+
+def test_no_circle_between_the_modules_of_a_room():
+    edges = {}
+    for part in PARTS:
+        module = part.removesuffix(".py").replace("/", ".")
+        edges[module] = {other for other, _ in project_imports(part) if other.count(".") == 2}
+    done = set()
+
+    def walk(module, path):
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for other in edges.get(module, ()):
+                walk(other, [*path, module])
+            done.add(module)
+
+    for module in edges:
+        walk(module, [])
 
 
 @every_part

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import adaad_IGDM_cifar100 as script
-from experiment import checkpoint, data, optim
+from experiment import data, files, optim
 from experiment.cli import parse_args
 from experiment.engine import Engine
 
@@ -91,7 +91,7 @@ def teacher(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
     torch.manual_seed(0)
-    checkpoint.save_student(path, build_model("RES-8", 10), "RES-8", 10, {})
+    files.save_student(path, build_model("RES-8", 10), "RES-8", 10, {})
     return path
 
 
@@ -124,8 +124,8 @@ def test_two_ranks_finish_a_run(tmp_path, teacher):
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     from experiment import evaluation
 
-    student, _ = checkpoint.load_student(tmp_path / "r")
+    student, _ = files.load_student(tmp_path / "r")
     images = data.load_data("digits")
     assert result["clean"] == evaluation.accuracy(student, images.x_test, images.y_test)
-    assert result["student_sha256"] == checkpoint.state_sha256(student)
+    assert result["student_sha256"] == files.state_sha256(student)
     assert len(list((tmp_path / "r" / "autoattack").glob("chunk-*.json"))) == 2

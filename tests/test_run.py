@@ -14,9 +14,9 @@ import pytest
 import torch
 from fault_run import POINTS, ROOT, SCRIPTS, SMALL, result_of, stopped_run
 
-from experiment import checkpoint
-from experiment.folder import provenance
-from experiment.run import _fault
+from experiment import files
+from experiment.run import provenance
+from experiment.run.health import fault_of as _fault
 
 
 def command(name, *flags):
@@ -67,7 +67,7 @@ def test_signal_saves_and_stops(small, number):
     assert process.returncode == 75, error
     assert error.count("\n") == 1
     assert f"stopped by {number.name} after epoch" in error
-    saved = checkpoint.load(small.home / "runs" / name / "last.pt")
+    saved = files.load(small.home / "runs" / name / "last.pt")
     assert f"after epoch {saved['epoch']}, step {saved['step']};" in error
 
 

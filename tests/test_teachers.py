@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from cifar100_models import build_model
-from experiment import UserError, checkpoint, compat, teachers
-from experiment.teachers import check_teacher_name, load_teacher
+from experiment import UserError, cli, compat, files
+from experiment.teachers import __main__ as command
+from experiment.teachers import check_teacher_name, download, load_teacher, zoo
 
 SMALL = "Addepalli2022Efficient_RN18"  # RobustBench's smallest CIFAR-100 architecture, for the many faults
 PARAMETERS = {"BDM": 36_536_884, "DEC": 36_536_884, "LTD": 48_320_276}
@@ -56,7 +57,7 @@ def half(network, prefix=""):
 
 @pytest.fixture(scope="module")
 def originals(registry):
-    return {alias: random_network(registry, teachers.ALIASES[alias]) for alias in PARAMETERS}
+    return {alias: random_network(registry, cli.ALIASES[alias]) for alias in PARAMETERS}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_robustbench_teacher_computes_what_the_original_does(alias, originals, m
     with torch.no_grad():
         assert torch.equal(teacher(x), originals[alias](x))
     assert (teacher.name, teacher.num_classes) == (alias, 100)
-    assert teacher.sha256 == checkpoint.file_sha256(model_dir / f"cifar100/Linf/{teachers.ALIASES[alias]}.pt")
+    assert teacher.sha256 == files.file_sha256(model_dir / f"cifar100/Linf/{cli.ALIASES[alias]}.pt")
 
 
 def test_bdm_normalises_inside_and_ltd_does_not(originals, model_dir, x):
@@ -140,7 +141,7 @@ def test_normalisation_constants_may_be_missing_from_the_file(registry, tmp_path
 
 def test_transformer_teacher_from_a_plain_timm_state_dict(tmp_path, x):
     name = "Debenedetti2022Light_XCiT-S12"
-    original = teachers._source(name, name).build().eval()
+    original = zoo.source_of(name, name).build().eval()
     torch.save({"state_dict": half(original.model)}, tmp_path / "a.pt")
     teacher = load_teacher(name, teacher_path=tmp_path / "a.pt")
     # float16 rounds the weights to 3 digits; a wrong file gives logits that differ in the first.
@@ -152,7 +153,7 @@ def test_own_checkpoint_and_run_folder(tmp_path):
     model = build_model("RES-8", 10).eval()
     folder = tmp_path / "a run, ünï"
     folder.mkdir()
-    checkpoint.save_student(folder / "student.pt", model, "RES-8", 10, {"method": "PGD-AT"})
+    files.save_student(folder / "student.pt", model, "RES-8", 10, {"method": "PGD-AT"})
     small_x = torch.rand(2, 3, 8, 8)
     for path in (folder, folder / "student.pt"):
         teacher = load_teacher(path, 10)
@@ -160,7 +161,7 @@ def test_own_checkpoint_and_run_folder(tmp_path):
         with torch.no_grad():
             assert torch.equal(teacher(small_x), model(small_x))
         assert teacher.num_classes == 10
-        assert teacher.sha256 == checkpoint.file_sha256(folder / "student.pt")
+        assert teacher.sha256 == files.file_sha256(folder / "student.pt")
     with pytest.raises(UserError, match="has 10 classes but the data has 100"):
         load_teacher(str(folder), 100)
 
@@ -259,7 +260,7 @@ def server(monkeypatch):
         httpd.handle_error = lambda *args: None  # the client hangs up on purpose
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        monkeypatch.setattr(teachers, "DOWNLOAD_URL", f"http://127.0.0.1:{httpd.server_port}/file?id={{}}")
+        monkeypatch.setattr(zoo, "DOWNLOAD_URL", f"http://127.0.0.1:{httpd.server_port}/file?id={{}}")
         monkeypatch.setenv("no_proxy", "*")
         yield httpd
         httpd.silence.set()
@@ -318,10 +319,10 @@ def test_failed_downloads_leave_nothing_and_say_what_to_do(server, small, small_
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     server.answer = None
-    monkeypatch.setattr(teachers, "SECONDS_OF_SILENCE", 0.3)
+    monkeypatch.setattr(download, "SECONDS_OF_SILENCE", 0.3)
     assert "timed out" in failure()
     attempts = len(server.requests)
-    monkeypatch.setattr(teachers, "DOWNLOAD_URL", "http://127.0.0.1:1/{}")
+    monkeypatch.setattr(zoo, "DOWNLOAD_URL", "http://127.0.0.1:1/{}")
     assert "Connection refused" in failure()
     assert len(server.requests) == attempts == len(answers) + len(bad_files(small, small_bytes)) - 1 + 2
     assert not (tmp_path / "code_was_run").exists()
@@ -339,20 +340,19 @@ def fake_cifar100(monkeypatch, model, wrong):
         labels = model(images / 255).argmax(dim=1)
     labels[11 - wrong :] += 1
     data = types.SimpleNamespace(x_test=images, y_test=labels)
-    fake = types.SimpleNamespace(load_data=lambda *args: data, as_float=lambda images: images / 255)
-    monkeypatch.setitem(sys.modules, "experiment.data", fake)
+    monkeypatch.setattr(command, "load_data", lambda *args: data)
 
 
 def test_verify(originals, model_dir, monkeypatch, capsys):
     flags = ["verify", "BDM", "--model_dir", str(model_dir), "--device", "cpu"]
     fake_cifar100(monkeypatch, originals["BDM"], wrong=3)  # 8 of 11 are 72.73 %, RobustBench's figure is 72.58 %
-    teachers.main(flags)
+    command.main(flags)
     told = capsys.readouterr().out
     file = model_dir / "cifar100" / "Linf" / "Wang2023Better_WRN-28-10.pt"
-    assert all(word in told for word in (checkpoint.file_sha256(file), "36,536,884", "72.73%", "72.58%"))
+    assert all(word in told for word in (files.file_sha256(file), "36,536,884", "72.73%", "72.58%"))
     fake_cifar100(monkeypatch, originals["BDM"], wrong=5)
     with pytest.raises(UserError, match=r"54\.55% is more than 3 points off RobustBench's 72\.58%"):
-        teachers.main(flags)
+        command.main(flags)
 
 
 def run(program, *, path=None):
@@ -397,7 +397,7 @@ def test_old_robustbench_of_torchattacks_is_named(tmp_path):
         "class ThreatModel(Enum):\n    Linf = 'Linf'\n"
     )
     told = run(
-        "from experiment.teachers import *\ntry: load_teacher('BDM')\nexcept UserError as error: print(error)",
+        "from experiment import UserError\nfrom experiment.teachers import load_teacher\ntry: load_teacher('BDM')\nexcept UserError as error: print(error)",
         path=tmp_path,
     )
     assert "Wang2023Better_WRN-28-10" in told

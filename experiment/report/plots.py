@@ -6,8 +6,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from experiment.checkpoint import write_atomically
-from experiment.compare import Row, escaped, half_width, labels_of
+from experiment.files import write_atomically
+from experiment.report.results import escaped
+from experiment.report.statistics import Row, half_width
+from experiment.report.tables import labels_of
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette without yellow (too pale for a line): told apart with any colour vision."""

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from attacks import frozen
-from experiment import RunStopped, UserError, checkpoint, data, folder, teachers
+from experiment import RunStopped, UserError, data, files, teachers
 from experiment.engine import SYNC_EVERY, Engine
-from experiment.tracking import Mirror, Progress, epoch_line, header, summary
+from experiment.run import folder
+from experiment.run.health import PROBE_IMAGES, SETTLED_STEPS, fault_of
+from experiment.run.progress import Progress, epoch_line, header, summary
+from experiment.run.provenance import provenance
+from experiment.run.trackers import WandbMirror
 
-SETTLED_STEPS = 200
-"""Optimizer steps after which a student that predicts one class only has collapsed; before, its BatchNorm statistics
-may simply not have settled."""
-PROBE_IMAGES = 256
 CHANGES = {"device": "device", "versions": "versions", "commit": "commit", "code_sha256": "code"}
 """Entries of config.json that may differ when a run is resumed, and what they are called: its bits may differ then."""
 
@@ -50,7 +50,7 @@ class Run:
             UserError: the data set does not exist, the folder cannot be written, holds a finished or differing run,
                 or is in use; W&B was asked for and does not answer.
         """
-        data.check_name(args.dataset)
+        data.check_dataset(args.dataset)
         if hasattr(args, "teacher"):
             teachers.check_teacher_name(args.teacher, args.teacher_path)
         self.args, self.script, self.recipe = args, Path(script), recipe
@@ -60,7 +60,7 @@ class Run:
         self._config = folder.admit(self.folder, self.script.name, args) if main else {}
         self.engine = Engine(args)
         self.device = self.engine.device
-        self._mirror = Mirror(args, self._config.get("id", ""), enabled=main)
+        self._mirror = WandbMirror(args, self._config.get("id", ""), enabled=main)
         self._epoch, self._step, self._seen = 0, 0, 0  # finished epochs; steps and images of the epoch in work
         self._sums: dict[str, Tensor] = {}
         self._bad_step = torch.full((), torch.inf, device=self.device)
@@ -104,7 +104,7 @@ class Run:
             "outer_settings": list(self.recipe.get("outer", {})),
             "added_settings": list(self.recipe.get("added", {})),
             "settings": vars(self.args),
-            **folder.provenance(self.script),
+            **provenance(self.script),
             "device": self.engine.hardware(),
             "num_classes": images.num_classes,
             "dataset_sha256": images.sha256,
@@ -125,7 +125,7 @@ class Run:
         """Write config.json for a new run; for a resumed one hold what is about to run against it."""
         there = self._config
         if "settings" not in there:
-            checkpoint.write_json(self.folder / "config.json", config)
+            files.write_json(self.folder / "config.json", config)
         else:
             for name in ("num_classes", "dataset_sha256", "teacher_sha256"):
                 if there.get(name) != config[name]:
@@ -152,8 +152,8 @@ class Run:
         path = self.folder / "result.json"
         if not path.exists():
             return
-        digest = checkpoint.read_json(path).get("student_sha256")
-        if self._epoch != self.args.epochs or checkpoint.state_sha256(self._student) != digest:
+        digest = files.read_json(path).get("student_sha256")
+        if self._epoch != self.args.epochs or files.state_sha256(self._student) != digest:
             raise UserError(
                 f"{self.folder} is finished, but its last.pt does not hold the student of its result.json; attack its "
                 "student.pt with evaluate.py --attacks autoattack"
@@ -179,7 +179,7 @@ class Run:
             )
         if teacher is not None:
             with torch.no_grad():
-                fault = _fault(teacher(data.as_float(images.x_test[:64])))
+                fault = fault_of(teacher(data.as_float(images.x_test[:64])))
             if fault:
                 raise RunStopped(
                     f"teacher {args.teacher}: its logits are {fault} on {images.name}", RunStopped.DIVERGED
@@ -213,7 +213,7 @@ class Run:
             "epoch_seconds": self._epoch_seconds,
             "changed": self._changed,
         }
-        checkpoint.save(self.folder / "last.pt", content, previous=self.folder / "previous.pt")
+        files.save(self.folder / "last.pt", content, previous=self.folder / "previous.pt")
         self._busy = busy
         if self._signal and not busy:
             self._stop_now()
@@ -229,7 +229,7 @@ class Run:
         faults = []
         for path in found:
             try:
-                self._load(checkpoint.load(path), path)
+                self._load(files.load(path), path)
                 break
             except UserError as error:
                 faults.append(str(error))
@@ -354,7 +354,7 @@ class Run:
         sample = slice(None, None, -(-len(x) // PROBE_IMAGES))  # over the whole set, which may be sorted by class
         with torch.no_grad(), frozen(self._student):
             logits = self._student(data.as_float(x[sample]))
-        fault = _fault(logits)
+        fault = fault_of(logits)
         settled = (self._epoch + 1) * self._images.steps(self.args.batch) >= SETTLED_STEPS
         if fault:
             self._diverged(f"the student's logits are {fault} after epoch {self._epoch + 1}")
@@ -400,7 +400,7 @@ class Run:
         """metrics.jsonl is written whole, from the rows that the checkpoint holds: none can be missing or doubled."""
         if self.engine.main:
             text = "".join(json.dumps(row) + "\n" for row in self._rows)
-            checkpoint.write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(text.encode()))
+            files.write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(text.encode()))
 
     def finish(self, autoattack: Callable[..., dict[str, Any]]) -> None:
         """Save the student, attack it, write result.json and print the summary.
@@ -413,7 +413,7 @@ class Run:
         if self.engine.main:
             settings = json.loads(json.dumps(vars(args)))  # plain types only
             info = {"method": self.recipe["method"], "run": self.folder.name, "settings": settings}
-            checkpoint.save_student(self.folder / "student.pt", self._student, args.student, images.num_classes, info)
+            files.save_student(self.folder / "student.pt", self._student, args.student, images.num_classes, info)
         self.engine.barrier()
         attack = None
         if args.aa_examples:
@@ -432,14 +432,14 @@ class Run:
             "test_examples": len(images.x_test),
             "autoattack": attack,
             "seconds": {**self._seconds, "autoattack": attack["seconds"] if attack else 0.0},
-            "student_sha256": checkpoint.state_sha256(self._student),
+            "student_sha256": files.state_sha256(self._student),
             "hardware": config["device"],
             "command": config["command"],
             "changed": self._changed,  # between the run's start and its resumptions
         }
         if self._attacked_config:
-            checkpoint.write_json(self.folder / "config.json", self._attacked_config)
-        checkpoint.write_json(self.folder / "result.json", result)
+            files.write_json(self.folder / "config.json", self._attacked_config)
+        files.write_json(self.folder / "result.json", result)
         self._mirror.finish(result)
         print(summary(result, str(self.folder)), flush=True)
 
@@ -462,12 +462,3 @@ class Run:
         saved = (self.folder / "last.pt").exists()
         where += f"goes on from the last checkpoint in {self.folder}" if saved else "begins anew: nothing was saved yet"
         raise RunStopped(where, RunStopped.INTERRUPTED)
-
-
-def _fault(logits: Tensor) -> str | None:
-    """What makes logits (N, C) of different images worthless, or None."""
-    if not logits.isfinite().all():
-        return "not finite"
-    # Equal up to some ten roundings: kernels may add up the first and the last rows of a batch in another order.
-    spread = (logits.amax(dim=0) - logits.amin(dim=0)).max()
-    return "the same for every image" if spread <= 1e-6 * logits.abs().max() else None

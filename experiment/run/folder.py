@@ -1,35 +1,30 @@
-"""The gate of the run folder: one process at a time, one run, one set of settings; and where a run comes from."""
+"""The gate of the run folder: one process at a time, one run, one set of settings."""
 
 import argparse
 import atexit
 import fcntl
-import hashlib
-import importlib.metadata
 import os
-import platform
 import re
-import shlex
-import shutil
-import subprocess
-import sys
 import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from experiment import UserError, checkpoint
+from experiment import UserError, files
 
 FORMAT = 1
+
 FREE_SETTINGS = (
     "nowand", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags",
     "checkpoint_minutes", "data_dir", "run_dir", "teacher_path", "eval_after",
 )  # fmt: skip
 """Settings that may change between a run and its resumption: they move no weight and no final accuracy."""
+
 ATTACK_SETTINGS = ("aa_examples", "aa_batch")
 """Settings that may change when a finished run without AutoAttack is attacked."""
+
 LEFTOVER = re.compile(r"\.[a-z]+(-\d+)?\.(pt|jsonl?)(\.\d+)?\.tmp")
 """Names of files that a killed process was about to write."""
-PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "pyautoattack")
 
 
 def lock(folder: Path) -> int:
@@ -75,12 +70,12 @@ def admit(folder: Path, script: str, args: argparse.Namespace) -> dict[str, Any]
         if foreign:
             raise UserError(f"{folder} is not a run folder (it holds {foreign[0]}); give another --run_name")
         return {"id": uuid.uuid4().hex[:12]}
-    config = checkpoint.read_json(folder / "config.json")
+    config = files.read_json(folder / "config.json")
     strings = all(isinstance(config.get(name), str) for name in ("id", "script", "command", "device"))
     kinds = isinstance(config.get("settings"), dict) and isinstance(config.get("changed", []), list)
     if config.get("format") != FORMAT or not strings or not kinds:
         raise UserError(f"{folder}/config.json is not one that this version wrote; give another --run_name")
-    result = checkpoint.read_json(folder / "result.json") if "result.json" in entries else None
+    result = files.read_json(folder / "result.json") if "result.json" in entries else None
     unattacked = result is not None and result.get("autoattack") is None
     to_attack = unattacked and args.aa_examples > 0 and "last.pt" in entries  # without it, it would train anew
     free = (*FREE_SETTINGS, *(ATTACK_SETTINGS if to_attack else ()))
@@ -107,13 +102,13 @@ def _differing(config: dict[str, Any], here: dict[str, Any], free: tuple[str, ..
     there = {"script": config["script"], **config["settings"]}
     names = [name for name in {**there, **here} if name not in free]
     return [
-        f"{name[:40]} {_show(name, there)} there, {_show(name, here)} now"
+        f"{name[:40]} {_setting(name, there)} there, {_setting(name, here)} now"
         for name in names
         if (name in there) != (name in here) or not _same(name, there[name], here[name])
     ]
 
 
-def _show(name: str, settings: dict[str, Any]) -> str:
+def _setting(name: str, settings: dict[str, Any]) -> str:
     return f"{settings[name]!r:.80}" if name in settings else "absent"
 
 
@@ -121,44 +116,3 @@ def _same(name: str, there: Any, here: Any) -> bool:
     if name == "device":  # cuda:0 and cuda:1 are one kind of machine
         return str(there).partition(":")[0] == str(here).partition(":")[0]
     return there == here
-
-
-def provenance(script: Path) -> dict[str, Any]:
-    """Command, versions, commit and a hash of the code, for config.json."""
-    versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
-    command = shlex.join(["python", *sys.argv])
-    return {"command": command, "versions": versions, "commit": _commit(script), "code_sha256": _code_sha256(script)}
-
-
-def _code_sha256(script: Path) -> str:
-    """SHA-256 over the script and every module of the project that a run imports."""
-    root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
-    packages = (path for name in ("cifar100_models", "experiment") for path in (root / name).glob("*.py"))
-    for path in (script, root / "attacks.py", root / "rslad_loss.py", *sorted(packages)):
-        digest.update(f"{path.name} {checkpoint.file_sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit(script: Path) -> str | None:
-    """The commit of the code, marked where it does not hold what runs; None outside a git checkout."""
-    git, script = shutil.which("git"), script.resolve()
-    if not git:
-        return None
-
-    def ask(*arguments: str) -> str:
-        command = [git, "-C", str(script.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    commit = ask("describe", "--always", "--abbrev=40")
-    if not commit:
-        return None
-    # Of code only: an edited README changes no run, a script that nobody has added to git yet is the run.
-    edited = ask("status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py")
-    return f"{commit}-dirty" if edited or not ask("ls-files", "--", script.name) else commit

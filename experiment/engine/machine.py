@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import attacks
-from experiment.accelerate import Accelerated
+from experiment.engine.accelerated import Accelerated
 
 SYNC_EVERY = 20
 """Steps between two agreements of several ranks on stopping and saving; each costs one host synchronisation."""
@@ -68,7 +68,7 @@ class Engine:
 
     def hardware(self) -> str:
         """Name of the GPU or CPU, with the number of processes if there are several."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
         return name if self.world == 1 else f"{self.world} x {name}"
 
     def barrier(self) -> None:
@@ -145,7 +145,8 @@ class Engine:
         optimizer.register_step_pre_hook(average)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The model of the CPU, and how many threads compute on it."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]

@@ -1,0 +1,47 @@
+"""How every command ends: its exit status, and one line instead of a traceback for a mistake that the user can mend."""
+
+import io
+import signal
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import NoReturn
+
+from experiment import RunStopped, UserError
+
+batch_of_script: ContextVar[int] = ContextVar("batch", default=0)
+"""--batch of the script at work, 0 without one: guard tells which would have fit."""
+
+
+def guard(main: Callable[[], None]) -> None:
+    """Run a script's main; a user's mistake becomes one line on stderr and exit status 2, a stop one and its own."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
+    try:
+        main()
+    except UserError as error:
+        _leave(f"error: {error}", 2)
+    except RunStopped as stop:
+        _leave(str(stop), stop.status)
+    except KeyboardInterrupt:  # before a run takes over signals, or where there is none
+        _leave("interrupted", 128 + signal.SIGINT)
+    except RuntimeError as error:
+        import torch  # not above: --help must be quick
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        _leave(_out_of_memory(str(error), batch_of_script.get()), 2)
+
+
+def _leave(line: str, status: int) -> NoReturn:
+    print(" ".join(line.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def _out_of_memory(reason: str, batch: int) -> str:
+    """One line with the batch to try next: activations, which dominate, are proportional to it, so half needs half."""
+    advice = f"try --batch {batch // 2}, which needs about half, with --run_name for a new run" if batch > 1 else ""
+    first = reason.partition(". ")[0]  # what was asked for; torch goes on about its allocator
+    at = f" at --batch {batch}" if batch else ""
+    return f"error: the GPU's memory does not suffice{at} ({first}); {advice or 'free some of it'}"

@@ -1,0 +1,113 @@
+"""A network measured batch by batch: in eval mode, frozen, in float32, over all ranks, within the device's memory."""
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import attacks
+from experiment import UserError
+from experiment.data import as_float
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def device_of(model: nn.Module, x: Tensor) -> torch.device:
+    """The network's device, or x's where it has no parameters."""
+    return next((parameter.device for parameter in model.parameters()), x.device)
+
+
+def as_pixels(x: Tensor) -> Tensor:
+    """Images as float in [0, 1]."""
+    return as_float(x) if x.dtype == torch.uint8 else x
+
+
+def check_images(x: Tensor, y: Tensor) -> None:
+    """Raise UserError unless x and y are as in the module's conventions."""
+    if x.ndim != 4 or len(x) == 0 or y.shape != (len(x),):
+        raise UserError(f"images {tuple(x.shape)} with labels {tuple(y.shape)} are not allowed; (N, C, H, W) with (N,)")
+    if x.dtype != torch.uint8:
+        if not x.is_floating_point():
+            raise UserError(f"images of type {x.dtype} are not allowed; uint8, or float in [0, 1]")
+        low, high = float(x.min()), float(x.max())
+        if not (low >= 0 and high <= 1):  # NaN is refused too
+            raise UserError(f"pixels from {low:g} to {high:g} are not allowed; [0, 1] (normalise inside the network)")
+    if y.dtype != torch.int64 or int(y.min()) < 0:
+        raise UserError(f"labels of type {y.dtype} from {y.min()} are not allowed; int64, from 0")
+
+
+@contextmanager
+def measuring(device: torch.device, *models: nn.Module) -> Iterator[None]:
+    """Eval mode, frozen, float32, gradients off, and random generators of their own; all restored on exit.
+
+    Raises:
+        RuntimeError: a network left eval mode by itself, so that what was measured is not the network in use.
+    """
+    cuda = device.type == "cuda"
+    with (
+        attacks.frozen(*models),
+        torch.random.fork_rng([device] if cuda else []),
+        torch.cuda.device(device) if cuda else nullcontext(),  # AutoAttack seeds the current device only
+        torch.autocast(device.type, enabled=False),
+        torch.no_grad(),
+    ):
+        yield
+        for model in models:
+            assert_eval(model)
+
+
+def assert_eval(model: nn.Module) -> None:
+    """Raise RuntimeError if any submodule is in train mode."""
+    if any(module.training for module in model.modules()):
+        raise RuntimeError("the network switched itself to train mode during its evaluation; no accuracy is reported")
+
+
+def sum_over_batches(
+    function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, batch: int, seed: int, *models: nn.Module
+) -> Tensor:
+    """Sum function(x_batch, y_batch), a pair of numbers, over all batches and ranks, in float64."""
+    check_images(x, y)
+    device = device_of(models[0], x)
+    rank, world = ranks()
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    with measuring(device, *models):
+        for i in range(rank, math.ceil(len(x) / batch), world):
+            # A stream per batch: its start must not depend on which rank takes it. A hash, because neighbouring seeds
+            # would share streams, and of 32 bits, because the CPU generator ignores higher ones.
+            stream = zlib.crc32(f"{seed} {i}".encode())
+            rows = slice(i * batch, (i + 1) * batch)
+            x_here, y_here = as_pixels(x[rows].to(device)), y[rows].to(device)
+            total += _in_parts(function, x_here, y_here, stream, device)
+    if world > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def _in_parts(
+    function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, stream: int, device: torch.device
+) -> Tensor:
+    """function(x, y), summed over as many parts as the device's memory asks for; every image's start stays its own."""
+    size = len(x)
+    while True:
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        try:
+            for first in range(0, len(x), size):
+                torch.default_generator.manual_seed(stream)
+                if device.type == "cuda":
+                    torch.cuda.manual_seed(stream)
+                with attacks.shard_of(first, len(x)):
+                    total += function(x[first : first + size], y[first : first + size])
+            return total
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise UserError("evaluation does not fit into the device's memory, even image by image") from error
+        # Outside the except clause: the exception's traceback would keep the tensors alive.
+        torch.cuda.empty_cache()
+        size = (size + 1) // 2

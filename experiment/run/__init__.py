@@ -1,0 +1,6 @@
+"""The run folder: one run from its first step to result.json, through any number of kills."""
+
+from experiment.run.loop import Run
+from experiment.run.provenance import provenance
+
+__all__ = ["Run", "provenance"]

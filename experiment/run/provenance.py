@@ -1,0 +1,56 @@
+"""Where a run comes from: command, versions, commit, and a hash of the code."""
+
+import hashlib
+import importlib.metadata
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiment import files
+
+PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "pyautoattack")
+
+
+def provenance(script: Path) -> dict[str, Any]:
+    """Command, versions, commit and a hash of the code, for config.json."""
+    versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+    command = shlex.join(["python", *sys.argv])
+    return {"command": command, "versions": versions, "commit": _commit(script), "code_sha256": _code_sha256(script)}
+
+
+def _code_sha256(script: Path) -> str:
+    """SHA-256 over the script and every module of the project that a run imports."""
+    root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
+    packages = (path for name in ("cifar100_models", "experiment") for path in (root / name).rglob("*.py"))
+    for path in (script, root / "attacks.py", root / "rslad_loss.py", *sorted(packages)):
+        digest.update(f"{path.name} {files.file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(script: Path) -> str | None:
+    """The commit of the code, marked where it does not hold what runs; None outside a git checkout."""
+    git, script = shutil.which("git"), script.resolve()
+    if not git:
+        return None
+
+    def ask(*arguments: str) -> str:
+        command = [git, "-C", str(script.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = ask("describe", "--always", "--abbrev=40")
+    if not commit:
+        return None
+    # Of code only: an edited README changes no run, a script that nobody has added to git yet is the run.
+    edited = ask("status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py")
+    return f"{commit}-dirty" if edited or not ask("ls-files", "--", script.name) else commit
