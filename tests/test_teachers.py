@@ -397,7 +397,8 @@ def test_old_robustbench_of_torchattacks_is_named(tmp_path):
         "class ThreatModel(Enum):\n    Linf = 'Linf'\n"
     )
     told = run(
-        "from experiment import UserError\nfrom experiment.teachers import load_teacher\ntry: load_teacher('BDM')\nexcept UserError as error: print(error)",
+        "from experiment import UserError\nfrom experiment.teachers import load_teacher\n"
+        "try: load_teacher('BDM')\nexcept UserError as error: print(error)",
         path=tmp_path,
     )
     assert "Wang2023Better_WRN-28-10" in told
