@@ -297,7 +297,7 @@ def result_of(folder: Path) -> dict:
     result = untimed(json.loads((folder / "result.json").read_text()))
     student, _ = files.load_student(folder)
     assert files.state_sha256(student) == result["student_sha256"]
-    return {"rows": rows, **{k: result[k] for k in ("clean", "pgd20", "autoattack", "student_sha256")}}
+    return {"rows": rows, **{k: result[k] for k in ("clean", "pgd20", "autoattack", "gradients", "student_sha256")}}
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from fault_run import POINTS, ROOT, SCRIPTS, SMALL, result_of, stopped_run
 
-from experiment import files
+from experiment import data, evaluation, files
 from experiment.run import provenance
 from experiment.run.health import fault_of as _fault
 
@@ -27,6 +27,26 @@ def command(name, *flags):
 def test_same_seed_same_bits(small, script):
     small.server.run(script, [*SMALL, "--run_name", f"again_{script}"], small.home).expect(0)
     assert result_of(small.home / "runs" / f"again_{script}") == small.expected[script]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_with_a_teacher_writes_gd_and_gc(small, script):
+    """Of the finished student, on all test images, as the public function measures them again."""
+    folder = small.home / "runs" / f"{script}_whole"
+    images, (teacher, _) = data.load_data("digits"), files.load_student(small.home / "teacher")
+    student, _ = files.load_student(folder)
+    again = evaluation.gradient_alignment(student, teacher, images.x_test, images.y_test)
+    found = json.loads((folder / "result.json").read_text())["gradients"]
+    assert found["definition"] == evaluation.GRADIENT_DEFINITION
+    assert found["examples"] == len(images.x_test)
+    # Another number of threads may add up in another order.
+    assert (found["gd"], found["gc"]) == pytest.approx((again["gd"], again["gc"]), rel=1e-4)
+    assert found["gd"] > 0
+    assert 0 < found["gc"] < 1
+
+
+def test_a_run_without_a_teacher_has_no_gradients_to_follow(small):
+    assert json.loads((small.home / "teacher" / "result.json").read_text())["gradients"] is None
 
 
 def test_another_seed_is_another_run(small):

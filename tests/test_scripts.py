@@ -73,7 +73,7 @@ def test_script_from_flags_to_result(finished, home, script):
     assert ("loss_igdm" in terms) == ("IGDM" in script)
     assert all(row["loss"] > 0 for row in rows_of(folder))
     printed = (home / f"{script}.txt").read_text()
-    for text in ("PGD-20", "AutoAttack", "of 8 test images", "hardware", f"runs/{script}/result.json"):
+    for text in ("PGD-20", "AutoAttack", "GD, GC", "of 8 test images", "hardware", f"runs/{script}/result.json"):
         assert text in printed
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from attacks import frozen
 from experiment import RunStopped, UserError, data, files, teachers
 from experiment.engine import SYNC_EVERY, Engine
+from experiment.evaluation import GRADIENT_DEFINITION, gradient_alignment
 from experiment.run import folder
 from experiment.run.health import PROBE_IMAGES, SETTLED_STEPS, fault_of
 from experiment.run.progress import Progress, epoch_line, header, summary
@@ -92,7 +93,7 @@ class Run:
                 room on the disk; AutoAttack is impossible with these classes.
             RunStopped: the teacher's logits are not finite, or the same for every image.
         """
-        self._images, self._student, self._optimizer = images, student, optimizer
+        self._images, self._student, self._optimizer, self._teacher = images, student, optimizer, teacher
         self._check_feasible(teacher)
         self.engine.distribute(student, optimizer)
         config = {
@@ -403,7 +404,7 @@ class Run:
             files.write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(text.encode()))
 
     def finish(self, autoattack: Callable[..., dict[str, Any]]) -> None:
-        """Save the student, attack it, write result.json and print the summary.
+        """Save the student, hold its gradients against the teacher's, attack it; write result.json, print the summary.
 
         Args:
             autoattack: ``evaluation.autoattack``; called on the first --aa_examples test images, unless that is 0.
@@ -415,6 +416,9 @@ class Run:
             info = {"method": self.recipe["method"], "run": self.folder.name, "settings": settings}
             files.save_student(self.folder / "student.pt", self._student, args.student, images.num_classes, info)
         self.engine.barrier()
+        began = time.monotonic()
+        gradients = self._gradients()
+        evaluation_seconds = self._seconds["evaluation"] + time.monotonic() - began
         attack = None
         if args.aa_examples:
             x, y = images.x_test[: args.aa_examples], images.y_test[: args.aa_examples]
@@ -431,7 +435,12 @@ class Run:
             "pgd20": last["pgd20"],
             "test_examples": len(images.x_test),
             "autoattack": attack,
-            "seconds": {**self._seconds, "autoattack": attack["seconds"] if attack else 0.0},
+            "gradients": gradients,
+            "seconds": {
+                "train": self._seconds["train"],
+                "evaluation": evaluation_seconds,
+                "autoattack": attack["seconds"] if attack else 0.0,
+            },
             "student_sha256": files.state_sha256(self._student),
             "hardware": config["device"],
             "command": config["command"],
@@ -442,6 +451,14 @@ class Run:
         files.write_json(self.folder / "result.json", result)
         self._mirror.finish(result)
         print(summary(result, str(self.folder)), flush=True)
+
+    def _gradients(self) -> dict[str, Any] | None:
+        """GD and GC of the student against its teacher on all test images; None for a run without a teacher."""
+        if self._teacher is None:
+            return None
+        x, y = self._images.x_test, self._images.y_test
+        alignment = gradient_alignment(self._student, self._teacher, x, y)
+        return {**alignment, "examples": len(x), "definition": GRADIENT_DEFINITION}
 
     # -- signals ------------------------------------------------------------------------------------------------------
 

@@ -136,9 +136,19 @@ def summary(result: dict[str, Any], folder: str) -> str:
             "AutoAttack",
             f"{per_cent(attack['accuracy'])} % of {attack['examples']} test images" if attack else "not run",
         ),
+        *_gradient_rows(result["gradients"]),
         ("time", "  ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())),
         ("hardware", result["hardware"]),
         ("files", f"{folder}/result.json, metrics.jsonl, student.pt, config.json"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _gradient_rows(gradients: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if gradients is None:
+        return []
+    return [
+        ("GD, GC", f"{gradients['gd']:.4f}, {gradients['gc']:.4f} on {gradients['examples']} test images"),
+        ("", gradients["definition"]),
+    ]
