@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import attacks
 import evaluate
 from cifar100_models import build_model
 from experiment import UserError, cli, compat, evaluation, files
-from experiment.evaluation import driver
+from experiment.evaluation import chunks, driver
 
 ROOT = Path(__file__).parents[1]
 EPSILON = 0.05
@@ -134,6 +135,29 @@ def test_random_starts_come_from_the_seed_alone():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first[:14], second)  # each batch draws its own noise
+
+
+def test_the_monitor_measures_the_test_set_and_what_was_held_out():
+    network = tiny_network()
+    x, y = labelled(network, 30, 4)
+    images = SimpleNamespace(x_test=x[:20], y_test=y[:20], x_holdout=x[20:], y_holdout=y[20:])
+    expected = {
+        "clean": 1.0,
+        "pgd20": evaluation.pgd_accuracy(network, x[:20], y[:20], 0.01),
+        "holdout_pgd10": evaluation.pgd_accuracy(network, x[20:], y[20:], 0.01, steps=10),
+    }
+    assert evaluation.monitor(network, images, 0.01) == expected
+    assert 0 < expected["holdout_pgd10"] < 0.6 < expected["pgd20"] < 1
+    images.x_holdout, images.y_holdout = x[:0], y[:0]
+    assert list(evaluation.monitor(network, images, 0.01)) == ["clean", "pgd20"]
+
+
+def test_the_interval_of_wilson_is_the_one_of_scipy():
+    binomtest = pytest.importorskip("scipy.stats").binomtest
+    for correct, examples in [(0, 5), (5, 5), (3, 7), (2799, 10000)]:
+        theirs = binomtest(correct, examples).proportion_ci(0.95, method="wilson")
+        # z is given with seven digits.
+        assert evaluation.wilson_interval(correct, examples) == pytest.approx((theirs.low, theirs.high), abs=1e-7)
 
 
 class Stateful(nn.Module):
@@ -326,6 +350,11 @@ def test_the_result_says_what_was_measured(small, capsys):
     assert (result["examples"], result["batch"], result["seed"], result["epsilon"]) == (10, 4, 7, EPSILON)
     assert (result["version"], result["package"]) == ("standard", "pyautoattack 0.2.0")
     assert list(result["attacks"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert list(result["flags"]) == ["clean", *result["attacks"]]
+    assert result["flags"]["clean"] == "1111111100"
+    for name, share in result["attacks"].items():
+        assert result["flags"][name].count("1") / 10 == share
+    assert result["interval"] == [*evaluation.wilson_interval(round(10 * result["accuracy"]), 10)]
     assert result["seconds"] == pytest.approx(sum(result["attack_seconds"].values()))
     assert json.loads(json.dumps(result)) == result
     printed = capsys.readouterr().err
@@ -378,6 +407,20 @@ def test_resume_attacks_nothing_twice_and_ends_the_same(small, tmp_path, monkeyp
     assert seen() <= {image.numpy().tobytes() for image in x[3:6] / 255}
 
 
+def test_chunks_without_flags_are_attacked_again(small, tmp_path, capsys):
+    """Runs that began before every image had its flag go on."""
+    network = tiny_network()
+    x, y = labelled(network, 6, 1)
+    expected = evaluation.autoattack(network, x, y, EPSILON, folder=tmp_path, batch=3, show_progress=False)
+    path = tmp_path / "chunk-00001.json"
+    record = files.read_json(path)["record"]
+    counts = {name: flags.count("1") for name, flags in record.pop("flags").items()}
+    chunks.write_chunk(path, files.read_json(path)["parts"], {**record, "clean": counts.pop("clean"), "robust": counts})
+    found = evaluation.autoattack(network, x, y, EPSILON, folder=tmp_path, batch=3)
+    assert without_seconds(found) == without_seconds(expected)
+    assert "1 chunks are of an older format" in capsys.readouterr().err
+
+
 def test_results_of_different_runs_are_not_mixed(small, tmp_path):
     network, other = tiny_network(), tiny_network()
     other[3].bias.data[0] += 1e-3
@@ -410,7 +453,7 @@ def test_results_of_different_runs_are_not_mixed(small, tmp_path):
     assert run(x=x / 255) == expected  # the same images as floats are the same data
 
     path = tmp_path / "chunk-00001.json"
-    for damaged in (files[path].replace(b'"clean": 2', b'"clean": 3'), files[path][:-20], b"[1]", b"{}"):
+    for damaged in (files[path].replace(b'"clean": "110"', b'"clean": "111"'), files[path][:-20], b"[1]", b"{}"):
         assert damaged != files[path]
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"chunk-00001\.json"):

@@ -10,10 +10,11 @@ Conventions of every public function here:
     the result does not depend on the number of ranks.
 """
 
-from experiment.evaluation.accuracy import accuracy, cw_accuracy, fgsm_accuracy, pgd_accuracy
+from experiment.evaluation.accuracy import accuracy, cw_accuracy, fgsm_accuracy, monitor, pgd_accuracy
 from experiment.evaluation.alignment import GRADIENT_DEFINITION, gradient_alignment
 from experiment.evaluation.chunks import AUTOATTACK
 from experiment.evaluation.driver import autoattack
+from experiment.evaluation.flags import wilson_interval
 
 __all__ = [
     "AUTOATTACK",
@@ -23,5 +24,7 @@ __all__ = [
     "cw_accuracy",
     "fgsm_accuracy",
     "gradient_alignment",
+    "monitor",
     "pgd_accuracy",
+    "wilson_interval",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import attacks
 from experiment import UserError
+from experiment.data import Data
 from experiment.evaluation.batches import sum_over_batches
 
 
@@ -39,6 +40,21 @@ def cw_accuracy(
     return _accuracy(
         model, x, y, batch, seed, lambda clean, labels: attacks.cw(model, clean, labels, epsilon, epsilon / 4, steps)
     )
+
+
+def monitor(model: nn.Module, images: Data, epsilon: float) -> dict[str, float]:
+    """What a run measures after an epoch, with seed 0 in every run: the same random starts for every network.
+
+    Returns:
+        ``clean`` and ``pgd20`` on the test images; where training images were held out, ``holdout_pgd10`` on these.
+    """
+    found = {
+        "clean": accuracy(model, images.x_test, images.y_test),
+        "pgd20": pgd_accuracy(model, images.x_test, images.y_test, epsilon),
+    }
+    if len(getattr(images, "x_holdout", ())):
+        found["holdout_pgd10"] = pgd_accuracy(model, images.x_holdout, images.y_holdout, epsilon, steps=10)
+    return found
 
 
 def _accuracy(

@@ -42,6 +42,8 @@ def write_chunk(path: Path, parts: dict[str, Any], record: dict[str, Any]) -> No
 def finished_chunks(folder: Path | None, parts: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Create the folder, and read the chunk files that are there: (number, record).
 
+    Files of the format before, which held no flag per image, count as absent: their images are attacked again.
+
     Raises:
         UserError: a file belongs to another student, setting or data, or its checksum does not match.
     """
@@ -67,4 +69,5 @@ def finished_chunks(folder: Path | None, parts: list[dict[str, Any]]) -> Iterato
                 f"{path} holds AutoAttack results of another {' and '.join(differing)}; results are not mixed: "
                 f"use another folder, or delete {folder} to attack anew"
             )
-        yield i, record
+        if "flags" in record:
+            yield i, record

@@ -30,8 +30,8 @@ class Display:
 
     def begin(self, attack: str, record: dict[str, Any]) -> None:
         """Show the attack that starts now, and the robust share with the chunk at hand."""
-        robust = min([record["clean"], *record["robust"].values()])
-        share = (self._robust + robust) / (self._images + record["images"])
+        *_, latest = record["flags"].values()
+        share = (self._robust + latest.count("1")) / (self._images + record["images"])
         self._bar.set_postfix_str(f"{attack}, robust {100 * share:.2f} %")
 
     def finish(self, record: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ class Display:
 
     def _count(self, record: dict[str, Any]) -> None:
         self._images += record["images"]
-        self._robust += record["robust"][AUTOATTACK[-1]]
+        self._robust += record["flags"][AUTOATTACK[-1]].count("1")
         self._bar.update(record["images"])
 
     def close(self) -> None:

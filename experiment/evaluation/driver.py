@@ -22,6 +22,7 @@ from experiment.compat import import_autoattack
 from experiment.evaluation.batches import as_pixels, assert_eval, check_images, device_of, measuring, ranks
 from experiment.evaluation.chunks import AUTOATTACK, chunk_file, data_sha256, finished_chunks, write_chunk
 from experiment.evaluation.display import Display
+from experiment.evaluation.flags import flags_text, wilson_interval
 from experiment.files import state_sha256
 
 # APGD clamps to float32(x - eps) and float32(x + eps), each off by at most 2^-24 for pixels in [0, 1], and epsilon
@@ -57,8 +58,10 @@ def autoattack(
         show_progress: a progress bar, and lines about what is done, on stderr.
 
     Returns:
-        Plain types for result.json: ``accuracy`` (robust fraction), ``clean``, ``examples``, ``epsilon``, ``seed``,
-        ``batch``, ``version``, ``package``, ``attacks`` (robust fraction after each attack), ``seconds`` and
+        Plain types for result.json: ``accuracy`` (robust fraction) with its 95 % ``interval``, ``clean``, ``examples``,
+        ``epsilon``, ``seed``, ``batch``, ``version``, ``package``, ``attacks`` (robust fraction after each attack),
+        ``flags`` (for "clean" and each attack one character per image, in order: 1 if it is classified correctly
+        after this attack and those before, else 0), ``seconds`` and
         ``attack_seconds`` (summed over chunks, whenever and on whichever rank they were attacked),
         ``student_sha256``, ``warnings`` (signs of gradient masking).
 
@@ -109,6 +112,9 @@ def autoattack(
         f"AutoAttack standard on {len(x)} images: epsilon {epsilon:.6f}, seed {seed}, chunks of {batch}, "
         f"{run['package']}; {len(records)} of {len(chunks)} chunks were done before"
     )
+    older = sum(folder is not None and chunk_file(folder, i).exists() for i in todo)
+    if older:
+        display.say(f"{older} chunks are of an older format without a flag per image: they are attacked again")
     fitting = _FewAtOnce(model, batch)
     try:
         for i in todo:
@@ -177,7 +183,7 @@ class _FewAtOnce(nn.Module):
 def _attack_chunk(
     model: _FewAtOnce, x: Tensor, y: Tensor, epsilon: float, seed: int, display: "Display"
 ) -> dict[str, Any]:
-    """Run the four attacks on one chunk, each on the images still robust; counts and seconds.
+    """Run the four attacks on one chunk, each on the images still robust; flags and seconds.
 
     One attack at a time is the package's standard run, bit for bit: it reseeds before every batch of every attack,
     and gives each attack the images still robust (a test holds this). Done here, because it shows progress, and lets
@@ -199,26 +205,26 @@ def _attack_chunk(
         _check_adversarial(x_adv, images, epsilon, name)
         # In the batch that the package used: another batch size may take other kernels, whose rounding moves
         # FAB's images, which lie on the decision boundary, across it.
-        robust = correct(x_adv, labels)
-        if not torch.equal(robust, y_adv == labels):
-            differing = int((robust != (y_adv == labels)).sum())
+        withstood = correct(x_adv, labels)
+        if not torch.equal(withstood, y_adv == labels):
+            differing = int((withstood != (y_adv == labels)).sum())
             raise RuntimeError(
                 f"{name}: the accuracy recomputed from the adversarial images differs from AutoAttack's on {differing} "
                 f"of {len(labels)} images: the network is random, or not in the state in which it was attacked"
             )
-        return robust
+        return withstood
 
-    flags = _within_memory(partial(correct, x, y), len(x), model, "clean pass", display)
-    record: dict[str, Any] = {"images": len(x), "clean": int(flags.sum()), "robust": {}, "seconds": {}}
+    robust = _within_memory(partial(correct, x, y), len(x), model, "clean pass", display)
+    record: dict[str, Any] = {"images": len(x), "flags": {"clean": flags_text(robust)}, "seconds": {}}
     with _package_warnings() as found:
         for name in AUTOATTACK:
             started = time.perf_counter()
-            index = flags.nonzero().squeeze(1)
+            index = robust.nonzero().squeeze(1)
             if len(index):
                 display.begin(name, record)
                 attempt = partial(attack, name, x[index], y[index])
-                flags[index] = _within_memory(attempt, len(index), model, name, display)
-            record["robust"][name] = int(flags.sum())
+                robust[index] = _within_memory(attempt, len(index), model, name, display)
+            record["flags"][name] = flags_text(robust)
             record["seconds"][name] = time.perf_counter() - started
     record["warnings"] = sorted(set(found))
     return record
@@ -274,8 +280,9 @@ def _package_warnings() -> Iterator[list[str]]:
 
 
 def _merge(records: list[dict[str, Any]], examples: int) -> dict[str, Any]:
-    """Add up the chunks; look for gradient masking over all of them."""
-    robust = {name: sum(record["robust"][name] for record in records) for name in AUTOATTACK}
+    """Join the chunks; look for gradient masking over all of them."""
+    flags = {name: "".join(record["flags"][name] for record in records) for name in ("clean", *AUTOATTACK)}
+    robust = {name: flags[name].count("1") for name in AUTOATTACK}
     seconds = {name: sum(record["seconds"][name] for record in records) for name in AUTOATTACK}
     counted = Counter(warning for record in records for warning in record["warnings"])
     warnings = [f"{warning} (in {times} of {len(records)} chunks)" for warning, times in sorted(counted.items())]
@@ -287,9 +294,11 @@ def _merge(records: list[dict[str, Any]], examples: int) -> dict[str, Any]:
         )
     return {
         "accuracy": robust["square"] / examples,
-        "clean": sum(record["clean"] for record in records) / examples,
+        "interval": list(wilson_interval(robust["square"], examples)),
+        "clean": flags["clean"].count("1") / examples,
         "examples": examples,
         "attacks": {name: count / examples for name, count in robust.items()},
+        "flags": flags,
         "seconds": sum(seconds.values()),
         "attack_seconds": seconds,
         "warnings": warnings,
