@@ -27,11 +27,31 @@ def guard(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:  # before a run takes over signals, or where there is none
         _leave("interrupted", 128 + signal.SIGINT)
     except RuntimeError as error:
-        import torch  # not above: --help must be quick
-
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not is_out_of_memory(error):
             raise
         _leave(_out_of_memory(str(error), batch_of_script.get()), 2)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a computation failed for want of device memory, in any of the shapes in which torch says so.
+
+    The allocator raises torch.OutOfMemoryError. Work space that a library asks for by itself fails otherwise: cuDNN
+    as a plain RuntimeError, which names an allocation or says that no engine was found, CUDA as an AcceleratorError.
+    """
+    import torch  # not above: --help must be quick
+
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = (
+    "cuda error: out of memory",
+    "cuda out of memory",
+    "unable to find an engine to execute this computation",
+    "cudnn_status_alloc_failed",
+    "allocation_failed",
+    "cublas_status_alloc_failed",
+)
 
 
 def _leave(line: str, status: int) -> NoReturn:

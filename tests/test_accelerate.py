@@ -157,6 +157,68 @@ def test_a_changed_tensor_or_weight_is_no_repetition():
         assert fast(x) is not fast(x)
 
 
+def frozen_logits(network, x):
+    with torch.no_grad(), attacks.frozen(network):
+        return network(x)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_train_pass_between_two_eval_passes_is_seen_by_the_second(replayed):
+    """Statistics move without a trace in any version, also where the train pass is only repeated from its record."""
+    model = settled("RES-8").train()
+    fast, x = accelerated(model), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    fast.begin_step()
+    if replayed:
+        fast(x)
+    before = frozen_logits(fast, x)
+    fast(x)
+    after = frozen_logits(fast, x)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, frozen_logits(model, x), **CLOSE)
+    fast.end_step()
+    torch.testing.assert_close(frozen_logits(fast, x), frozen_logits(model, x), **CLOSE)
+
+
+class TracelessSGD(torch.optim.SGD):
+    """Moves weights as fused SGD does on CUDA: their versions stay."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(group["lr"] * parameter.grad)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_optimizer_that_leaves_no_trace_is_followed(inside):
+    """Within a step and from one to the next; by hook, since no version tells."""
+    model, machine = settled("RES-8"), engine()
+    optimizer = TracelessSGD(model.parameters(), lr=0.1)
+    machine.distribute(model, optimizer)
+    fast, x = machine.accelerate(model), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    versions = [p._version for p in model.parameters()]
+
+    def move_weights():
+        with attacks.frozen(model):
+            loss = model.requires_grad_()(x).square().mean()  # eval mode: the statistics stay
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    with machine.step():
+        before = frozen_logits(fast, x)
+        if inside:
+            move_weights()
+            torch.testing.assert_close(frozen_logits(fast, x), frozen_logits(model, x), **CLOSE)
+    move_weights()
+    with machine.step():
+        after = frozen_logits(fast, x)
+    assert [p._version for p in model.parameters()] == versions
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, frozen_logits(model, x), **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["RES-8", "WRN-10-1"])
 def test_compiled_equals_eager(name, monkeypatch):
     """Through the whole of torch.compile but its code generation, which needs a compiler and a minute."""

@@ -477,6 +477,39 @@ def test_guard_hides_no_bug():
     cli.guard(lambda: None)
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB"),
+        ("AcceleratorError", "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        ("RuntimeError", "GET was unable to find an engine to execute this computation"),
+        ("RuntimeError", "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_out_of_memory_in_every_shape_is_one_line(kind, text, capsys):
+    import torch
+
+    def main():
+        raise getattr(torch, kind, RuntimeError)(text)
+
+    with pytest.raises(SystemExit) as caught:
+        cli.guard(main)
+    assert caught.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "the GPU's memory does not suffice" in line
+
+
+@pytest.mark.parametrize("text", ["CUDA error: an illegal memory access was encountered", "a memory of old days"])
+def test_another_runtime_error_is_no_lack_of_memory(text):
+    def main():
+        raise RuntimeError(text)
+
+    with pytest.raises(RuntimeError, match="memory"):
+        cli.guard(main)
+
+
 HEAVY = ("robustbench", "torchvision", "wandb", "matplotlib", "sklearn", "torchattacks", "pandas", "pyautoattack")
 
 

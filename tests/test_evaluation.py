@@ -507,17 +507,27 @@ def test_a_network_in_parts_has_the_gradients_of_the_whole():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+OUT_OF_MEMORY = (
+    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB"),
+    (RuntimeError, "GET was unable to find an engine to execute this computation"),
+    (torch.AcceleratorError, "CUDA error: out of memory"),
+)
+"""The shapes in which torch says that memory does not suffice: its allocator, cuDNN, CUDA."""
+
+
 class SmallMemory(nn.Module):
     """A network that fits into the device's memory with so many images at most."""
 
     def __init__(self, network, most):
         super().__init__()
-        self.network, self.most, self.sizes = network, most, []
+        self.network, self.most, self.sizes, self.shape = network, most, [], 0
 
     def forward(self, x):
         self.sizes.append(len(x))
         if len(x) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            self.shape += 1
+            kind, text = OUT_OF_MEMORY[self.shape % len(OUT_OF_MEMORY)]
+            raise kind(text)
         return self.network(x)
 
 

@@ -3,7 +3,7 @@
 ``Accelerated(model)`` is called like the model and computes the same logits and the same BatchNorm statistics:
 
 - frozen eval-mode passes (attacks, teacher, evaluation) run on a view with BatchNorm folded into convolutions;
-- a pass of the very tensor that this step has seen before is not run again (beta = 1: the plus point is x_adv; a T(x)
+- a pass of the very tensor that this step has run before is not run again (beta = 1: the plus point is x_adv; a T(x)
   that the attack used): its logits are given again, and in train mode the BatchNorm statistics move as the
   second pass would have moved them;
 - with compile, both go through torch.compile, at one static shape; other shapes (the last, odd batch) run eagerly.
@@ -21,15 +21,20 @@ from experiment.engine.folding import FoldedConv, folded_view
 
 
 @dataclass
-class Pass:
+class RememberedPass:
     """One forward pass of this step, kept for a repetition."""
 
     x: Tensor
     version: int
-    mode: tuple[bool, bool]
+    train: bool
+    grad: bool
     weights: int
     logits: Tensor
-    moves: Tensor | None
+    statistics_added: Tensor | None
+
+    def is_of(self, x: Tensor, train: bool, grad: bool, weights: int) -> bool:
+        """Whether a pass of x in this mode, with weights of this version, is the same pass."""
+        return self.x is x and (self.version, self.train, self.grad, self.weights) == (x._version, train, grad, weights)
 
 
 class Accelerated(nn.Module):
@@ -48,14 +53,14 @@ class Accelerated(nn.Module):
         self._view = (folded_view(model),)  # in a tuple: no submodule, its weights are not parameters here
         self._folded = [m for m in (self.view.modules() if self.view else ()) if isinstance(m, FoldedConv)]
         self._sources = [tensor for conv in self._folded for tensor in conv.sources]
-        self._fresh: tuple[int, ...] = ()
+        self._folded_from: tuple[int, ...] | None = None  # versions of the sources; None where the view is stale
         self._weights = tuple(model.parameters())  # walking the modules at each call takes longer than the rest of it
         self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._replays = all(norm.track_running_stats and norm.momentum is not None for norm in self._norms)
         norms = self._norms if self._replays else []
         keep = [torch.full_like(statistic, 1 - norm.momentum) for norm in norms for statistic in _running(norm)]
         self._keep = torch.cat(keep) if keep else None
-        self._passes: list[Pass] | None = None
+        self._passes: list[RememberedPass] | None = None
         self._compiled = ()
         if compiled:
             view = self.view or model
@@ -74,48 +79,64 @@ class Accelerated(nn.Module):
         """Forget the passes, so that their activations can be freed, and remember no more."""
         self._passes = None
 
+    def weights_moved(self) -> None:
+        """Forget what follows from the weights; for changes that leave no trace in a tensor's version.
+
+        A fused optimizer makes such changes, and so does whoever writes to ``parameter.data``.
+        """
+        self._folded_from = None
+        if self._passes is not None:
+            self._passes = []
+
     def forward(self, x: Tensor) -> Tensor:
         """The model's logits of x (N, 3, H, W)."""
         train, grad = self.model.training, torch.is_grad_enabled()
+        if train:
+            self._statistics_move()
         if self._passes is None or (grad and not train) or (train and not self._replays):
             # Attack steps, whose x is new each time, and everything outside of a training step.
             return self._run(x)
         weights = sum(p._version for p in self._weights)
-        for seen in self._passes:
-            if seen.x is x and (seen.version, seen.mode, seen.weights) == (x._version, (train, grad), weights):
-                if seen.moves is not None:
-                    self._move_statistics(seen.moves)
-                return seen.logits
+        for earlier in self._passes:
+            if earlier.is_of(x, train, grad, weights):
+                if earlier.statistics_added is not None:
+                    self._repeat_statistics(earlier.statistics_added)
+                return earlier.logits
         moving = train and self._keep is not None
         before = self._statistics() if moving else None
         logits = self._run(x)
-        moves = self._statistics() - self._keep * before if moving else None
-        self._passes.append(Pass(x, x._version, (train, grad), weights, logits, moves))
+        added = self._statistics() - self._keep * before if moving else None
+        self._passes.append(RememberedPass(x, x._version, train, grad, weights, logits, added))
         return logits
 
     def _run(self, x: Tensor) -> Tensor:
         usual = self._compiled and len(x) == self.batch
         if self.model.training:
-            self._fresh = ()  # BatchNorm moves its statistics without a trace in their versions
             return self._compiled[0](x) if usual else self.model(x)
         if self.view is None or (torch.is_grad_enabled() and any(p.requires_grad for p in self._weights)):
             return self.model(x)  # no view, or gradients of the weights are wanted
         versions = tuple(tensor._version for tensor in self._sources)
-        if versions != self._fresh:
+        if versions != self._folded_from:
             for conv in self._folded:
                 conv.refresh()
-            self._fresh = versions
+            self._folded_from = versions
         return self._compiled[1](x) if usual else self.view(x)
 
     # A train-mode pass moves every running statistic r to (1 - m) r + m s, where s depends on x and the weights only.
     # What it adds, m s = r_after - (1 - m) r_before, is all that a repetition of the pass needs. All statistics go in
     # one tensor: a GPU takes as long to start work on one number as on ten thousand.
 
+    def _statistics_move(self) -> None:
+        """A train-mode pass, run or repeated, moves what eval-mode passes depend on, without a trace in its version."""
+        self._folded_from = None
+        if self._passes is not None:
+            self._passes = [earlier for earlier in self._passes if earlier.train]
+
     def _statistics(self) -> Tensor:
         return torch.cat([statistic for norm in self._norms for statistic in _running(norm)])
 
-    def _move_statistics(self, moves: Tensor) -> None:
-        parts = iter(moves.split([len(statistic) for norm in self._norms for statistic in _running(norm)]))
+    def _repeat_statistics(self, added: Tensor) -> None:
+        parts = iter(added.split([len(statistic) for norm in self._norms for statistic in _running(norm)]))
         for norm in self._norms:
             for statistic in _running(norm):
                 # .data: as in BatchNorm's own forward, the graph of the pass must not see that statistics moved on.

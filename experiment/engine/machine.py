@@ -23,7 +23,7 @@ class Engine:
     Attributes:
         device: torch.device of this process.
         rank, world: this process and the number of processes (0 and 1 without torchrun).
-        held: images of the global batch that this rank holds.
+        local_batch: images of the global batch that this rank computes on.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -45,7 +45,7 @@ class Engine:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             # Left to the interpreter's end, the group's threads now and then abort a process that was done.
             atexit.register(dist.destroy_process_group)
-        self._first, self.held, self._total = 0, 1, 1  # this rank's rows of the global batch
+        self._first, self.local_batch, self._total = 0, 1, 1  # this rank's rows of the global batch
         self._set_numerics(deterministic=bool(args.deterministic))
         # All ranks hold the same generator state; attacks.shard_of gives each its own rows of every draw.
         torch.manual_seed(args.seed)
@@ -92,9 +92,9 @@ class Engine:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return value
 
-    def begin_batch(self, first: int, held: int, total: int) -> None:
-        """Say which rows of the global batch of `total` images this rank holds from now on."""
-        self._first, self.held, self._total = first, held, total
+    def begin_batch(self, first: int, local_batch: int, total: int) -> None:
+        """Say which rows of the global batch of `total` images this rank computes on from now on."""
+        self._first, self.local_batch, self._total = first, local_batch, total
 
     def accelerate(self, model: nn.Module) -> Accelerated:
         """A faster way to call the same network; the network itself stays the one that is trained and saved."""
@@ -123,18 +123,22 @@ class Engine:
     def distribute(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Let every optimizer step begin with the mean of gradients and of BatchNorm statistics over the ranks.
 
+        And end with the news, to every accelerated network, that weights moved: a fused optimizer does not raise their
+        versions.
+
         One flat all-reduce a step. Each rank's loss is a mean over its own share, so shares weigh by their size: the
         sum is the gradient of the mean over the global batch. Running statistics are averaged along, so that all
         ranks attack, evaluate and save one and the same student (the batch statistics of the forward pass stay per
         rank: Fidelity note 9).
         """
+        optimizer.register_step_post_hook(lambda *_: [fast.weights_moved() for fast in self._fast])
         if self.world == 1:
             return
         parameters = list(model.parameters())
         statistics = [b for b in model.buffers() if b.is_floating_point()]
 
         def average(*_: object) -> None:
-            share = self.held / self._total
+            share = self.local_batch / self._total
             tensors = [p.grad for p in parameters if p.grad is not None] + statistics
             flat = torch.cat([t.detach().reshape(-1) for t in tensors]).mul_(share)
             dist.all_reduce(flat)

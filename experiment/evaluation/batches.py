@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import attacks
 from experiment import UserError
 from experiment.data import as_float
+from experiment.entry import is_out_of_memory
 
 
 def ranks() -> tuple[int, int]:
@@ -105,7 +106,9 @@ def _in_parts(
                 with attacks.shard_of(first, len(x)):
                     total += function(x[first : first + size], y[first : first + size])
             return total
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if size == 1:
                 raise UserError("evaluation does not fit into the device's memory, even image by image") from error
         # Outside the except clause: the exception's traceback would keep the tensors alive.

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from experiment import UserError
 from experiment.compat import import_autoattack
+from experiment.entry import is_out_of_memory
 from experiment.evaluation.batches import as_pixels, assert_eval, check_images, device_of, measuring, ranks
 from experiment.evaluation.chunks import AUTOATTACK, chunk_file, data_sha256, finished_chunks, write_chunk
 from experiment.evaluation.display import Display
@@ -238,7 +239,9 @@ def _within_memory(
         tried = min(images, model.limit)
         try:
             return attempt()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if tried == 1:
                 raise UserError(
                     f"AutoAttack ({what}) does not fit into the device's memory, even one by one"

@@ -319,12 +319,12 @@ class Run:
 
     def count(self, terms: dict[str, Tensor]) -> None:
         """Add a step's loss terms to the epoch's sums, on the device and without waiting for it."""
-        held = self.engine.held
+        images = self.engine.local_batch
         for name, term in terms.items():
             value = term.detach().double()
             bad = torch.where(value.isfinite(), torch.inf, float(self._step + 1))
             self._bad_step = torch.minimum(self._bad_step, bad)
-            self._sums[name] = self._sums[name] + held * value if name in self._sums else held * value
+            self._sums[name] = self._sums[name] + images * value if name in self._sums else images * value
 
     def _gather(self) -> None:
         """Replace the sums of each rank by their total on rank 0 (and 0 elsewhere)."""
