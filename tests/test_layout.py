@@ -1,10 +1,9 @@
-"""The layout that DESIGN promises, read from the sources: import directions, the scripts' skeleton, forbidden words."""
+"""The layout, read from the sources: import directions, the scripts' skeleton, forbidden words. Style is ruff's."""
 
 import ast
 import itertools
 import re
 import sys
-import tokenize
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,6 @@ METHODS = tuple(f"{method}{added}_cifar100" for method in BASELINES for added in
 SCRIPTS = (*METHODS, "train_teacher", "evaluate", "compare")
 LIBRARIES = ("attacks", "rslad_loss")
 PACKAGES = ("cifar100_models", "experiment")
-HEAVY = {
-    *("robustbench", "torchvision", "autoattack", "pyautoattack", "torchattacks"),
-    *("wandb", "matplotlib", "sklearn", "pandas"),
-}
 
 # Floors of experiment/, from below: imports go down only, also those inside functions.
 FLOORS = (
@@ -68,7 +63,6 @@ def imports(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative import"
             yield node.module.partition(".")[0]
 
 
@@ -161,13 +155,6 @@ def test_scripts_import_the_projects_parts(script):
     assert strangers(f"{script}.py") <= {"torch", *LIBRARIES, *PACKAGES}
 
 
-@every_part
-def test_heavy_packages_are_imported_inside_functions(part):
-    """So that --help is quick, and that a run needs only the packages it uses."""
-    top = ast.Module([node for node in PARTS[part].body if not isinstance(node, ast.FunctionDef | ast.ClassDef)], [])
-    assert set(imports(top)) & HEAVY == set()
-
-
 # The skeleton of the six scripts
 
 
@@ -247,46 +234,8 @@ def test_nothing_in_experiment_names_a_base_method(part):
 
 
 @every_part
-def test_no_device_of_its_own_and_nothing_left_to_do(part):
-    text = (ROOT / part).read_text()
-    for word in (r"\.cuda\(", r"\bDataParallel\(", r"\bTODO\b", r"\bFIXME\b", r"\bXXX\b"):
-        assert re.findall(word, text) == []
-
-
-@every_part
-def test_no_bare_except(part):
-    handlers = [node for node in ast.walk(PARTS[part]) if isinstance(node, ast.ExceptHandler)]
-    assert [node.lineno for node in handlers if node.type is None] == []
-
-
-@every_part
-def test_no_code_is_commented_out(part):
-    """A comment says why; one that parses as a statement with a call or an assignment is code put aside."""
-    with (ROOT / part).open() as file:
-        comments = [token.string for token in tokenize.generate_tokens(file.readline) if token.type == tokenize.COMMENT]
-    found = []
-    for comment in comments:
-        try:
-            body = ast.parse(comment.lstrip("# ")).body
-        except SyntaxError:
-            continue
-        if body and isinstance(body[0], ast.Assign | ast.AugAssign | ast.Return | ast.Import | ast.ImportFrom):
-            found.append(comment)
-    assert found == []
-
-
-@every_part
-def test_public_functions_say_what_they_do(part):
-    public = [
-        node
-        for node in itertools.chain([PARTS[part]], PARTS[part].body)
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
-    ]
-    assert [
-        getattr(node, "name", part)
-        for node in public
-        if ast.get_docstring(node) is None and not getattr(node, "name", "").startswith("_")
-    ] == []
+def test_no_device_of_its_own(part):
+    assert ".cuda(" not in (ROOT / part).read_text()
 
 
 def test_no_folder_hides_a_package():
