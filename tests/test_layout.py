@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BASELINES = ("ard", "rslad", "adaad")
 METHODS = tuple(f"{method}{added}_cifar100" for method in BASELINES for added in ("", "_IGDM"))
-SCRIPTS = (*METHODS, "train_teacher", "evaluate", "compare")
+SCRIPTS = (*METHODS, "train_teacher", "evaluate", "compare", "study")
 LIBRARIES = ("attacks", "rslad_loss")
 PACKAGES = ("cifar100_models", "experiment")
 

@@ -1,0 +1,232 @@
+"""A study file (TOML) as the list of its runs: what varies, what is set for all, and the command of each run.
+
+[teacher]             flags of train_teacher.py: this teacher is trained first and is the default teacher of all
+[grid]                lists: script, teacher, student, seed and any flag with several values; the first key varies
+                      slowest, and every key is a part of the run's name
+[settings]            flags for all runs; a script that does not have a flag goes without it
+[settings.SCRIPT]     flags for one script, which beat those above
+"""
+
+import fcntl
+import functools
+import itertools
+import os
+import runpy
+import shlex
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiment import UserError, cli
+from experiment.files import read_json
+
+ROOT = Path(__file__).resolve().parents[2]
+TEACHER_SCRIPT = "train_teacher"
+RESERVED = ("run_dir", "run_name")
+"""Flags that the study gives every run itself."""
+FREE = (*RESERVED, "device", "aa_examples", "data_dir", "eval_after", "teacher_path", "nowand", "checkpoint_minutes")
+"""Flags whose change leaves a run the same; run/folder.py decides on each when it is resumed."""
+
+FINISHED, RUNNING, UNFINISHED, TO_DO = "finished", "running", "unfinished", "to do"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a study: its folder, its command, and its flags as the script resolves them."""
+
+    name: str
+    folder: Path
+    script: Path
+    arguments: tuple[str, ...]
+    given: tuple[str, ...]
+    """The flags that the study gives."""
+    settings: dict[str, Any]
+    recipe: dict[str, Any]
+
+    @property
+    def command(self) -> str:
+        """What starts or resumes it, as it would be typed."""
+        return shlex.join(["python", str(self.script), *self.arguments])
+
+    def state(self) -> str:
+        """finished, running (a process has its folder), unfinished or to do."""
+        if (self.folder / "result.json").is_file():
+            attacked = read_json(self.folder / "result.json").get("autoattack") is not None
+            if attacked or not self.settings["aa_examples"]:
+                return FINISHED
+        if _is_locked(self.folder / ".lock"):
+            return RUNNING
+        return UNFINISHED if (self.folder / "config.json").is_file() else TO_DO
+
+
+@dataclass(frozen=True)
+class Study:
+    """All runs of a study file."""
+
+    name: str
+    folder: Path
+    teacher: PlannedRun | None
+    """Trained before the others."""
+    runs: tuple[PlannedRun, ...]
+
+    @property
+    def all_runs(self) -> tuple[PlannedRun, ...]:
+        """The teacher, if the study trains one, and the runs."""
+        return ((self.teacher,) if self.teacher else ()) + self.runs
+
+
+def read_study(path: Path, run_dir: Path = Path("runs")) -> Study:
+    """Read a study file, and resolve and check the flags of all its runs.
+
+    Raises:
+        UserError: the file cannot be read or is no study; a table, script or flag in it does not exist; a run's folder
+            holds a run with other settings.
+        SystemExit: status 2, after the one line with which a script refuses a value.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    if unknown := sorted(content.keys() - {"teacher", "grid", "settings"}):
+        raise UserError(f"{path} has {unknown[0]!r}; [teacher], [grid] and [settings] are allowed")
+    grid, settings = _table(path, content, "grid"), _table(path, content, "settings")
+    folder = run_dir / path.stem
+    teacher = None
+    if "teacher" in content:
+        flags = _table(path, content, "teacher")
+        name, place = flags.pop("run_name", "teacher"), flags.pop("run_dir", str(folder))
+        teacher = _planned(path, str(name), Path(str(place)), TEACHER_SCRIPT, flags, {})
+        if "teacher" not in grid:
+            settings = {"teacher": str(teacher.folder), **settings}
+    study = Study(path.stem, folder, teacher, _grid_runs(path, folder, grid, settings))
+    for run in study.all_runs:
+        _check_folder(run)
+    return study
+
+
+def _table(path: Path, content: dict[str, Any], name: str) -> dict[str, Any]:
+    table = content.get(name, {})
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: {name} is {table!r:.40}; a table [{name}] is needed")
+    return dict(table)
+
+
+def _grid_runs(path: Path, folder: Path, grid: dict[str, Any], settings: dict[str, Any]) -> tuple[PlannedRun, ...]:
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{path}: {key} in [grid] is {values!r:.40}; a list of one value or more is needed")
+    if "script" not in grid:
+        raise UserError(f"{path} has no script in [grid], a list of training scripts")
+    scripts = [str(script).removesuffix(".py") for script in grid["script"]]
+    own = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    if foreign := [key for key in own if key not in scripts]:
+        raise UserError(f"{path}: [settings.{foreign[0]}] is of no script in [grid], which has {', '.join(scripts)}")
+    shared = {key: value for key, value in settings.items() if key not in own}
+    known = {script: _flags_of(script) for script in scripts}
+    for flag in (*shared, *grid):
+        if flag in RESERVED or (flag != "script" and not any(flag in flags for flags in known.values())):
+            raise UserError(f"{path}: {flag} is not a flag that a study can give to {', '.join(scripts)}")
+    runs: dict[str, PlannedRun] = {}
+    for point in itertools.product(*({key: scripts, **grid}[key] for key in grid)):
+        chosen = dict(zip(grid, point, strict=True))
+        script = str(chosen.pop("script")).removesuffix(".py")
+        varied = {flag: value for flag, value in chosen.items() if flag in known[script]}
+        common = {flag: value for flag, value in shared.items() if flag in known[script]}
+        name = _name(script, varied)
+        run = _planned(path, name, folder, script, {**common, **own.get(script, {})}, varied)
+        # A flag that this script does not have repeats its runs: each once.
+        if runs.setdefault(name, run).arguments != run.arguments:
+            raise UserError(f"{path}: two different runs would have the name {name}")
+    return tuple(runs.values())
+
+
+def _script_path(script: str) -> Path:
+    """SCRIPT.py from here, or that of this project."""
+    path = Path(f"{script}.py")
+    return path if path.is_file() else ROOT / path
+
+
+@functools.cache
+def _recipe(script: str) -> dict[str, Any]:
+    path = _script_path(script)
+    if not path.is_file():
+        raise UserError(f"the study's script {script}.py does not exist here or in {ROOT}")
+    recipe = runpy.run_path(str(path)).get("RECIPE")
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path} is not a training script: it has no RECIPE")
+    return recipe
+
+
+def _flags_of(script: str) -> set[str]:
+    return set(vars(cli.parse_args(f"{script}.py", _recipe(script), [])))
+
+
+def _planned(
+    path: Path, name: str, run_dir: Path, script: str, settings: dict[str, Any], varied: dict[str, Any]
+) -> PlannedRun:
+    if reserved := [flag for flag in RESERVED if flag in settings]:
+        raise UserError(f"{path}: {reserved[0]} is given by the study itself; remove it")
+    flags = {**settings, **varied, "run_dir": str(run_dir), "run_name": name}
+    arguments = [text for flag, value in flags.items() for text in (f"--{flag}", *_texts(path, flag, value))]
+    recipe = _recipe(script)
+    resolved = vars(cli.parse_args(f"{script}.py", recipe, arguments))
+    return PlannedRun(name, run_dir / name, _script_path(script), tuple(arguments), tuple(flags), resolved, recipe)
+
+
+def _texts(path: Path, flag: str, value: Any) -> list[str]:
+    """A TOML value as arguments: true and false as 1 and 0, a list as several."""
+    if isinstance(value, list):
+        return [text for each in value for text in _texts(path, flag, each)]
+    if isinstance(value, bool):
+        return [str(int(value))]
+    if not isinstance(value, int | float | str):
+        raise UserError(f"{path}: {flag} is {value!r:.40}; a number, a text or a list of these is needed")
+    return [str(value)]
+
+
+def _name(script: str, varied: dict[str, Any]) -> str:
+    """ard_IGDM_BDM_RES-18_alpha20_seed0: method, teacher and student by name, any other flag with its value."""
+    parts = [script.rpartition("/")[2].removesuffix("_cifar100")]
+    networks = ("teacher", "student")
+    for flag in sorted(varied, key=lambda flag: (flag == "seed", flag not in networks)):
+        value = varied[flag]
+        text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+        if flag in networks:
+            parts.append(Path(text.partition(":")[0]).stem if "/" in text or ":" in text else text)
+        else:
+            parts.append(f"{flag}{text}".replace("/", "-"))
+    return "_".join(parts)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a run folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _check_folder(run: PlannedRun) -> None:
+    """Refuse a folder whose run has other values of the flags that the study gives."""
+    path = run.folder / "config.json"
+    if not path.is_file():
+        return
+    there = read_json(path).get("settings")
+    there = there if isinstance(there, dict) else {}
+    differing = [
+        f"{flag} {there.get(flag)} there, {run.settings[flag]} in the study"
+        for flag in run.given
+        if flag in run.settings and flag not in FREE and there.get(flag) != run.settings[flag]
+    ]
+    if differing:
+        raise UserError(f"{run.folder} holds a run with other settings ({'; '.join(differing[:4])}); move it away")

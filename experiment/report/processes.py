@@ -1,0 +1,145 @@
+"""The processes of a study: so many at once, each with its threads or its device, stopped in order, none lost."""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from experiment import RunStopped
+from experiment.report.plan import FINISHED, RUNNING, PlannedRun
+
+POLL_SECONDS = 0.5
+
+
+@dataclass
+class Outcome:
+    """What has become of the runs that were asked for, by name."""
+
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """Finished before, or at work in another process."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """The last line that each failed run printed."""
+
+
+@dataclass
+class _Child:
+    run: PlannedRun
+    process: subprocess.Popen
+    device: str | None
+    log: Path
+    output: IO[bytes]
+
+
+class Processes:
+    """Runs one process per run, `jobs` at a time or one per device.
+
+    Ctrl-C, SIGTERM and a hang-up stop the children in order (each saves itself), and no further one is started.
+
+    Args:
+        logs: folder of what the runs print, a file per run.
+        jobs: processes at a time; the machine's cores are divided among them unless OMP_NUM_THREADS is set.
+        devices: values of --device, one process on each at a time; they take the place of `jobs`.
+        tell: takes a line when a run starts or ends.
+        watch: called twice a second with the runs at work.
+    """
+
+    def __init__(
+        self,
+        logs: Path,
+        jobs: int = 1,
+        devices: Sequence[str] = (),
+        tell: Callable[[str], None] = print,
+        watch: Callable[[Sequence[PlannedRun]], None] = lambda runs: None,
+    ) -> None:
+        self._logs, self._tell, self._watch = logs, tell, watch
+        places: Sequence[str | None] = list(devices) or [None] * jobs
+        self._places: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        for place in places:
+            self._places.put(place)
+        self._threads = max(1, len(os.sched_getaffinity(0)) // len(places))
+        self._children: list[_Child] = []
+        self._stopped_by: signal.Signals | None = None
+        self.outcome = Outcome()
+
+    def work(self, runs: Sequence[PlannedRun]) -> Outcome:
+        """Run all of them; a failed one does not stop the others.
+
+        Raises:
+            RunStopped: a signal came; the children have ended.
+        """
+        waiting = list(runs)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        try:
+            while (waiting and not self._stopped_by) or self._children:
+                while waiting and not self._stopped_by and not self._places.empty():
+                    self._start(waiting.pop(0))
+                time.sleep(POLL_SECONDS if self._children else 0)
+                self._children = [child for child in self._children if not self._has_ended(child)]
+                self._watch([child.run for child in self._children])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._stopped_by:
+            name = self._stopped_by.name
+            raise RunStopped(f"stopped by {name}; the same command goes on where it stopped", RunStopped.INTERRUPTED)
+        return self.outcome
+
+    def _start(self, run: PlannedRun) -> None:
+        state = run.state()  # now: another process may have taken it since the grid was read
+        if state in (FINISHED, RUNNING):
+            self.outcome.skipped.append(run.name)
+            self._tell(f"{run.name}: {state}{' in another process' if state == RUNNING else ''}, skipped")
+            return
+        device = self._places.get()
+        command = [sys.executable, str(run.script), *run.arguments, *(["--device", device] if device else [])]
+        threads = os.environ.get("OMP_NUM_THREADS", str(self._threads))
+        log = self._logs / f"{run.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = log.open("ab")
+        # A group of its own: the terminal's Ctrl-C must reach it once, through this process, and not twice.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            process_group=0,
+        )
+        self._children.append(_Child(run, process, device, log, output))
+        self._tell(f"{run.name}: {'resumed' if (run.folder / 'last.pt').exists() else 'started'}")
+
+    def _has_ended(self, child: _Child) -> bool:
+        status = child.process.poll()
+        if status is None:
+            return False
+        child.output.close()
+        self._places.put(child.device)
+        if status == 0:
+            self.outcome.done.append(child.run.name)
+            self._tell(f"{child.run.name}: finished")
+        elif self._stopped_by and status == RunStopped.INTERRUPTED:
+            self._tell(f"{child.run.name}: stopped, saved")
+        else:
+            reason = f"{_last_line(child.log)} (exit status {status}, {child.log})"
+            self.outcome.failed[child.run.name] = reason
+            self._tell(f"{child.run.name}: failed: {reason}")
+        return True
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._stopped_by = signal.Signals(number)
+        for child in self._children:
+            if child.process.poll() is None:
+                child.process.send_signal(signal.SIGTERM)
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")

@@ -1,0 +1,6 @@
+"""A grid of runs from one file, started, watched and resumed: python study.py studies/digits.toml [--jobs N]."""
+
+from experiment import cli, report
+
+if __name__ == "__main__":
+    cli.guard(report.study_main)
