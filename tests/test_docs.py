@@ -1,0 +1,164 @@
+"""The pages: what they name exists, the commands they show are accepted, the method they add runs."""
+
+import copy
+import importlib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from fault_run import ROOT, TIMES
+from reference import CLOSE, kl
+
+import attacks
+from experiment import cli
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PRODUCT = [
+    *(ROOT / name for name in ("Makefile", "requirements.txt", "pyproject.toml")),
+    *ROOT.glob("*.py"),
+    *(path for room in ("benchmarks", "cifar100_models", "experiment") for path in (ROOT / room).rglob("*.py")),
+]
+# A document that compare.py writes beside its results, and one of AutoAttack's package.
+WRITTEN = {"comparison.md", "flags_doc.md"}
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+of_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+@of_page
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)", page.read_text())
+    broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert broken == []
+
+
+@pytest.mark.parametrize("path", [*PAGES, *PRODUCT], ids=name_of)
+def test_documents_that_are_named_are_here(path):
+    """A reader has this repository and nothing else."""
+    named = set(re.findall(r"[\w./-]+\.md\b", path.read_text())) - WRITTEN
+    folders = (ROOT, ROOT / "docs", path.parent)
+    assert [name for name in named if not any((folder / name).exists() for folder in folders)] == []
+
+
+def test_fidelity_notes_are_numbered_and_those_that_are_named_exist():
+    notes = [int(number) for number in re.findall(r"^(\d+)\. ", (ROOT / "docs/fidelity.md").read_text(), re.MULTILINE)]
+    assert notes == list(range(1, len(notes) + 1))
+    named = [re.findall(r"[Ff]idelity note (\d+)", path.read_text()) for path in PRODUCT]
+    assert {int(number) for numbers in named for number in numbers} <= set(notes)
+
+
+def commands(page):
+    """The lines of a page's code blocks that run a script of this repository, as lists of words."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        if found := re.search(r"\b(?:python|torchrun [^#]*?) (\w+\.py)\b(.*)", line):
+            yield found[1], shlex.split(found[2], comments=True)
+
+
+@of_page
+def test_commands_are_accepted(page):
+    for script, flags in commands(page):
+        assert (ROOT / script).is_file(), script
+        module = importlib.import_module(script.removesuffix(".py"))
+        if hasattr(module, "RECIPE"):
+            cli.parse_args(module.__file__, module.RECIPE, [*flags, "--device", "cpu"])
+
+
+FLAGS = [
+    *("--dataset", "digits", "--teacher", "teacher", "--student", "RES-8", "--batch", "256", "--epochs", "6"),
+    *("--steps", "2", "--epsilon", "0.4", "--step_size", "0.2", "--eval_after", "0", "--aa_examples", "8"),
+    *("--device", "cpu", "--entropy_factor", "4"),
+]
+
+
+@pytest.fixture(scope="module")
+def seventh():
+    """The file that docs/extending.md shows, with the main that it says to append."""
+    (example,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/extending.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert len(example.splitlines()) < 60
+    baseline = (ROOT / "adaad_cifar100.py").read_text()
+    return example + "\n\n" + baseline[baseline.index("def main():") :]
+
+
+def start(home, script, *flags):
+    """A process as a user would start it; the project is found as if the script lay beside the others."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, script, *map(str, flags)], cwd=home, env=environment, **pipes)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def rows_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def test_the_seventh_method_trains_stops_resumes_and_is_compared(seventh, small):
+    home = small.home
+    (home / "saad_cifar100.py").write_text(seventh)
+    finish(start(home, "saad_cifar100.py", *FLAGS, "--run_name", "whole"))
+    rows = rows_of(home / "runs/whole")
+    assert {"loss_saad", "loss_igdm", "loss_clean", "clean", "pgd20"} <= set(rows[-1])
+    config, result = (json.loads((home / f"runs/whole/{name}.json").read_text()) for name in ("config", "result"))
+    assert (config["settings"]["entropy_factor"], config["settings"]["clean_factor"]) == (4.0, 1.0)
+    assert result["autoattack"]["examples"] == 8
+    assert set(result["gradients"]) >= {"gd", "gc"}
+
+    stopped = start(home, "saad_cifar100.py", *FLAGS, "--run_name", "resumed")
+    for line in stopped.stdout:
+        if re.match("epoch 1/6", line):
+            stopped.send_signal(signal.SIGTERM)
+    _, err = stopped.communicate(timeout=120)
+    assert stopped.returncode == 75, err
+    assert not (home / "runs/resumed/result.json").exists()
+    finish(start(home, "saad_cifar100.py", *FLAGS, "--run_name", "resumed"))
+    assert rows_of(home / "runs/resumed") == rows
+
+    assert "SAAD" in finish(start(home, ROOT / "compare.py", "runs/whole", "runs/adaad_cifar100_whole"))
+
+
+def test_the_seventh_method_is_its_equations(seventh, networks, batches):
+    """Against the page's formulas, image by image in float64."""
+    namespace = {"__name__": "saad", "__file__": "saad_cifar100.py"}
+    exec(compile(seventh, "saad_cifar100.py", "exec"), namespace)
+    student, teacher = networks
+    x, y = batches[0]
+    args = cli.parse_args("saad_cifar100.py", namespace["RECIPE"], ["--steps", "2", "--device", "cpu"])
+    student.train()
+    copied = copy.deepcopy(student)
+    torch.manual_seed(0)
+    terms = namespace["training_loss"](student, teacher, x, y, 3, args)
+
+    torch.manual_seed(0)
+    x_adv = attacks.adaad(copied, teacher, x, args.epsilon, args.step_size, args.steps)
+    student_adv, student_clean, student_minus = copied(x_adv), copied(x), copied(2 * x - x_adv)
+    teacher_adv, teacher_clean, teacher_minus = teacher(x_adv), teacher(x), teacher(2 * x - x_adv)
+    entropies = [-math.log(sum(p.item() ** 2 for p in row.softmax(0))) for row in teacher_adv]
+    expected = dict.fromkeys(terms, 0.0)
+    for i, entropy in enumerate(entropies):
+        w = 5 * (entropy - min(entropies))
+        w_bar = w / (5 * (max(entropies) - min(entropies)))
+        at = slice(i, i + 1)
+        expected["saad"] += w * kl(teacher_adv[at], student_adv[at]) / len(x)
+        changes = teacher_adv[at] - teacher_minus[at], student_adv[at] - student_minus[at]
+        expected["igdm"] += w * 10 * 3 / 200 * kl(*changes) / len(x)
+        expected["clean"] += (1 - w_bar) * kl(teacher_clean[at], student_clean[at]) / len(x)
+    torch.testing.assert_close(terms, expected, **CLOSE)
