@@ -40,7 +40,7 @@ def main():
     """Train, evaluate and attack one student; the same command again resumes."""
     args = cli.parse_args(__file__, RECIPE)
     run = Run(args, __file__, RECIPE)
-    images = data.load_data(args.dataset, args.data_dir, run.device)
+    images = data.load_data(args.dataset, args.data_dir, run.device, side=args.side, holdout=args.holdout)
     teacher = teachers.load_teacher(args.teacher, images.num_classes, teacher_path=args.teacher_path, device=run.device)
     student = build_model(args.student, images.num_classes).to(run.device)
     optimizer = optim.sgd(student, args)
@@ -59,8 +59,7 @@ def main():
             run.count(terms)
         accuracies = {}
         if epoch > args.eval_after or epoch == args.epochs:
-            accuracies["clean"] = evaluation.accuracy(fast_student, images.x_test, images.y_test)
-            accuracies["pgd20"] = evaluation.pgd_accuracy(fast_student, images.x_test, images.y_test, args.epsilon)
+            accuracies = evaluation.monitor(fast_student, images, args.epsilon)
         run.end_epoch(accuracies)
     run.finish(evaluation.autoattack)
 

@@ -43,7 +43,7 @@ def main():
     """Train, evaluate and attack one teacher; the same command again resumes."""
     args = cli.parse_args(__file__, RECIPE)
     run = Run(args, __file__, RECIPE)
-    images = data.load_data(args.dataset, args.data_dir, run.device)
+    images = data.load_data(args.dataset, args.data_dir, run.device, side=args.side, holdout=args.holdout)
     model = build_model(args.student, images.num_classes).to(run.device)
     optimizer = optim.sgd(model, args)
     run.start(images, model, optimizer)
@@ -61,8 +61,7 @@ def main():
             run.count(terms)
         accuracies = {}
         if epoch > args.eval_after or epoch == args.epochs:
-            accuracies["clean"] = evaluation.accuracy(fast_model, images.x_test, images.y_test)
-            accuracies["pgd20"] = evaluation.pgd_accuracy(fast_model, images.x_test, images.y_test, args.epsilon)
+            accuracies = evaluation.monitor(fast_model, images, args.epsilon)
         run.end_epoch(accuracies)
     run.finish(evaluation.autoattack)
 

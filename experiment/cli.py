@@ -123,6 +123,16 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
 RUN_FLAGS: dict[str, dict[str, Any]] = {
     "dataset": {"default": "cifar100", "help": "cifar100, cifar10, digits (ships with scikit-learn), or an .npz file"},
     "data_dir": {"default": "data", "help": "where CIFAR lies or is downloaded to"},
+    "side": {
+        "type": whole(0),
+        "default": 0,
+        "help": "reduce the images to N x N pixels, each the mean of a block; 0 leaves them as they are",
+    },
+    "holdout": {
+        "type": whole(0),
+        "default": 0,
+        "help": "training images to set aside, balanced over the classes, and to measure on instead; 0 for none",
+    },
     "eval_after": {
         "type": whole(0),
         "default": 90,
@@ -133,6 +143,17 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
         "type": positive_int,
         "default": 250,
         "help": "images per AutoAttack chunk; random draws and resume go by chunks",
+    },
+    "aa_best": {
+        "type": switch,
+        "metavar": "{0,1}",
+        "default": 0,
+        "help": "1 runs AutoAttack on the best epoch of --holdout too",
+    },
+    "swa_after": {
+        "type": whole(0),
+        "default": 0,
+        "help": "average the weights from epoch N on and measure the average too; 0 for none",
     },
     "seed": {"type": whole(0), "default": 0, "help": "seed of weights, order, augmentation, attacks and AutoAttack"},
     "device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
@@ -166,6 +187,18 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
     "wandb_entity": {"default": None, "help": "W&B entity"},
     "wandb_name": {"default": None, "help": "W&B run name; default the run folder's"},
     "wandb_tags": {"nargs": "*", "default": [], "help": "W&B tags"},
+    "wandb_artifact": {
+        "type": switch,
+        "metavar": "{0,1}",
+        "default": 0,
+        "help": "1 uploads the final student to Weights & Biases",
+    },
+    "tensorboard": {
+        "type": switch,
+        "metavar": "{0,1}",
+        "default": 0,
+        "help": "1 mirrors the metrics to TensorBoard, in the run folder",
+    },
 }
 
 
@@ -274,6 +307,12 @@ def _resolve(parser: Parser, args: argparse.Namespace, stem: str) -> None:
         args.lr_milestones = [math.ceil(args.epochs / 2), math.ceil(args.epochs * 3 / 4)]
     elif sorted(set(args.lr_milestones)) != args.lr_milestones:
         parser.error(f"argument --lr_milestones: {args.lr_milestones} is not allowed; epochs in rising order")
+    if args.aa_best and not args.holdout:
+        parser.error("argument --aa_best: 1 is not allowed without --holdout, whose images tell the best epoch")
+    if args.swa_after >= args.epochs:
+        parser.error(f"argument --swa_after: {args.swa_after} is not allowed; below --epochs {args.epochs}")
+    if args.wandb_artifact and args.nowand:
+        parser.error("argument --wandb_artifact: 1 is not allowed without --nowand 0")
     args.device = resolve_device(parser, args.device)
     cuda = args.device.startswith("cuda")
     if args.precision is None:

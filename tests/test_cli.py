@@ -44,9 +44,9 @@ def refused(capsys, script, *argv):
 # The frozen set
 
 RUN = {
-    "dataset", "data_dir", "eval_after", "aa_examples", "aa_batch", "seed", "device", "precision", "compile",
-    "deterministic", "checkpoint_minutes", "run_dir", "run_name", "nowand", "wandb_project", "wandb_entity",
-    "wandb_name", "wandb_tags",
+    "dataset", "data_dir", "side", "holdout", "eval_after", "aa_examples", "aa_batch", "aa_best", "swa_after", "seed",
+    "device", "precision", "compile", "deterministic", "checkpoint_minutes", "run_dir", "run_name", "nowand",
+    "wandb_project", "wandb_entity", "wandb_name", "wandb_tags", "wandb_artifact", "tensorboard",
 }  # fmt: skip
 OPTIMISATION = {"student", "epochs", "batch", "lr", "momentum", "wd", "lr_milestones"}
 BUDGET = {"epsilon", "step_size", "steps"}
@@ -111,9 +111,13 @@ COMMON = {
     "steps": 10,
     "dataset": "cifar100",
     "data_dir": "data",
+    "side": 0,
+    "holdout": 0,
     "eval_after": 90,
     "aa_examples": 10_000,
     "aa_batch": 250,
+    "aa_best": 0,
+    "swa_after": 0,
     "seed": 0,
     "device": "cpu",
     "precision": "fp32",
@@ -126,6 +130,8 @@ COMMON = {
     "wandb_entity": None,
     "wandb_name": None,
     "wandb_tags": [],
+    "wandb_artifact": 0,
+    "tensorboard": 0,
 }
 LONG = {"epochs": 200, "lr_milestones": [100, 150]}
 TAUGHT = {"preset": "default", "teacher": "BDM", "teacher_path": None}
@@ -387,6 +393,9 @@ BAD = [
     ("adaad", "lr_milestones", WHOLE, "a whole number from 1"),
     ("adaad", "seed", NOT_NEGATIVE, "a whole number from 0"),
     ("adaad", "aa_examples", NOT_NEGATIVE, "a whole number from 0"),
+    ("adaad", "side", NOT_NEGATIVE, "a whole number from 0"),
+    ("adaad", "holdout", NOT_NEGATIVE, "a whole number from 0"),
+    ("adaad", "swa_after", NOT_NEGATIVE, "a whole number from 0"),
     ("adaad", "eval_after", NOT_NEGATIVE, "a whole number from 0"),
     ("adaad", "epsilon", FRACTION, "a number from 0 up to 1, or a fraction such as 8/255"),
     ("adaad", "step_size", FRACTION, "a number from 0 up to 1, or a fraction such as 8/255"),
@@ -404,6 +413,8 @@ BAD = [
     ("adaad", "nowand", ("2", "-1", "yes", "true", ""), r"0(,| or) 1"),
     ("adaad", "compile", ("2", "yes", ""), r"0(,| or) 1"),
     ("adaad", "deterministic", ("2", "yes", ""), r"0(,| or) 1"),
+    ("adaad", "aa_best", ("2", "yes", ""), r"0(,| or) 1"),
+    ("adaad", "tensorboard", ("2", "yes", ""), r"0(,| or) 1"),
     ("adaad", "attack", ("PGD", "fgsm", ""), "'?pgd'?, '?rslad'?, '?adaad'?, '?igdm'?"),
     ("rslad", "target", ("x", "Clean"), "'?adversarial'?, '?clean'?"),
     ("adaad", "preset", ("papers", ""), "'?default'?, '?paper'?"),
@@ -430,6 +441,18 @@ def test_milestones_must_rise(capsys):
     for given in (["5", "3"], ["5", "5"]):
         line = refused(capsys, "adaad", "--lr_milestones", *given)
         assert f"[{', '.join(given)}] is not allowed; epochs in rising order" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ("--aa_best 1", "argument --aa_best: 1 is not allowed without --holdout"),
+        ("--swa_after 5 --epochs 5", "argument --swa_after: 5 is not allowed; below --epochs 5"),
+        ("--wandb_artifact 1", "argument --wandb_artifact: 1 is not allowed without --nowand 0"),
+    ],
+)
+def test_flags_that_need_others(argv, reason, capsys):
+    assert reason in refused(capsys, "adaad", *argv.split())
 
 
 @pytest.mark.parametrize("flag", ["--epochs", "--teacher", "--run_name", "--alpha"])

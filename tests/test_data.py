@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from experiment import UserError, compat, data
 from experiment.data import as_float, augment, load_data
+from experiment.data.arrays import Arrays, hold_out, reduce_side
 
 
 def refusal(*args, **kwargs):
@@ -280,13 +281,15 @@ def test_npz_of_the_documented_format(tmp_path, dtype):
     path = npz(tmp_path, content)
     loaded = load_data(str(path))
     assert (loaded.num_classes, loaded.name, loaded.pad, loaded.flip) == (3, str(path), 4, True)
+    order = np.random.RandomState(0).permutation(4)
+    assert loaded.test_order == "shuffled"
     assert torch.equal(loaded.x_train, torch.from_numpy(content["x_train"]).permute(0, 3, 1, 2))
-    assert torch.equal(loaded.x_test, torch.from_numpy(content["x_test"]).permute(0, 3, 1, 2))
+    assert torch.equal(loaded.x_test, torch.from_numpy(content["x_test"][order]).permute(0, 3, 1, 2))
     assert loaded.x_train.dtype == torch.uint8
     assert loaded.x_train.is_contiguous()
-    for labels, key in ((loaded.y_train, "y_train"), (loaded.y_test, "y_test")):
+    for labels, expected in ((loaded.y_train, content["y_train"]), (loaded.y_test, content["y_test"][order])):
         assert labels.dtype == torch.int64
-        assert labels.tolist() == content[key].tolist()
+        assert labels.tolist() == expected.tolist()
 
 
 def test_compressed_npz_and_images_that_are_not_square(tmp_path):
@@ -305,11 +308,99 @@ def test_the_hash_is_that_of_the_arrays(tmp_path):
     assert load_data(str(npz(tmp_path, content))).sha256 != before
 
 
+def test_the_test_set_of_a_sorted_file_is_shuffled_once_and_for_all(tmp_path):
+    """The first N images, which AutoAttack takes, must be a sample of the classes."""
+    content = arrays(n=40, classes=4) | {
+        "x_test": np.zeros((400, 8, 8, 3), np.uint8),
+        "y_test": np.repeat(range(4), 100),
+    }
+    content["x_test"][:, 0, 0, 0] = np.arange(400) % 256
+    content["x_test"][:, 0, 0, 1] = np.arange(400) // 256
+    path = str(npz(tmp_path, content))
+    np.random.seed(1)
+    first, second = load_data(path), load_data(path)
+    assert torch.equal(first.x_test, second.x_test)
+    assert first.y_test[:40].bincount(minlength=4).min() >= 4
+    index = first.x_test[:, 0, 0, 0].int() + 256 * first.x_test[:, 1, 0, 0].int()
+    assert index.sort().values.tolist() == list(range(400))  # all are there
+    assert torch.equal(index // 100, first.y_test)  # each with its label
+
+
+# What is done to a set when it is loaded: --side and --holdout
+
+
+@given(st.sampled_from([(16, 8), (24, 8), (32, 16), (8, 8)]), st.integers(0, 2**32 - 1))
+@settings(max_examples=12, deadline=None)
+def test_side_is_the_mean_of_whole_blocks_half_up(sides, seed):
+    side, reduced = sides
+    generator = np.random.default_rng(seed)
+    x = generator.integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    labels = np.arange(2)
+    found = reduce_side(Arrays(x, labels, x[::-1], labels, 2), reduced)
+    k = side // reduced
+    for n, row, column, channel in np.ndindex(2, reduced, reduced, 3):
+        block = x[n, row * k : (row + 1) * k, column * k : (column + 1) * k, channel]
+        assert found.x_train[n, row, column, channel] == (int(block.sum()) + k * k // 2) // (k * k)
+    assert np.array_equal(found.x_test, found.x_train[::-1])
+    assert found.x_train.dtype == np.uint8
+
+
+@pytest.mark.parametrize(("side", "allowed"), [(7, "8, 16"), (32, "8, 16"), (12, "8, 16"), (4, "8, 16")])
+def test_a_side_that_does_not_divide_is_refused(tmp_path, side, allowed):
+    path = str(npz(tmp_path, arrays(side=16)))
+    line = f"--side {side} is not allowed for images of 16 x 16 pixels; {allowed}"
+    assert refusal(path, side=side) == line
+    assert load_data(path, side=16).sha256 == load_data(path).sha256
+
+
+def test_side_needs_square_images(tmp_path):
+    content = arrays() | {"x_train": np.zeros((12, 16, 32, 3), np.uint8), "x_test": np.zeros((4, 16, 32, 3), np.uint8)}
+    assert "as they are not square" in refusal(str(npz(tmp_path, content)), side=8)
+
+
+@given(st.lists(st.integers(2, 40), min_size=2, max_size=6), st.integers(0, 2**32 - 1), st.data())
+@settings(max_examples=40, deadline=None)
+def test_holdout_has_the_classes_shares_and_loses_nothing(sizes, seed, draw):
+    labels = np.random.default_rng(seed).permutation(np.repeat(range(len(sizes)), sizes))
+    total = len(labels)
+    count = draw.draw(st.integers(1, total // 3))
+    x = np.zeros((total, 8, 8, 3), np.uint8)
+    x[:, 0, 0, 0] = np.arange(total)  # at most 240
+    whole = Arrays(x, labels, x, labels, len(sizes))
+    held = hold_out(whole, count)
+    assert np.array_equal(held.x_holdout, hold_out(whole, count).x_holdout)
+    assert (len(held.y_holdout), len(held.y_train)) == (count, total - count)
+    for images, found in ((held.x_holdout, held.y_holdout), (held.x_train, held.y_train)):
+        index = images[:, 0, 0, 0]
+        assert np.array_equal(found, labels[index])
+        assert (np.diff(index.astype(int)) > 0).all()  # in the set's order
+    everything = np.concatenate([held.x_holdout, held.x_train])[:, 0, 0, 0]
+    assert sorted(everything) == list(range(total))
+    for label, size in enumerate(sizes):
+        assert abs((held.y_holdout == label).sum() - count * size / total) < 1
+    assert held.x_test is whole.x_test
+
+
+def test_a_holdout_that_empties_a_class_is_refused():
+    assert "--holdout 1430 is not allowed with 1437 training images" in refusal("digits", holdout=1430)
+
+
+def test_side_and_holdout_are_in_the_hash_and_off_by_default():
+    plain, held = load_data("digits"), load_data("digits", holdout=100)
+    assert (len(plain.x_holdout), len(plain.y_holdout)) == (0, 0)
+    assert plain.sha256 == load_data("digits", side=8).sha256 != held.sha256
+    assert held.x_holdout.shape == (100, 3, 8, 8)
+    assert held.y_holdout.bincount().tolist() == [10] * 10
+    assert len(held.x_train) == 1337
+    assert torch.equal(held.x_test, plain.x_test)
+
+
 def test_class_names_tell_the_number_of_classes(tmp_path, capsys):
     """A sample of few images may lack a class; without the names the same file is refused."""
     content = arrays()
     path = npz(tmp_path, content | {"class_names": np.array(["cat", "dog", "fox"])})
-    assert load_data(str(path)).num_classes == 3
+    loaded = load_data(str(path))
+    assert (loaded.num_classes, loaded.class_names) == (3, ("cat", "dog", "fox"))
     assert capsys.readouterr().err == ""
     path = npz(tmp_path, content | {"class_names": np.array(["cat", "dog", "fox", "owl", "rat"])})
     assert load_data(str(path)).num_classes == 5
@@ -445,10 +536,9 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
-    assert "absent.npz: No such file or directory" in refusal(str(tmp_path / "absent.npz"))
     (tmp_path / "folder.npz").mkdir()
-    assert "folder.npz: Is a directory" in refusal(str(tmp_path / "folder.npz"))
     for name in ("absent.npz", "folder.npz"):
+        assert f"{name}: no such file" in refusal(str(tmp_path / name))
         with pytest.raises(UserError, match=f"{name}: no such file"):
             data.check_dataset(str(tmp_path / name))
 

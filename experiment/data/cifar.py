@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from experiment import UserError
+from experiment.data.arrays import Arrays
 
 
-def read_cifar(dataset: str, folder: Path) -> tuple[np.ndarray, ...]:
-    """Images and labels of CIFAR-10 or CIFAR-100: x_train, y_train, x_test, y_test."""
+def read_cifar(dataset: str, folder: Path) -> Arrays:
+    """CIFAR-10 or CIFAR-100, in the order of the archives."""
     from experiment.compat import import_torchvision
 
     torchvision = import_torchvision()
@@ -45,9 +46,6 @@ def read_cifar(dataset: str, folder: Path) -> tuple[np.ndarray, ...]:
             raise UserError(f"{found}{dataset} could not be downloaded ({reason}); {advice}") from error
         finally:
             socket.setdefaulttimeout(before)
-    return (
-        splits[0].data,
-        np.asarray(splits[0].targets),
-        splits[1].data,
-        np.asarray(splits[1].targets),
-    )
+    train, test = splits
+    labels = np.asarray(train.targets), np.asarray(test.targets)
+    return Arrays(train.data, labels[0], test.data, labels[1], len(train.classes), tuple(train.classes))

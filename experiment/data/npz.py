@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from experiment import UserError
+from experiment.data.arrays import Arrays
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -14,8 +15,8 @@ LARGEST_NPZ = 16 * 2**30
 """Bytes that an .npz may unpack to; CIFAR-100 takes 0.18 GiB. More is a mistake or a zip bomb."""
 
 
-def read_npz(path: Path) -> tuple[tuple[np.ndarray, ...], int]:
-    """The four checked arrays of an .npz, and its number of classes."""
+def read_npz(path: Path) -> Arrays:
+    """The four checked arrays of an .npz; class_names, where it has them, say how many classes there are."""
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
@@ -40,7 +41,8 @@ def read_npz(path: Path) -> tuple[tuple[np.ndarray, ...], int]:
         raise UserError(
             f"{path} is not a readable .npz of plain arrays: {' '.join(str(error).split())[:120]}"
         ) from error
-    return arrays, _check_arrays(path, arrays, names)
+    classes = _check_arrays(path, arrays, names)
+    return Arrays(*arrays, classes, None if names is None else tuple(map(str, names.tolist())))
 
 
 def _check_arrays(path: Path, arrays: tuple[np.ndarray, ...], names: np.ndarray | None) -> int:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from experiment import UserError
+from experiment.data.arrays import Arrays, hold_out, reduce_side, shuffle_test
 from experiment.data.augmentation import as_float, augment
 from experiment.data.cifar import read_cifar
 from experiment.data.npz import read_npz
@@ -27,7 +28,10 @@ class Data:
         num_classes: number of classes.
         pad: pixels of zero padding before the random crop.
         flip: whether images are mirrored at random.
-        sha256: hash of the four arrays.
+        sha256: hash of the arrays here, so of what is trained on and of its test order.
+        x_holdout, y_holdout: training images set aside, as the others; empty without --holdout.
+        class_names: one name per class, or None where the source has none.
+        test_order: "as stored" (CIFAR) or "shuffled", once and for all.
     """
 
     name: str
@@ -39,6 +43,10 @@ class Data:
     pad: int
     flip: bool
     sha256: str
+    x_holdout: Tensor = field(default_factory=lambda: torch.empty(0, 3, 0, 0, dtype=torch.uint8))
+    y_holdout: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    class_names: tuple[str, ...] | None = None
+    test_order: str = "as stored"
 
     def steps(self, batch: int) -> int:
         """Batches in an epoch. A lone last image is left out: BatchNorm cannot train on one."""
@@ -73,45 +81,56 @@ class Data:
             yield as_float(x), self.y_train[index], begin, total
 
 
-def load_data(dataset: str, data_dir: str = "data", device: torch.device | str = "cpu") -> Data:
+def load_data(
+    dataset: str, data_dir: str = "data", device: torch.device | str = "cpu", *, side: int = 0, holdout: int = 0
+) -> Data:
     """Load a data set whole onto a device.
 
     Args:
         dataset: ``cifar100`` or ``cifar10`` (torchvision's files under data_dir, downloaded if absent, checked),
             ``digits`` (the 1,797 8x8 digits inside scikit-learn, grey repeated to three channels), or the path of an
             .npz with x_train, y_train, x_test, y_test: uint8 NHWC images, integer labels; where it also has
-            class_names, their number is the number of classes, otherwise the highest label tells.
+            class_names, their number is the number of classes, otherwise the highest label tells. CIFAR's test images
+            keep their order (RobustBench's convention); any others are shuffled once, with a fixed seed.
         data_dir: folder of the CIFAR archives.
+        side: reduce the images to side x side pixels, each the mean of a block; 0 leaves them as they are.
+        holdout: number of training images to set aside, in the classes' shares, drawn with a fixed seed.
 
     Raises:
-        UserError: unknown name, missing or broken file, no network.
+        UserError: unknown name, missing or broken file, no network; a side or a holdout that the set does not allow.
     """
-    if dataset in ("cifar100", "cifar10"):
-        arrays, classes = read_cifar(dataset, Path(data_dir)), 100 if dataset == "cifar100" else 10
+    check_dataset(dataset)
+    in_order = dataset in ("cifar100", "cifar10")
+    if in_order:
+        arrays = read_cifar(dataset, Path(data_dir))
     elif dataset == "digits":
-        arrays, classes = _digits(), 10
-    elif dataset.endswith(".npz"):
-        arrays, classes = read_npz(Path(dataset))
+        arrays = _digits()
     else:
-        raise UserError(f"--dataset {dataset!r} is not allowed; cifar100, cifar10, digits or the path of an .npz file")
+        arrays = shuffle_test(read_npz(Path(dataset)))
+    if side:
+        arrays = reduce_side(arrays, side)
+    if holdout:
+        arrays = hold_out(arrays, holdout)
     digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    x_train, y_train, x_test, y_test = arrays
-    images = [torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).to(device) for x in (x_train, x_test)]
-    labels = [torch.from_numpy(y.astype(np.int64)).to(device) for y in (y_train, y_test)]
+    names = ("x_train", "y_train", "x_test", "y_test", "x_holdout", "y_holdout")
+    for name in names:
+        digest.update(np.ascontiguousarray(getattr(arrays, name)).tobytes())
+
+    def tensor(array: np.ndarray) -> Tensor:
+        array = array.transpose(0, 3, 1, 2) if array.ndim == 4 else array.astype(np.int64)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
     # A mirrored digit is no digit, and half of an 8x8 image is no crop.
     pad, flip = (1, False) if dataset == "digits" else (4, True)
     return Data(
         name=dataset,
-        x_train=images[0],
-        y_train=labels[0],
-        x_test=images[1],
-        y_test=labels[1],
-        num_classes=classes,
+        **{name: tensor(getattr(arrays, name)) for name in names},
+        num_classes=arrays.num_classes,
         pad=pad,
         flip=flip,
         sha256=digest.hexdigest(),
+        class_names=arrays.class_names,
+        test_order="as stored" if in_order else "shuffled",
     )
 
 
@@ -124,7 +143,8 @@ def check_dataset(dataset: str) -> None:
         raise UserError(f"--dataset {dataset!r} is not allowed; cifar100, cifar10, digits or the path of an .npz file")
 
 
-def _digits() -> tuple[np.ndarray, ...]:
+def _digits() -> Arrays:
+    """The digits inside scikit-learn, split and shuffled with a fixed seed."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -135,4 +155,4 @@ def _digits() -> tuple[np.ndarray, ...]:
     x_train, x_test, y_train, y_test = train_test_split(
         images, digits.target, test_size=360, random_state=0, stratify=digits.target
     )
-    return x_train, y_train, x_test, y_test
+    return Arrays(x_train, y_train, x_test, y_test, 10, tuple("0123456789"))

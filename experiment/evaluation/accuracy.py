@@ -52,7 +52,7 @@ def monitor(model: nn.Module, images: Data, epsilon: float) -> dict[str, float]:
         "clean": accuracy(model, images.x_test, images.y_test),
         "pgd20": pgd_accuracy(model, images.x_test, images.y_test, epsilon),
     }
-    if len(getattr(images, "x_holdout", ())):
+    if len(images.x_holdout):
         found["holdout_pgd10"] = pgd_accuracy(model, images.x_holdout, images.y_holdout, epsilon, steps=10)
     return found
 

@@ -15,10 +15,13 @@ from experiment import UserError, files
 FORMAT = 1
 
 FREE_SETTINGS = (
-    "nowand", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags",
+    "nowand", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags", "wandb_artifact", "tensorboard",
     "checkpoint_minutes", "data_dir", "run_dir", "teacher_path", "eval_after",
 )  # fmt: skip
 """Settings that may change between a run and its resumption: they move no weight and no final accuracy."""
+
+ADDED_SETTINGS = {"side": 0, "holdout": 0, "aa_best": 0, "swa_after": 0}
+"""Settings that the config.json of an older run lacks, and what it did."""
 
 ATTACK_SETTINGS = ("aa_examples", "aa_batch")
 """Settings that may change when a finished run without AutoAttack is attacked."""
@@ -99,7 +102,7 @@ def admit(folder: Path, script: str, args: argparse.Namespace) -> dict[str, Any]
 
 
 def _differing(config: dict[str, Any], here: dict[str, Any], free: tuple[str, ...]) -> list[str]:
-    there = {"script": config["script"], **config["settings"]}
+    there = {**ADDED_SETTINGS, "script": config["script"], **config["settings"]}
     names = [name for name in {**there, **here} if name not in free]
     return [
         f"{name[:40]} {_setting(name, there)} there, {_setting(name, here)} now"
