@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import evaluation_cases
 import fault_run
 import pytest
 import torch
@@ -45,3 +46,8 @@ def small(tmp_path_factory):
         yield SimpleNamespace(server=server, home=home, expected=fault_run.prepare(server, home))
     finally:
         server.close()
+
+
+@pytest.fixture
+def quick_autoattack(monkeypatch):
+    return evaluation_cases.quicken(monkeypatch)

@@ -205,7 +205,7 @@ def _sabotage(point: str, n: int, action: str) -> None:
             "attack": (attacks, "project"),
             "step": (torch.optim.SGD, "step"),
             "evaluation": (evaluation, "pgd_accuracy"),
-            "autoattack": (importlib.import_module("experiment.evaluation.driver"), "_check_adversarial"),
+            "autoattack": (importlib.import_module("experiment.evaluation.autoattack_chunk"), "_check_adversarial"),
             "loss": (rslad_loss, "adaad"),
             "start of run": (run.Run, "start"),
         }[point]

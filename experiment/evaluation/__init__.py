@@ -11,20 +11,35 @@ Conventions of every public function here:
 """
 
 from experiment.evaluation.accuracy import accuracy, cw_accuracy, fgsm_accuracy, monitor, pgd_accuracy
-from experiment.evaluation.alignment import GRADIENT_DEFINITION, gradient_alignment
-from experiment.evaluation.chunks import AUTOATTACK
-from experiment.evaluation.driver import autoattack
+from experiment.evaluation.alignment import GRADIENT_DEFINITION, gradient_alignment, gradient_report
+from experiment.evaluation.autoattack_files import AUTOATTACK
+from experiment.evaluation.autoattack_run import autoattack
+from experiment.evaluation.curve import accuracy_curve, autoattack_curve, per_class
+from experiment.evaluation.figures import alignment_figure, check_figure_name, curve_figure
 from experiment.evaluation.flags import wilson_interval
+from experiment.evaluation.record_files import newest_records, records, write_record
+from experiment.evaluation.second_opinion import beside_torchattacks
 
 __all__ = [
     "AUTOATTACK",
     "GRADIENT_DEFINITION",
     "accuracy",
+    "accuracy_curve",
+    "alignment_figure",
     "autoattack",
+    "autoattack_curve",
+    "beside_torchattacks",
+    "check_figure_name",
+    "curve_figure",
     "cw_accuracy",
     "fgsm_accuracy",
     "gradient_alignment",
+    "gradient_report",
     "monitor",
+    "newest_records",
+    "per_class",
     "pgd_accuracy",
+    "records",
     "wilson_interval",
+    "write_record",
 ]

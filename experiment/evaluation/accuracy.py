@@ -1,24 +1,94 @@
 """Accuracy on clean images and under FGSM, PGD and C&W."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 import attacks
 from experiment import UserError
 from experiment.data import Data
-from experiment.evaluation.batches import sum_over_batches
+from experiment.evaluation.batches import per_image
+
+STEPS = {"pgd": 20, "cw": 30}
+"""The usual number of steps of an attack that has steps; a step is epsilon / 4 (2/255 at 8/255)."""
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What a network says of images after an attack, all (N, ...) on the CPU.
+
+    Attributes:
+        correct: bool, whether it still classifies them correctly.
+        predictions: int64.
+        x_adv: float32, the attacked images; None unless they were asked for.
+    """
+
+    correct: Tensor
+    predictions: Tensor
+    x_adv: Tensor | None
+
+
+def attack_of(name: str, model: nn.Module, epsilon: float, steps: int | None = None) -> Callable[..., Tensor]:
+    """The attack (x, y) -> x_adv called `name`: fgsm, pgd or cw; clean leaves x alone, as every attack does at 0.
+
+    Args:
+        steps: of pgd and cw; by default those of `STEPS`.
+    """
+    steps = steps or STEPS.get(name)
+    if name == "clean" or epsilon == 0:
+        return lambda x, _: x
+    if name == "fgsm":
+        return lambda x, y: attacks.fgsm(model, x, y, epsilon)
+    with_steps = {"pgd": attacks.pgd, "cw": attacks.cw}[name]
+    return lambda x, y: with_steps(model, x, y, epsilon, epsilon / 4, steps)
+
+
+def attacked(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Callable[[Tensor, Tensor], Tensor],
+    *,
+    batch: int = 512,
+    seed: int | str = 0,
+    keep: bool = False,
+    progress: str | None = None,
+) -> Attacked:
+    """Attack every image and classify it.
+
+    Args:
+        attack: (x, y) -> x_adv on one batch.
+        seed: where random starts come from.
+        keep: also return the attacked images.
+        progress: what a progress bar on a terminal is called; None for no bar.
+
+    Raises:
+        UserError: the network gives logits that are not finite.
+    """
+
+    def classify(x_batch: Tensor, y_batch: Tensor) -> tuple[Tensor, ...]:
+        x_adv = attack(x_batch, y_batch)
+        logits = model(x_adv)
+        kept = (x_adv.float().cpu(),) if keep else ()
+        return logits.argmax(dim=1), logits.isfinite().all(dim=1), *kept
+
+    predictions, finite, *x_adv = per_image(classify, x, y, batch, seed, model, progress=progress)
+    if not finite.all():
+        raise UserError(
+            f"the network gives NaN or infinite logits on {(~finite).sum()} of {len(x)} images; no accuracy"
+        )
+    return Attacked(predictions == y.cpu(), predictions, x_adv[0] if keep else None)
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 512) -> float:
     """Accuracy on clean images."""
-    return _accuracy(model, x, y, batch, 0, lambda clean, _: clean)
+    return _share(attacked(model, x, y, attack_of("clean", model, 0), batch=batch))
 
 
 def fgsm_accuracy(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, batch: int = 512, seed: int = 0) -> float:
     """Accuracy under FGSM from x itself (Goodfellow et al., ICLR 2015)."""
-    return _accuracy(model, x, y, batch, seed, lambda clean, labels: attacks.fgsm(model, clean, labels, epsilon))
+    return _share(attacked(model, x, y, attack_of("fgsm", model, epsilon), batch=batch, seed=seed))
 
 
 def pgd_accuracy(
@@ -28,18 +98,14 @@ def pgd_accuracy(
 
     Source: Madry et al., ICLR 2018, at the setting of the IGDM paper, section 5.
     """
-    return _accuracy(
-        model, x, y, batch, seed, lambda clean, labels: attacks.pgd(model, clean, labels, epsilon, epsilon / 4, steps)
-    )
+    return _share(attacked(model, x, y, attack_of("pgd", model, epsilon, steps), batch=batch, seed=seed))
 
 
 def cw_accuracy(
     model: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, steps: int = 30, batch: int = 512, seed: int = 0
 ) -> float:
     """Accuracy under the L-infinity C&W attack (margin loss, uniform start, step epsilon / 4)."""
-    return _accuracy(
-        model, x, y, batch, seed, lambda clean, labels: attacks.cw(model, clean, labels, epsilon, epsilon / 4, steps)
-    )
+    return _share(attacked(model, x, y, attack_of("cw", model, epsilon, steps), batch=batch, seed=seed))
 
 
 def monitor(model: nn.Module, images: Data, epsilon: float) -> dict[str, float]:
@@ -57,17 +123,5 @@ def monitor(model: nn.Module, images: Data, epsilon: float) -> dict[str, float]:
     return found
 
 
-def _accuracy(
-    model: nn.Module, x: Tensor, y: Tensor, batch: int, seed: int, attack: Callable[[Tensor, Tensor], Tensor]
-) -> float:
-    """Fraction of the images that the network classifies correctly after attack(x, y)."""
-
-    def counts(clean: Tensor, labels: Tensor) -> Tensor:
-        logits = model(attack(clean, labels))
-        return torch.stack([(logits.argmax(dim=1) == labels).sum(), (~logits.isfinite()).any(dim=1).sum()])
-
-    # One transfer at the end: a count read batch by batch would make the host wait for the device.
-    correct, not_finite = sum_over_batches(counts, x, y, batch, seed, model).tolist()
-    if not_finite:
-        raise UserError(f"the network gives NaN or infinite logits on {not_finite:.0f} of {len(x)} images; no accuracy")
-    return correct / len(x)
+def _share(found: Attacked) -> float:
+    return int(found.correct.sum()) / len(found.correct)

@@ -1,10 +1,14 @@
 """Gradient alignment: do the student's input gradients follow the teacher's?"""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiment.evaluation.batches import sum_over_batches
+from experiment.evaluation.accuracy import attack_of
+from experiment.evaluation.batches import per_image
 
 GRADIENT_DEFINITION = (
     "g = gradient of softmax(logits)[true class] with respect to the input (0 to 1 scale); means over images of "
@@ -12,11 +16,50 @@ GRADIENT_DEFINITION = (
 )
 """To be printed beside GD and GC: the paper does not say of which scalar it takes the gradient."""
 
+SCALARS: dict[str, str] = {
+    "probability": "softmax(logits)[true class]",
+    "cross_entropy": "cross-entropy(logits, true class) = -log of the probability",
+    "logit": "logits[true class]",
+}
+"""The scalars f whose input gradients are compared, with their definitions."""
+
+REMAINDER_DEFINITION = (
+    "remainder = mean |f(x + d) - f(x) - g . d| / mean |f(x + d) - f(x)|: the share of the change under the student's "
+    "PGD-20 perturbation d that its first-order term does not explain; 0 for a network that is linear in the ball"
+)
+
+
+def _scalar(name: str, logits: Tensor, y: Tensor) -> Tensor:
+    """One of `SCALARS` for every image, (N,)."""
+    if name == "probability":
+        return F.softmax(logits, dim=1).gather(1, y[:, None]).squeeze(1)
+    if name == "cross_entropy":
+        return F.cross_entropy(logits, y, reduction="none")
+    return logits.gather(1, y[:, None]).squeeze(1)
+
+
+def input_gradients(
+    model: nn.Module, x: Tensor, y: Tensor, scalars: tuple[str, ...] = ("probability",)
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Values (N,) and input gradients (N, C, H, W) of each scalar, in float64: one forward pass for all of them.
+
+    float64, because a confident network's gradients are so small that their squares underflow in float32.
+    """
+    x = x.clone().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x)
+        values = [_scalar(name, logits, y) for name in scalars]
+        sums = [value.sum() for value in values]
+    found = [torch.autograd.grad(total, [x], retain_graph=total is not sums[-1])[0] for total in sums]
+    return [value.detach().double() for value in values], [gradient.double() for gradient in found]
+
 
 def gradient_alignment(
     student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, batch: int = 128
 ) -> dict[str, float]:
     """GD and GC between the input gradients of student and teacher, as `GRADIENT_DEFINITION` says.
+
+    One forward and one backward pass per network.
 
     Returns:
         ``gd``: mean L2 distance (lower: the student follows the teacher); ``gc``: mean cosine (higher).
@@ -24,18 +67,76 @@ def gradient_alignment(
     Source: Lee, Cho, Kim, ICLR 2025, section 5 (GD, GC).
     """
 
-    def gradient(model: nn.Module, clean: Tensor, labels: Tensor) -> Tensor:
-        clean = clean.clone().requires_grad_()
-        with torch.enable_grad():
-            true = F.softmax(model(clean), dim=1).gather(1, labels[:, None]).sum()
-        # float64: a confident network's gradients are so small that their squares underflow in float32.
-        return torch.autograd.grad(true, [clean])[0].double().flatten(1)
+    def compare(clean: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        (_, (of_student,)), (_, (of_teacher,)) = (input_gradients(model, clean, labels) for model in (student, teacher))
+        return _distance_and_cosine(of_student, of_teacher)
 
-    def sums(clean: Tensor, labels: Tensor) -> Tensor:
-        of_student, of_teacher = gradient(student, clean, labels), gradient(teacher, clean, labels)
-        norms = of_student.norm(dim=1) * of_teacher.norm(dim=1)
-        cosine = torch.where(norms > 0, (of_student * of_teacher).sum(dim=1) / norms, 0)
-        return torch.stack([(of_student - of_teacher).norm(dim=1).sum(), cosine.sum()])
+    gd, gc = per_image(compare, x, y, batch, 0, student, teacher)
+    return {"gd": gd.mean().item(), "gc": gc.mean().item()}
 
-    gd, gc = (sum_over_batches(sums, x, y, batch, 0, student, teacher) / len(x)).tolist()
-    return {"gd": gd, "gc": gc}
+
+def gradient_report(
+    student: nn.Module,
+    teacher: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    *,
+    batch: int = 128,
+    seed: int = 0,
+    progress: str | None = None,
+) -> dict[str, Any]:
+    """GD and GC for each of `SCALARS`, and how far from linear each network is in the ball.
+
+    Args:
+        epsilon: radius of the student's PGD-20 perturbation, at which the remainders are taken.
+
+    Returns:
+        Plain types: ``gd`` and ``gc`` of the probability and their ``definition``, as a run's result.json has them;
+        ``scalars``: for each scalar ``gd``, ``gc``, ``remainder_student``, ``remainder_teacher``, ``definition``;
+        ``remainder_definition``, ``examples``, ``epsilon``, ``seed``.
+    """
+    names = tuple(SCALARS)
+    perturb: Callable[..., Tensor] = attack_of("pgd", student, epsilon)
+
+    def compare(clean: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        x_adv = perturb(clean, labels)
+        delta = (x_adv - clean).double()
+        columns, gradients = [], []
+        for model in (student, teacher):
+            values, of_model = input_gradients(model, clean, labels, names)
+            logits_adv = model(x_adv)
+            for name, value, gradient in zip(names, values, of_model, strict=True):
+                change = _scalar(name, logits_adv, labels).double() - value
+                columns += [(change - (gradient * delta).flatten(1).sum(dim=1)).abs(), change.abs()]
+            gradients.append(of_model)
+        for of_student, of_teacher in zip(*gradients, strict=True):
+            columns += _distance_and_cosine(of_student, of_teacher)
+        return (torch.stack(columns, dim=1),)
+
+    (rows,) = per_image(compare, x, y, batch, seed, student, teacher, progress=progress)
+    means = iter(rows.mean(dim=0).tolist())
+    scalars: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for network in ("student", "teacher"):
+        for name in names:
+            unexplained, change = next(means), next(means)
+            scalars[name][f"remainder_{network}"] = unexplained / change if change else 0.0
+    for name in names:
+        scalars[name] |= {"gd": next(means), "gc": next(means), "definition": SCALARS[name]}
+    return {
+        **{name: scalars["probability"][name] for name in ("gd", "gc")},
+        "definition": GRADIENT_DEFINITION,
+        "scalars": scalars,
+        "remainder_definition": REMAINDER_DEFINITION,
+        "examples": len(x),
+        "epsilon": epsilon,
+        "seed": seed,
+    }
+
+
+def _distance_and_cosine(of_student: Tensor, of_teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """||g_student - g_teacher||_2 and cos(g_student, g_teacher) per image, 0 where a gradient is zero."""
+    of_student, of_teacher = of_student.flatten(1), of_teacher.flatten(1)
+    norms = of_student.norm(dim=1) * of_teacher.norm(dim=1)
+    cosine = torch.where(norms > 0, (of_student * of_teacher).sum(dim=1) / norms, 0)
+    return (of_student - of_teacher).norm(dim=1), cosine

@@ -13,11 +13,8 @@ import attacks
 from experiment import UserError
 from experiment.data import as_float
 from experiment.entry import is_out_of_memory
-
-
-def ranks() -> tuple[int, int]:
-    """This process's rank and the number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+from experiment.evaluation.progress import progress_bar
+from experiment.evaluation.ranks import ranks
 
 
 def device_of(model: nn.Module, x: Tensor) -> torch.device:
@@ -70,42 +67,59 @@ def assert_eval(model: nn.Module) -> None:
         raise RuntimeError("the network switched itself to train mode during its evaluation; no accuracy is reported")
 
 
-def sum_over_batches(
-    function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, batch: int, seed: int, *models: nn.Module
-) -> Tensor:
-    """Sum function(x_batch, y_batch), a pair of numbers, over all batches and ranks, in float64."""
+def per_image(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    x: Tensor,
+    y: Tensor,
+    batch: int,
+    seed: int | str,
+    *models: nn.Module,
+    progress: str | None = None,
+) -> tuple[Tensor, ...]:
+    """function(x_batch, y_batch) on every batch, over all ranks: its tensors of one row per image, joined, on the CPU.
+
+    Args:
+        seed: where the random numbers of all batches come from.
+        models: the networks that the function uses, the first on the device of the work.
+        progress: what a progress bar on a terminal is called; None for no bar.
+    """
     check_images(x, y)
     device = device_of(models[0], x)
     rank, world = ranks()
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    with measuring(device, *models):
-        for i in range(rank, math.ceil(len(x) / batch), world):
+    mine = range(rank, math.ceil(len(x) / batch), world)
+    found = {}
+    with measuring(device, *models), progress_bar(progress, sum(len(y[i * batch :][:batch]) for i in mine)) as bar:
+        for i in mine:
             # A stream per batch: its start must not depend on which rank takes it. A hash, because neighbouring seeds
             # would share streams, and of 32 bits, because the CPU generator ignores higher ones.
             stream = zlib.crc32(f"{seed} {i}".encode())
             rows = slice(i * batch, (i + 1) * batch)
             x_here, y_here = as_pixels(x[rows].to(device)), y[rows].to(device)
-            total += _in_parts(function, x_here, y_here, stream, device)
+            found[i] = _in_parts(function, x_here, y_here, stream, device)
+            bar.update(len(x_here))
     if world > 1:
-        dist.all_reduce(total)
-    return total
+        everyone: list[dict[int, tuple[Tensor, ...]]] = [{}] * world
+        dist.all_gather_object(everyone, {i: tuple(rows.cpu() for rows in each) for i, each in found.items()})
+        found = {i: each for part in everyone for i, each in part.items()}
+    # One transfer at the end: one batch by batch would make the host wait for the device.
+    return _joined([found[i] for i in sorted(found)], "cpu")
 
 
 def _in_parts(
-    function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, stream: int, device: torch.device
-) -> Tensor:
-    """function(x, y), summed over as many parts as the device's memory asks for; every image's start stays its own."""
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], x: Tensor, y: Tensor, stream: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """function(x, y), in as many parts as the device's memory asks for; every image's start stays its own."""
     size = len(x)
     while True:
-        total = torch.zeros(2, dtype=torch.float64, device=device)
+        parts = []
         try:
             for first in range(0, len(x), size):
                 torch.default_generator.manual_seed(stream)
                 if device.type == "cuda":
                     torch.cuda.manual_seed(stream)
                 with attacks.shard_of(first, len(x)):
-                    total += function(x[first : first + size], y[first : first + size])
-            return total
+                    parts.append(function(x[first : first + size], y[first : first + size]))
+            return _joined(parts)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -114,3 +128,7 @@ def _in_parts(
         # Outside the except clause: the exception's traceback would keep the tensors alive.
         torch.cuda.empty_cache()
         size = (size + 1) // 2
+
+
+def _joined(parts: list[tuple[Tensor, ...]], device: str | None = None) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(column).to(device) for column in zip(*parts, strict=True))

@@ -1,0 +1,68 @@
+"""The progress of AutoAttack over all ranks."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from experiment.evaluation.autoattack_files import AUTOATTACK
+from experiment.evaluation.ranks import SharedWork
+
+
+class AutoAttackProgress:
+    """Images done on all ranks, the attack at work on this one, and the share that is robust so far.
+
+    On a terminal a bar; elsewhere a line per chunk.
+    """
+
+    def __init__(self, images: int, done: Iterable[dict[str, Any]], work: SharedWork, *, show: bool) -> None:
+        """Begin with what was done before.
+
+        Args:
+            images: of all chunks together.
+            done: the records of the chunks that were there.
+            work: what the ranks share; it counts for all of them.
+        """
+        from tqdm import tqdm
+
+        self._show, self._total, self._work = show, images, work
+        self._images_before, self._robust_before = map(sum, zip((0, 0), *map(_counts, done), strict=True))
+        shown = show and sys.stderr.isatty()
+        self._bar = tqdm(total=images, unit="image", desc="AutoAttack", disable=not shown, dynamic_ncols=True)
+        self.look()
+
+    def say(self, line: str) -> None:
+        """Print a line on stderr, above the bar."""
+        if self._show:
+            self._bar.write(line, file=sys.stderr)
+
+    def begin(self, attack: str, record: dict[str, Any]) -> None:
+        """Show the attack that starts now, and the robust share with the chunk at hand."""
+        images, robust = self._so_far()
+        *_, latest = record["flags"].values()
+        share = (robust + latest.count("1")) / (images + record["images"])
+        self._bar.set_postfix_str(f"{attack}, robust {100 * share:.2f} %")
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Count a chunk that is done now, for all ranks."""
+        for counter, count in zip(("images", "robust"), _counts(record), strict=True):
+            self._work.count(counter, count)
+        self.look()
+        if self._bar.disable:
+            images, robust = self._so_far()
+            self.say(f"AutoAttack: {images} of {self._total} images, robust {100 * robust / images:.2f} %")
+
+    def look(self) -> None:
+        """Bring the bar up to what all ranks have done."""
+        self._bar.update(self._so_far()[0] - self._bar.n)
+
+    def _so_far(self) -> tuple[int, int]:
+        images, robust = (self._work.counted(counter) for counter in ("images", "robust"))
+        return self._images_before + images, self._robust_before + robust
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
+
+
+def _counts(record: dict[str, Any]) -> tuple[int, int]:
+    return record["images"], record["flags"][AUTOATTACK[-1]].count("1")

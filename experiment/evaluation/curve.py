@@ -1,0 +1,165 @@
+"""What a network withstands: accuracy under an attack over several epsilons and restarts, one flag per image."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiment.evaluation.accuracy import STEPS, Attacked, attack_of, attacked
+from experiment.evaluation.autoattack_files import data_sha256
+from experiment.evaluation.autoattack_run import autoattack
+from experiment.evaluation.flags import flags_text, wilson_interval
+from experiment.files import state_sha256
+
+REUSE = (
+    "an image that fell at a smaller epsilon counts as fallen at every larger one, and one that fell in a restart is "
+    "not attacked again: 'attacked' says how many were, restart by restart"
+)
+"""To be kept beside a curve."""
+
+
+def accuracy_curve(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: str,
+    epsilons: Sequence[float],
+    *,
+    steps: int | None = None,
+    restarts: int = 1,
+    seed: int = 0,
+    keep: bool = False,
+    progress: bool = False,
+) -> tuple[list[dict[str, Any]], Attacked]:
+    """Accuracy under fgsm, pgd or cw, or on clean images, at each epsilon from the smallest to the largest.
+
+    The first epsilon is measured on all images; the others on those that withstood the one before.
+
+    Args:
+        steps: of pgd and cw; by default 20 and 30.
+        restarts: random starts of pgd and cw; an image is robust if it withstands every one. The first is that of
+            ``pgd_accuracy`` and ``cw_accuracy`` with the same seed.
+        keep: also keep the attacked images of the last epsilon: where an image fell, those with which it fell.
+        progress: a bar for each pass on a terminal.
+
+    Returns:
+        One point per epsilon (plain types): ``epsilon``, ``accuracy``, ``interval``, ``examples``, ``flags``,
+        ``attacked`` (images, restart by restart), ``steps``, ``seconds``; and what the network says at the last.
+    """
+    found = Attacked(torch.ones(len(y), dtype=torch.bool), y.cpu().clone(), None)
+    points = []
+    for epsilon in sorted(set(epsilons)):
+        started, counts = time.perf_counter(), []
+        for restart in range(restarts if attack in STEPS and epsilon > 0 else 1):
+            index = found.correct.nonzero().squeeze(1)
+            counts.append(len(index))
+            if len(index) == 0:
+                continue
+            of_images = index.to(x.device)
+            latest = attacked(
+                model,
+                x[of_images],
+                y[index.to(y.device)],
+                attack_of(attack, model, epsilon, steps),
+                seed=f"{seed} restart {restart}" if restart else seed,
+                keep=keep,
+                progress=f"{attack}, epsilon {epsilon:.4f}" if progress else None,
+            )
+            found = _followed_by(found, index, latest)
+        points.append(
+            {
+                "epsilon": epsilon,
+                **_accuracy_of(flags_text(found.correct)),
+                "attacked": counts,
+                "steps": (steps or STEPS[attack]) if attack in STEPS else None,
+                "seconds": time.perf_counter() - started,
+            }
+        )
+    return points, found
+
+
+def autoattack_curve(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epsilons: Sequence[float],
+    *,
+    folder: Path | None = None,
+    batch: int = 250,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """AutoAttack at each epsilon from the smallest to the largest; see ``accuracy_curve`` and ``autoattack``.
+
+    Args:
+        folder: where each epsilon gets a folder of its own for its chunks, named after all that its result depends on;
+            measured again, what is there is read.
+
+    Returns:
+        Points as of ``accuracy_curve``; one of an epsilon above 0 also has ``result``, what ``autoattack`` returned
+        for the images that were left.
+    """
+    robust, points = torch.ones(len(y), dtype=torch.bool), []
+    for epsilon in sorted(set(epsilons)):
+        started, index, result = time.perf_counter(), robust.nonzero().squeeze(1), None
+        if len(index):
+            x_left, y_left = x[index.to(x.device)], y[index.to(y.device)]
+            if epsilon == 0:
+                left = attacked(model, x_left, y_left, attack_of("clean", model, 0)).correct
+            else:
+                chunks = folder and folder / _chunks_name(model, x_left, y_left, epsilon, batch, seed)
+                options = {"folder": chunks, "batch": batch, "seed": seed, "show_progress": progress}
+                result = autoattack(model, x_left, y_left, epsilon, **options)
+                left = torch.tensor([flag == "1" for flag in result["flags"]["square"]])
+            robust[index] = left
+        points.append(
+            {
+                "epsilon": epsilon,
+                **_accuracy_of(flags_text(robust)),
+                "attacked": [len(index)],
+                "result": result,
+                "seconds": result["seconds"] if result else time.perf_counter() - started,
+            }
+        )
+    return points
+
+
+def _chunks_name(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, batch: int, seed: int) -> str:
+    network, images = state_sha256(model)[:8], data_sha256(x, y)[:8]
+    return f"epsilon{epsilon:.6f}_seed{seed}_batch{batch}_network{network}_images{images}"
+
+
+def _followed_by(before: Attacked, index: Tensor, latest: Attacked) -> Attacked:
+    """What is known after the images `index` were attacked once more."""
+    correct, predictions = before.correct.clone(), before.predictions.clone()
+    correct[index], predictions[index] = latest.correct, latest.predictions
+    x_adv = latest.x_adv
+    if x_adv is not None and before.x_adv is not None:
+        x_adv = before.x_adv.clone()
+        x_adv[index] = latest.x_adv
+    return Attacked(correct, predictions, x_adv)
+
+
+def _accuracy_of(flags: str) -> dict[str, Any]:
+    correct, examples = flags.count("1"), len(flags)
+    interval = list(wilson_interval(correct, examples))
+    return {"accuracy": correct / examples, "interval": interval, "examples": examples, "flags": flags}
+
+
+def per_class(flags: str, y: Tensor, names: Callable[[int], str]) -> list[dict[str, Any]]:
+    """Accuracy of every class that has images, the worst first: ``class``, ``accuracy``, ``interval``, ``examples``.
+
+    Args:
+        flags: one character per image, as of ``accuracy_curve``.
+        names: from a label to its class name.
+    """
+    by_class: dict[int, list[str]] = {}
+    for flag, label in zip(flags, y.tolist(), strict=True):
+        by_class.setdefault(label, []).append(flag)
+    rows = [{"class": names(label), **_accuracy_of("".join(each))} for label, each in sorted(by_class.items())]
+    for row in rows:
+        del row["flags"]
+    return sorted(rows, key=lambda row: row["accuracy"])

@@ -1,0 +1,63 @@
+"""torchattacks beside ours: the same attacks at equal settings, by other hands."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiment.evaluation.accuracy import STEPS, attack_of, attacked
+from experiment.evaluation.flags import flags_text
+
+
+def beside_torchattacks(
+    model: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, steps: int | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Accuracy under FGSM and PGD, ours and torchattacks', on the same images with the same budget, step and steps.
+
+    torchattacks' C&W minimises an L2 distance and has no L-infinity budget, so that it has no place beside ours; its
+    AutoAttack is not the standard one.
+
+    Returns:
+        A row per attack: ``attack``, ``ours``, ``torchattacks`` (fractions), ``flags`` of both, ``only_ours`` and
+        ``only_theirs`` (images that fell to one of them alone), ``p`` (of so uneven a split, or a more uneven one, by
+        chance) and ``beyond_noise`` (p below 0.05).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # requests 2.25.1, which torchattacks pins, complains about its neighbours
+        import torchattacks
+
+    steps = steps or STEPS["pgd"]
+    pgd = torchattacks.PGD(model, eps=epsilon, alpha=epsilon / 4, steps=steps, random_start=True)
+    theirs = {"fgsm": torchattacks.FGSM(model, eps=epsilon), "pgd": pgd}
+    rows = []
+    for name, attack in theirs.items():
+
+        def run(x_batch: Tensor, y_batch: Tensor, attack: torchattacks.attack.Attack = attack) -> Tensor:
+            with torch.enable_grad():
+                return attack(x_batch, y_batch)
+
+        ours = attacked(model, x, y, attack_of(name, model, epsilon, steps), seed=seed).correct
+        other = attacked(model, x, y, run, seed=seed).correct
+        only_ours, only_theirs = int((other & ~ours).sum()), int((ours & ~other).sum())
+        p = sign_test(only_ours, only_theirs)
+        rows.append(
+            {
+                "attack": name,
+                "ours": ours.double().mean().item(),
+                "torchattacks": other.double().mean().item(),
+                "flags": {"ours": flags_text(ours), "torchattacks": flags_text(other)},
+                "only_ours": only_ours,
+                "only_theirs": only_theirs,
+                "p": p,
+                "beyond_noise": p < 0.05,
+            }
+        )
+    return rows
+
+
+def sign_test(first: int, second: int) -> float:
+    """Two-sided p of a split `first` to `second` of images that either side is as likely to get (McNemar, exact)."""
+    count, few = first + second, min(first, second)
+    return min(1.0, 2 * sum(math.comb(count, k) for k in range(few + 1)) / 2**count)

@@ -1,0 +1,205 @@
+"""AutoAttack: the package's own result, chunks that resume, and ranks that share them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_cases import EPSILON, Masked, labelled, replace_run, tiny_network, without_seconds
+
+import attacks
+from experiment import UserError, compat, evaluation, files
+from experiment.evaluation.autoattack_files import write_chunk
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(("build", "breaking"), [(tiny_network, "apgd-ce apgd-t fab-t"), (Masked, "apgd-t square")])
+def test_one_attack_at_a_time_is_the_standard_run_bit_for_bit(quick_autoattack, build, breaking):
+    network = build()
+    x, y = labelled(network, 60, 5)
+    result = evaluation.autoattack(network, x, y, 0.01, seed=7, show_progress=False)
+    left, broke = result["clean"], []
+    for attack, robust in result["attacks"].items():
+        broke += [attack] if robust < left else []
+        left = robust
+    assert " ".join(broke) == breaking, "the comparison needs images that fall to different attacks"
+    assert result["accuracy"] == left > 0
+
+    rows = {image.numpy().tobytes(): i for i, image in enumerate(x / 255)}
+    assembled = x / 255
+    for _, images, x_adv, _ in quick_autoattack:
+        assembled[[rows[image.numpy().tobytes()] for image in images]] = x_adv
+    adversary = compat.import_autoattack()(network, norm="Linf", eps=0.01, seed=7, version="standard")
+    with attacks.frozen(network):
+        x_adv, y_adv = adversary.run_standard_evaluation(x / 255, y, batch_size=250)
+    assert torch.equal(assembled, x_adv)
+    assert result["accuracy"] == (y_adv == y).double().mean().item()
+
+
+def test_the_result_says_what_was_measured(quick_autoattack, capsys):
+    network = tiny_network()
+    x, y = labelled(network, 10, 2)
+    result = evaluation.autoattack(network, x, y, EPSILON, batch=4, seed=7)
+    assert result["clean"] == 0.8
+    assert result["student_sha256"] == files.state_sha256(network)
+    assert (result["examples"], result["batch"], result["seed"], result["epsilon"]) == (10, 4, 7, EPSILON)
+    assert (result["version"], result["package"]) == ("standard", "pyautoattack 0.2.0")
+    assert list(result["attacks"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert list(result["flags"]) == ["clean", *result["attacks"]]
+    assert result["flags"]["clean"] == "1111111100"
+    for name, share in result["attacks"].items():
+        assert result["flags"][name].count("1") / 10 == share
+    assert result["interval"] == [*evaluation.wilson_interval(round(10 * result["accuracy"]), 10)]
+    assert result["seconds"] == pytest.approx(sum(result["attack_seconds"].values()))
+    assert json.loads(json.dumps(result)) == result
+    printed = capsys.readouterr().err
+    assert "seed 7" in printed
+    assert "10 of 10 images" in printed
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_resume_attacks_nothing_twice_and_ends_the_same(quick_autoattack, tmp_path, monkeypatch):
+    network = tiny_network()
+    x, y = labelled(network, 11, 1)
+
+    def run(folder):
+        return evaluation.autoattack(network, x, y, 0.002, folder=folder, batch=3, show_progress=False)
+
+    def seen():
+        images = {image.numpy().tobytes() for _, images, *_ in quick_autoattack for image in images}
+        quick_autoattack.clear()
+        return images
+
+    whole = run(tmp_path / "whole")
+    everything = seen()
+    with monkeypatch.context() as patch:
+
+        def stop_in_third_chunk(attack, images, labels, batch, real):
+            if attack == "apgd-t" and (images == x[6] / 255).flatten(1).all(dim=1).any():
+                raise Interrupted
+            return real()
+
+        replace_run(patch, stop_in_third_chunk)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "cut")
+    before = seen()
+    assert sorted(file.name for file in (tmp_path / "cut").iterdir()) == ["chunk-00000.json", "chunk-00001.json"]
+    resumed = run(tmp_path / "cut")
+    after = seen()
+    assert without_seconds(resumed) == without_seconds(whole)
+    assert before | after == everything
+    # Only the chunk that was cut is seen again.
+    assert before & after <= {image.numpy().tobytes() for image in x[6:9] / 255}
+
+    again = run(tmp_path / "cut")
+    assert again == resumed  # seconds too: they are those of the attacks, not of the reading
+    assert not seen()
+    (tmp_path / "cut" / "chunk-00001.json").unlink()
+    assert without_seconds(run(tmp_path / "cut")) == without_seconds(whole)
+    assert seen() <= {image.numpy().tobytes() for image in x[3:6] / 255}
+
+
+def test_chunks_without_flags_are_attacked_again(quick_autoattack, tmp_path, capsys):
+    """Runs that began before every image had its flag go on."""
+    network = tiny_network()
+    x, y = labelled(network, 6, 1)
+    expected = evaluation.autoattack(network, x, y, EPSILON, folder=tmp_path, batch=3, show_progress=False)
+    path = tmp_path / "chunk-00001.json"
+    record = files.read_json(path)["record"]
+    counts = {name: flags.count("1") for name, flags in record.pop("flags").items()}
+    write_chunk(path, files.read_json(path)["parts"], {**record, "clean": counts.pop("clean"), "robust": counts})
+    found = evaluation.autoattack(network, x, y, EPSILON, folder=tmp_path, batch=3)
+    assert without_seconds(found) == without_seconds(expected)
+    assert "without a flag per image, are attacked again: 1" in capsys.readouterr().err
+
+
+def test_results_of_different_runs_are_not_mixed(quick_autoattack, tmp_path):
+    network, other = tiny_network(), tiny_network()
+    other[3].bias.data[0] += 1e-3
+    x, y = labelled(network, 6, 1)
+    y_other, x_other = y.clone(), x.clone()
+    y_other[5] = (y[5] + 1) % 10
+    x_other[4, 0, 0, 0] ^= 1
+    standard = {"model": network, "x": x, "y": y, "epsilon": EPSILON, "seed": 0, "batch": 3}
+
+    def run(**changed):
+        settings = {**standard, **changed}
+        positional = [settings.pop(name) for name in ("model", "x", "y", "epsilon")]
+        return evaluation.autoattack(*positional, folder=tmp_path, show_progress=False, **settings)
+
+    expected = run()
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    quick_autoattack.clear()
+    for changed, named in [
+        ({"model": other}, "student"),
+        ({"epsilon": 0.04}, "epsilon"),
+        ({"seed": 1}, "seed"),
+        ({"y": y_other}, "data"),
+        ({"x": x_other}, "data"),
+        ({"batch": 6}, "chunk size and data"),
+    ]:
+        with pytest.raises(UserError, match=f"of another {named}; results are not mixed"):
+            run(**changed)
+    assert not quick_autoattack
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert run(x=x / 255) == expected  # the same images as floats are the same data
+
+    path = tmp_path / "chunk-00001.json"
+    for damaged in (files[path].replace(b'"clean": "110"', b'"clean": "111"'), files[path][:-20], b"[1]", b"{}"):
+        assert damaged != files[path]
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"chunk-00001\.json"):
+            run()
+        assert path.read_bytes() == damaged
+
+
+TWO_RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+sys.path[:0] = [{root!r}, {tests!r}]
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{shared}", rank=rank, world_size=2)
+from evaluation_cases import EPSILON, labelled, tiny_network
+from experiment import compat, evaluation
+published = compat.import_autoattack()
+class Small(published):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.apgd.n_iter = self.apgd_targeted.n_iter = 1
+        self.fab.n_iter = 4
+        self.square.n_queries = 60
+import pyautoattack
+pyautoattack.AutoAttack = Small
+network = tiny_network()
+x, y = labelled(network, 11, 1)
+print(evaluation.pgd_accuracy(network, x, y, EPSILON, steps=3, batch=4))
+print(evaluation.accuracy(network, x, y))  # one batch: the second rank has none
+result = evaluation.autoattack(network, x, y, EPSILON, folder={folder!r}, batch=3, show_progress=False)
+print({{name: value for name, value in result.items() if "seconds" not in name}})
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_share_the_work_and_agree_with_one(quick_autoattack, tmp_path):
+    network = tiny_network()
+    x, y = labelled(network, 11, 1)
+    script = tmp_path / "rank.py"
+    names = {"root": str(ROOT), "tests": str(ROOT / "tests"), "shared": tmp_path / "shared"}
+    script.write_text(TWO_RANKS.format(**names, folder=str(tmp_path / "chunks")))
+    ranks = [
+        subprocess.Popen([sys.executable, str(script), str(rank)], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+        for rank in range(2)
+    ]
+    expected = (
+        f"{evaluation.pgd_accuracy(network, x, y, EPSILON, steps=3, batch=4)}\n{evaluation.accuracy(network, x, y)}\n"
+        f"{without_seconds(evaluation.autoattack(network, x, y, EPSILON, batch=3, show_progress=False))}\n"
+    )
+    assert [process.communicate(timeout=100)[0] for process in ranks] == [expected, expected]
+    assert len(list((tmp_path / "chunks").iterdir())) == 4
