@@ -23,13 +23,13 @@ RECIPE = {
     # AdaAD paper, section 4.1.
     "inner": {"attack": "adaad", "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10},
     # IGDM's documented default; the paper sets β = γ = 1 and ramps α linearly from epoch 1 on.
-    "added": {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200},
-    # AdaAD as the IGDM paper ran it is the default recipe.
-    "paper": {"epochs": 200},
-    # IGDM paper, appendix: α at the last epoch; its ramp is epoch / epochs.
-    "paper_added": {
-        "alpha": {"RES-18": {"BDM": 70, "LTD": 15, "DEC": 50}, "MN-V2": {"BDM": 50, "LTD": 20, "DEC": 40}},
-        "ramp_epochs": "epochs",
+    "IGDM": {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200},
+    "preset paper": {
+        # AdaAD as the IGDM paper ran it is the default recipe.
+        "epochs": 200,
+        # IGDM paper, appendix: α at the last epoch; its ramp is epoch / epochs.
+        "alpha": cli.by_teacher_and_student(("RES-18", "MN-V2"), BDM=(70, 50), LTD=(15, 20), DEC=(50, 40)),
+        "ramp_epochs": lambda args: args.epochs,
     },
 }
 
@@ -74,10 +74,8 @@ def main():
             sum(terms.values()).backward()
             optimizer.step()
             run.count(terms)
-        accuracies = {}
-        if epoch > args.eval_after or epoch == args.epochs:
-            accuracies = evaluation.monitor(fast_student, images, args.epsilon)
-        run.end_epoch(accuracies)
+        evaluated = epoch > args.eval_after or epoch == args.epochs
+        run.end_epoch(evaluation.monitor(fast_student, images, args.epsilon) if evaluated else {})
     run.finish(evaluation.autoattack)
 
 

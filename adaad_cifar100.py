@@ -19,8 +19,10 @@ RECIPE = {
     "optimisation": {"epochs": 200, "batch": 128, "lr": 0.1, "momentum": 0.9, "wd": 5e-4, "lr_milestones": None},
     # AdaAD paper, section 4.1.
     "inner": {"attack": "adaad", "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10},
-    # AdaAD as the IGDM paper ran it is the default recipe.
-    "paper": {"epochs": 200},
+    "preset paper": {
+        # AdaAD as the IGDM paper ran it is the default recipe.
+        "epochs": 200,
+    },
 }
 
 
@@ -57,10 +59,8 @@ def main():
             sum(terms.values()).backward()
             optimizer.step()
             run.count(terms)
-        accuracies = {}
-        if epoch > args.eval_after or epoch == args.epochs:
-            accuracies = evaluation.monitor(fast_student, images, args.epsilon)
-        run.end_epoch(accuracies)
+        evaluated = epoch > args.eval_after or epoch == args.epochs
+        run.end_epoch(evaluation.monitor(fast_student, images, args.epsilon) if evaluated else {})
     run.finish(evaluation.autoattack)
 
 

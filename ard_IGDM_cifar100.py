@@ -24,13 +24,14 @@ RECIPE = {
     "inner": {"attack": "pgd", "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10},
     "outer": {"target": "adversarial", "ce_weight": 0.0},  # λ = 0 as published
     # IGDM's documented default; the paper sets β = γ = 1 and ramps α linearly from epoch 1 on.
-    "added": {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200},
-    # ARD paper, eq. 4, and IGDM paper: the target is T(x), at temperature 1.
-    "paper": {"target": "clean", "ce_weight": 0.0},
-    # IGDM paper, appendix: α at the last epoch; its ramp is epoch / epochs.
-    "paper_added": {
-        "alpha": {"RES-18": {"BDM": 100, "LTD": 50, "DEC": 100}, "MN-V2": {"BDM": 70, "LTD": 70, "DEC": 70}},
-        "ramp_epochs": "epochs",
+    "IGDM": {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200},
+    "preset paper": {
+        # ARD paper, eq. 4, and IGDM paper: the target is T(x), at temperature 1.
+        "target": "clean",
+        "ce_weight": 0.0,
+        # IGDM paper, appendix: α at the last epoch; its ramp is epoch / epochs.
+        "alpha": cli.by_teacher_and_student(("RES-18", "MN-V2"), BDM=(100, 70), LTD=(50, 70), DEC=(100, 70)),
+        "ramp_epochs": lambda args: args.epochs,
     },
 }
 
@@ -75,10 +76,8 @@ def main():
             sum(terms.values()).backward()
             optimizer.step()
             run.count(terms)
-        accuracies = {}
-        if epoch > args.eval_after or epoch == args.epochs:
-            accuracies = evaluation.monitor(fast_student, images, args.epsilon)
-        run.end_epoch(accuracies)
+        evaluated = epoch > args.eval_after or epoch == args.epochs
+        run.end_epoch(evaluation.monitor(fast_student, images, args.epsilon) if evaluated else {})
     run.finish(evaluation.autoattack)
 
 

@@ -20,8 +20,11 @@ RECIPE = {
     # ARD paper, section 5, with the step 2/255 that the later papers use.
     "inner": {"attack": "pgd", "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10},
     "outer": {"target": "adversarial", "ce_weight": 0.0},  # λ = 0 as published
-    # ARD paper, eq. 4, and IGDM paper: the target is T(x), at temperature 1.
-    "paper": {"target": "clean", "ce_weight": 0.0},
+    "preset paper": {
+        # ARD paper, eq. 4, and IGDM paper: the target is T(x), at temperature 1.
+        "target": "clean",
+        "ce_weight": 0.0,
+    },
 }
 
 
@@ -58,10 +61,8 @@ def main():
             sum(terms.values()).backward()
             optimizer.step()
             run.count(terms)
-        accuracies = {}
-        if epoch > args.eval_after or epoch == args.epochs:
-            accuracies = evaluation.monitor(fast_student, images, args.epsilon)
-        run.end_epoch(accuracies)
+        evaluated = epoch > args.eval_after or epoch == args.epochs
+        run.end_epoch(evaluation.monitor(fast_student, images, args.epsilon) if evaluated else {})
     run.finish(evaluation.autoattack)
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rslad_loss import at_least_float32, kl_divergence
+
 EPSILON, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 10
 """The budget of all four papers; the defaults of every attack."""
 
@@ -97,18 +99,6 @@ def project(x_adv: Tensor, x: Tensor, epsilon: float) -> Tensor:
     return torch.clamp(x_adv, min=x - epsilon, max=x + epsilon, out=x_adv).clamp_(0, 1)
 
 
-def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    """model(x), in float32 if the network computes in half precision: objectives are never summed in bfloat16."""
-    logits = model(x)
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-
-
-def _kl_sum(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(T || S) summed over the batch; log_target keeps the gradient finite where softmax(T) underflows to 0."""
-    log_student, log_teacher = F.log_softmax(student_logits, dim=1), F.log_softmax(teacher_logits, dim=1)
-    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-
-
 def ascend(
     objective: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -171,7 +161,7 @@ def pgd(
     """
 
     def objective(x_adv: Tensor) -> Tensor:
-        return F.cross_entropy(_logits(model, x_adv), y, reduction="sum")
+        return F.cross_entropy(at_least_float32(model(x_adv)), y, reduction="sum")
 
     with frozen(model):
         start = uniform_start(x, epsilon) if random_start else x
@@ -188,7 +178,7 @@ def cw(
     """
 
     def objective(x_adv: Tensor) -> Tensor:
-        logits = _logits(model, x_adv)
+        logits = at_least_float32(model(x_adv))
         true = logits.gather(1, y[:, None])
         others = logits.scatter(1, y[:, None], float("-inf"))
         return (others.amax(dim=1, keepdim=True) - true).sum()
@@ -213,11 +203,9 @@ def rslad(
     Source: Zi et al., ICCV 2021, eq. 9. See the module's conventions for the rest.
     """
     teacher_logits = teacher_logits.detach()
-    if teacher_logits.dtype in (torch.bfloat16, torch.float16):
-        teacher_logits = teacher_logits.float()
 
     def objective(x_adv: Tensor) -> Tensor:
-        return _kl_sum(_logits(student, x_adv), teacher_logits)
+        return kl_divergence(student(x_adv), teacher_logits, reduction="sum")
 
     with frozen(student):
         return ascend(objective, x, gaussian_start(x), epsilon, step_size, steps)
@@ -239,7 +227,7 @@ def adaad(
     """
 
     def objective(x_adv: Tensor) -> Tensor:
-        return _kl_sum(_logits(student, x_adv), _logits(teacher, x_adv))
+        return kl_divergence(student(x_adv), teacher(x_adv), reduction="sum")
 
     with frozen(student, teacher):
         return ascend(objective, x, gaussian_start(x), epsilon, step_size, steps)
@@ -263,9 +251,9 @@ def igdm(
     def objective(x_adv: Tensor) -> Tensor:
         # Both branches in one batch: networks are in eval mode, so images do not mix.
         both = torch.cat([x_adv, 2 * x - x_adv])
-        student_plus, student_minus = _logits(student, both).chunk(2)
-        teacher_plus, teacher_minus = _logits(teacher, both).chunk(2)
-        return _kl_sum(student_plus - student_minus, teacher_plus - teacher_minus)
+        student_plus, student_minus = at_least_float32(student(both)).chunk(2)
+        teacher_plus, teacher_minus = at_least_float32(teacher(both)).chunk(2)
+        return kl_divergence(student_plus - student_minus, teacher_plus - teacher_minus, reduction="sum")
 
     with frozen(student, teacher):
         return ascend(objective, x, uniform_start(x, epsilon), epsilon, step_size, steps)

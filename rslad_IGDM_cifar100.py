@@ -23,14 +23,17 @@ RECIPE = {
     "inner": {"attack": "rslad", "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10},  # RSLAD paper, section 4.1
     "outer": {"target": "adversarial", "clean_weight": 0.0, "loss_scale": 1.0},  # as documented
     # IGDM's documented default; the paper sets β = γ = 1 and ramps α linearly from epoch 1 on.
-    "added": {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200},
-    # RSLAD paper, eq. 8 and section 4.1; the release's loss is 0.1 of the batch mean.
-    "paper": {"epochs": 300, "lr_milestones": [215, 260, 285]},
-    "paper_outer": {"target": "clean", "clean_weight": 1 / 6, "loss_scale": 0.1},
-    # IGDM paper, appendix: α at the last epoch, relative to RSLAD's scale of 0.1; its ramp is epoch / epochs.
-    "paper_added": {
-        "alpha": {"RES-18": {"BDM": 10, "LTD": 3, "DEC": 10}, "MN-V2": {"BDM": 4, "LTD": 3, "DEC": 10}},
-        "ramp_epochs": "epochs",
+    "IGDM": {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200},
+    "preset paper": {
+        # RSLAD paper, eq. 8 and section 4.1; the release's loss is 0.1 of the batch mean.
+        "epochs": 300,
+        "lr_milestones": [215, 260, 285],
+        "target": "clean",
+        "clean_weight": 1 / 6,
+        "loss_scale": 0.1,
+        # IGDM paper, appendix: α at the last epoch, relative to RSLAD's scale of 0.1; its ramp is epoch / epochs.
+        "alpha": cli.by_teacher_and_student(("RES-18", "MN-V2"), BDM=(10, 4), LTD=(3, 3), DEC=(10, 10)),
+        "ramp_epochs": lambda args: args.epochs,
     },
 }
 
@@ -78,10 +81,8 @@ def main():
             sum(terms.values()).backward()
             optimizer.step()
             run.count(terms)
-        accuracies = {}
-        if epoch > args.eval_after or epoch == args.epochs:
-            accuracies = evaluation.monitor(fast_student, images, args.epsilon)
-        run.end_epoch(accuracies)
+        evaluated = epoch > args.eval_after or epoch == args.epochs
+        run.end_epoch(evaluation.monitor(fast_student, images, args.epsilon) if evaluated else {})
     run.finish(evaluation.autoattack)
 
 

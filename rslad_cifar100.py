@@ -19,9 +19,14 @@ RECIPE = {
     "optimisation": {"epochs": 200, "batch": 128, "lr": 0.1, "momentum": 0.9, "wd": 5e-4, "lr_milestones": None},
     "inner": {"attack": "rslad", "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10},  # RSLAD paper, section 4.1
     "outer": {"target": "adversarial", "clean_weight": 0.0, "loss_scale": 1.0},  # as documented
-    # RSLAD paper, eq. 8 and section 4.1; the release's loss is 0.1 of the batch mean.
-    "paper": {"epochs": 300, "lr_milestones": [215, 260, 285]},
-    "paper_outer": {"target": "clean", "clean_weight": 1 / 6, "loss_scale": 0.1},
+    "preset paper": {
+        # RSLAD paper, eq. 8 and section 4.1; the release's loss is 0.1 of the batch mean.
+        "epochs": 300,
+        "lr_milestones": [215, 260, 285],
+        "target": "clean",
+        "clean_weight": 1 / 6,
+        "loss_scale": 0.1,
+    },
 }
 
 
@@ -61,10 +66,8 @@ def main():
             sum(terms.values()).backward()
             optimizer.step()
             run.count(terms)
-        accuracies = {}
-        if epoch > args.eval_after or epoch == args.epochs:
-            accuracies = evaluation.monitor(fast_student, images, args.epsilon)
-        run.end_epoch(accuracies)
+        evaluated = epoch > args.eval_after or epoch == args.epochs
+        run.end_epoch(evaluation.monitor(fast_student, images, args.epsilon) if evaluated else {})
     run.finish(evaluation.autoattack)
 
 

@@ -16,12 +16,13 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, reduction: str = "batchmean") -> Tensor:
     """KL(T || S) = mean over images of sum_c softmax(T)_c (log softmax(T)_c - log softmax(S)_c).
 
     Args:
         student_logits: (N, C), any real values.
         teacher_logits: (N, C), any real values.
+        reduction: ``sum`` adds the images up instead, as attacks do.
 
     Returns:
         Scalar >= 0 up to rounding.
@@ -37,7 +38,7 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     # log_target: with probabilities as target, a softmax that underflows to 0 has the gradient log(0) = -inf, and
     # AdaAD's attack, which differentiates the teacher too, would turn that into NaN.
     log_teacher = F.log_softmax(at_least_float32(teacher_logits), dim=1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    return F.kl_div(log_student, log_teacher, reduction=reduction, log_target=True)
 
 
 def ard(student_adv: Tensor, teacher_logits: Tensor, y: Tensor, ce_weight: float = 0.0) -> Tensor:

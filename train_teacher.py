@@ -59,10 +59,8 @@ def main():
             sum(terms.values()).backward()
             optimizer.step()
             run.count(terms)
-        accuracies = {}
-        if epoch > args.eval_after or epoch == args.epochs:
-            accuracies = evaluation.monitor(fast_model, images, args.epsilon)
-        run.end_epoch(accuracies)
+        evaluated = epoch > args.eval_after or epoch == args.epochs
+        run.end_epoch(evaluation.monitor(fast_model, images, args.epsilon) if evaluated else {})
     run.finish(evaluation.autoattack)
 
 

@@ -17,7 +17,7 @@ MODELS = {
 _WIDE = re.compile(r"WRN-(\d{1,3})-(\d{1,2})")
 
 
-def check_name(name: str) -> None:
+def check_model_name(name: str) -> None:
     """Raise the ValueError that ``build_model`` would raise for this name, without building anything."""
     wide = _WIDE.fullmatch(name)
     if name not in MODELS and not (wide and wide_resnet.allowed(int(wide[1]), int(wide[2]))):
@@ -40,7 +40,7 @@ def build_model(name: str, num_classes: int = 100) -> nn.Module:
     Raises:
         ValueError: the name is not known, or num_classes < 2.
     """
-    check_name(name)
+    check_model_name(name)
     if num_classes < 2:
         raise ValueError(f"num_classes {num_classes} is not allowed; at least 2")
     wide = _WIDE.fullmatch(name)

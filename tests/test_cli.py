@@ -207,9 +207,9 @@ PAPER = {
 
 
 def changed(method, *argv):
-    """What --preset paper changes."""
+    """What --preset paper changes, but for the run's name."""
     before, after = vars(parse(method, *argv)), vars(parse(method, *argv, "--preset", "paper"))
-    return {name: value for name, value in after.items() if value != before[name]}
+    return {name: value for name, value in after.items() if value != before[name] and name != "run_name"}
 
 
 @pytest.mark.parametrize("student", ["RES-18", "MN-V2"])
@@ -219,10 +219,11 @@ def test_the_papers_preset(method, teacher, student):
     networks = ("--teacher", teacher, "--student", student)
     paper = vars(parse(method, *networks, "--preset", "paper"))
     default = vars(parse(method, *networks))
-    assert paper == default | PAPER[method] | {"preset": "paper"}
+    name = f"{method}_cifar100_{teacher}_{student}_paper_seed0"
+    assert paper == default | PAPER[method] | {"preset": "paper", "run_name": name}
     twin = vars(parse(f"{method}_IGDM", *networks, "--preset", "paper"))
     own = {"alpha": ALPHA[method][student][teacher], "beta": 1.0, "gamma": 1.0, "ramp_epochs": paper["epochs"]}
-    assert twin == paper | own | {"run_name": twin["run_name"]}
+    assert twin == paper | own | {"run_name": name.replace(method, f"{method}_IGDM")}
 
 
 @every_method
@@ -247,6 +248,20 @@ def test_the_papers_ramp_is_over_all_epochs_of_this_run():
 
 
 @pytest.mark.parametrize(
+    ("argv", "milestones"),
+    [
+        ((), [215, 260, 285]),
+        (("--epochs", "300"), [215, 260, 285]),
+        (("--epochs", "100"), [50, 75]),
+        (("--epochs", "100", "--lr_milestones", "70", "90"), [70, 90]),
+    ],
+)
+def test_the_papers_milestones_hold_for_its_number_of_epochs(argv, milestones):
+    assert parse("rslad_IGDM", "--preset", "paper", *argv).lr_milestones == milestones
+    assert parse("rslad", *argv, "--preset", "paper").lr_milestones == milestones
+
+
+@pytest.mark.parametrize(
     "networks", [("--teacher", "runs/teacher"), ("--student", "RES-8"), ("--teacher", "Wang2023Better_WRN-70-16")]
 )
 def test_an_alpha_that_no_paper_has_must_be_given(networks, capsys):
@@ -266,6 +281,15 @@ def test_a_number_of_ones_own_in_a_recipe_is_a_flag(capsys):
     with pytest.raises(SystemExit):
         cli.parse_args(script.__file__, recipe, ["--tv_weight", "much"])
     assert "'much' is not allowed; a number, or a fraction such as 8/255" in capsys.readouterr().err
+
+
+def test_a_default_may_be_computed_from_other_flags():
+    script = importlib.import_module("adaad_cifar100")
+    recipe = {**script.RECIPE, "outer": {"warmup": lambda args: args.epochs // 10}}
+    recipe["preset paper"] = {"epochs": 50}
+    assert cli.parse_args(script.__file__, recipe, []).warmup == 20
+    assert cli.parse_args(script.__file__, recipe, ["--preset", "paper"]).warmup == 5
+    assert cli.parse_args(script.__file__, recipe, ["--warmup", "3"]).warmup == 3
 
 
 def test_help_shows_defaults_as_they_are_typed(capsys):
@@ -365,22 +389,68 @@ def test_wandb_flags():
 @pytest.mark.parametrize(
     ("argv", "name"),
     [
-        ((), "ard_IGDM_cifar100_BDM_RES-18_seed0"),
-        (("--seed", "3", "--dataset", "digits"), "ard_IGDM_digits_BDM_RES-18_seed3"),
-        (("--teacher", "runs/demo/teacher/"), "ard_IGDM_cifar100_teacher_RES-18_seed0"),
-        (("--teacher", "/a/b/best.pt"), "ard_IGDM_cifar100_best_RES-18_seed0"),
-        (("--dataset", "some/where/sample.npz"), "ard_IGDM_sample_BDM_RES-18_seed0"),
-        (("--dataset", "sample.npz"), "ard_IGDM_sample_BDM_RES-18_seed0"),
-        (("--run_name", "first try"), "first try"),
+        ("", "ard_IGDM_cifar100_BDM_RES-18_seed0"),
+        ("--seed 3 --dataset digits", "ard_IGDM_digits_BDM_RES-18_seed3"),
+        ("--teacher runs/demo/teacher/", "ard_IGDM_cifar100_teacher_RES-18_seed0"),
+        ("--teacher /a/b/best.pt", "ard_IGDM_cifar100_best_RES-18_seed0"),
+        ("--teacher /a/b/student.pt", "ard_IGDM_cifar100_b_RES-18_seed0"),
+        ("--dataset some/where/sample.npz", "ard_IGDM_sample_BDM_RES-18_seed0"),
+        ("--dataset sample.npz", "ard_IGDM_sample_BDM_RES-18_seed0"),
+        ("--alpha 50", "ard_IGDM_cifar100_BDM_RES-18_alpha50_seed0"),
+        ("--alpha 20 --epochs 200 --precision fp32 --side 0", "ard_IGDM_cifar100_BDM_RES-18_seed0"),
+        ("--epochs 100", "ard_IGDM_cifar100_BDM_RES-18_epochs100_seed0"),
+        (
+            "--epochs 100 --lr_milestones 70 90 --wd 2e-4",
+            "ard_IGDM_cifar100_BDM_RES-18_epochs100_wd0.0002_lr_milestones70-90_seed0",
+        ),
+        ("--lr_milestones", "ard_IGDM_cifar100_BDM_RES-18_lr_milestones-none_seed0"),
+        ("--epsilon 4/255 --lr 0.05", "ard_IGDM_cifar100_BDM_RES-18_lr0.05_epsilon4-255_seed0"),
+        ("--target clean --attack adaad", "ard_IGDM_cifar100_BDM_RES-18_attack-adaad_target-clean_seed0"),
+        ("--preset paper", "ard_IGDM_cifar100_BDM_RES-18_paper_seed0"),
+        ("--preset paper --alpha 100 --ramp_epochs 200", "ard_IGDM_cifar100_BDM_RES-18_paper_seed0"),
+        ("--preset paper --alpha 20", "ard_IGDM_cifar100_BDM_RES-18_paper_alpha20_seed0"),
+        ("--preset paper --epochs 30", "ard_IGDM_cifar100_BDM_RES-18_paper_epochs30_seed0"),
+        (
+            "--preset paper --alpha 20 --student RES-8 --holdout 5 --swa_after 3 --precision bf16",
+            "ard_IGDM_cifar100_BDM_RES-8_paper_alpha20_holdout5_swa_after3_precision-bf16_seed0",
+        ),
+        (
+            "--nowand 0 --eval_after 3 --aa_examples 5 --data_dir x --teacher_path y",
+            "ard_IGDM_cifar100_BDM_RES-18_seed0",
+        ),
     ],
 )
-def test_run_name(argv, name):
-    assert parse("ard_IGDM", *argv).run_name == name
+def test_run_name_tells_what_is_not_the_default(argv, name):
+    assert parse("ard_IGDM", *argv.split()).run_name == name
+
+
+def test_run_name_given_and_one_too_long():
+    assert parse("ard", "--run_name", "first try").run_name == "first try"
+    milestones = [str(n) for n in range(1, 90)]
+    name = parse("ard", "--epochs", "100", "--lr_milestones", *milestones).run_name
+    other = parse("ard", "--epochs", "100", "--lr_milestones", *milestones, "90").run_name
+    assert len(name) < 200
+    assert name != other
 
 
 WHOLE = ("0", "-1", "1.5", "1e3", "ten", "", "2147483648", "99999999999", "1_000", "٣")
 NOT_NEGATIVE = tuple(text for text in WHOLE if text != "0")
-FRACTION = ("8/0", "-1/255", "1.5", "256/255", "nan", "inf", "a", "", "8/255/2", "1/nan", "8:255", "/255")
+FRACTION = (
+    "1/inf",
+    "inf/inf",
+    "8/0",
+    "-1/255",
+    "1.5",
+    "256/255",
+    "nan",
+    "inf",
+    "a",
+    "",
+    "8/255/2",
+    "1/nan",
+    "8:255",
+    "/255",
+)
 FRACTION += ("1/", "1_0/255", "٨/255")  # float() alone would take the last two
 RATE = ("0", "-0.1", "nan", "inf", "1e999", "fast", "")
 WEIGHT = ("-1", "nan", "inf", "-inf", "much")

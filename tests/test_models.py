@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cifar100_models import MODELS, build_model, check_name
+from cifar100_models import MODELS, build_model, check_model_name
 
 NAMES = ("RES-18", "RES-20", "RES-8", "MN-V2", "WRN-10-1", "WRN-16-2")
 LIGHT = ("RES-20", "RES-8", "MN-V2", "WRN-10-1", "WRN-16-2")
@@ -119,7 +119,7 @@ def test_too_few_classes_are_refused(num_classes):
     ],
 )
 def test_unknown_names_are_refused_in_a_line_that_names_the_known(name):
-    for refuse in (build_model, check_name):
+    for refuse in (build_model, check_model_name):
         with pytest.raises(ValueError, match=re.escape(repr(name))) as caught:
             refuse(name)
         line = str(caught.value)
@@ -128,9 +128,9 @@ def test_unknown_names_are_refused_in_a_line_that_names_the_known(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_check_name_builds_nothing(name):
+def test_check_model_name_builds_nothing(name):
     state = torch.get_rng_state()
-    check_name(name)
+    check_model_name(name)
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -103,7 +103,7 @@ class Run:
             "method": self.recipe["method"],
             "adds": self.recipe.get("adds"),
             "outer_settings": list(self.recipe.get("outer", {})),
-            "added_settings": list(self.recipe.get("added", {})),
+            "added_settings": list(self.recipe.get(self.recipe.get("adds"), {})),
             "settings": vars(self.args),
             **provenance(self.script),
             "device": self.engine.hardware(),

@@ -1,0 +1,23 @@
+"""The command line: one table of flags for all scripts, and what a script's RECIPE makes of it."""
+
+from experiment.cli.flags import ALIASES, METHOD_FLAGS, RUN_FLAGS
+from experiment.cli.parser import Parser, parse_args, resolve_device
+from experiment.cli.presets import by_teacher_and_student
+from experiment.cli.values import fraction, number, positive_int, switch, whole
+from experiment.entry import guard
+
+__all__ = [
+    "ALIASES",
+    "METHOD_FLAGS",
+    "RUN_FLAGS",
+    "Parser",
+    "by_teacher_and_student",
+    "fraction",
+    "guard",
+    "number",
+    "parse_args",
+    "positive_int",
+    "resolve_device",
+    "switch",
+    "whole",
+]

@@ -1,0 +1,143 @@
+"""A script's parser: the flags of its RECIPE and those of every script; strict, and complete in what it returns."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from experiment import UserError
+from experiment.cli.flags import METHOD_FLAGS, NAMED_RUN_FLAGS, RUN_FLAGS
+from experiment.cli.presets import PAPER, default, defaults_of, fill
+from experiment.cli.run_name import default_run_name
+from experiment.cli.values import flag_like
+from experiment.entry import batch_of_script
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults as they would be typed: 8/255, and none where the text says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        value = action.default
+        if value is None or value == []:
+            return action.help
+        if isinstance(value, float) and not value.is_integer() and math.isclose(round(255 * value), 255 * value):
+            return f"{action.help} (default: {255 * value:.0f}/255)"
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Strict parsing; an error is one line on stderr and exit status 2."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
+    """The parser of one script, before the defaults that depend on other flags are filled in."""
+    title = f"{recipe['method']}{'+' + recipe['adds'] if 'adds' in recipe else ''} on CIFAR-100 and friends"
+    parser = Parser(prog=Path(script).name, description=title)
+    if PAPER in recipe:
+        parser.add_argument(
+            "--preset",
+            choices=("default", "paper"),
+            default="default",
+            help="the documented recipe, or the papers' published one",
+        )
+    if "teacher" in recipe["networks"]:
+        parser.add_argument("--teacher_path", default=None, help="the downloaded RobustBench .pt file of --teacher")
+    own = {"help": "a setting of this script's own: its RECIPE and training_loss tell what it does"}
+    for name, value in defaults_of(recipe, "default").items():
+        # train_teacher.py's only network is no one's student: --model says the same there.
+        alias = ["--model"] if name == "student" and "teacher" not in recipe["networks"] else []
+        options = METHOD_FLAGS.get(name) or {"type": flag_like(value), **own}
+        shown = None if callable(value) else value  # what is computed, the flag's help tells
+        parser.add_argument(*alias, f"--{name}", dest=name, **options, default=shown)
+    for name, options in RUN_FLAGS.items():
+        parser.add_argument(f"--{name}", **options)
+    return parser
+
+
+def parse_args(script: str, recipe: dict[str, Any], argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a script's flags and resolve every default.
+
+    Args:
+        script: the script's ``__file__``; names the program and, without --run_name, the run.
+        recipe: the script's RECIPE: ``method``; ``adds`` where it adds something to that method; and groups
+            {flag: default}, of which ``preset paper`` is what --preset paper changes. A default may be a function of
+            the other flags' values.
+        argv: arguments; those of the process if None.
+
+    Returns:
+        A namespace with one attribute per flag. A flag given on the command line beats the preset.
+
+    Raises:
+        SystemExit: status 2 after one line on stderr, for any argument that is not allowed.
+    """
+    parser = build_parser(script, recipe)
+    args = parser.parse_args(argv)
+    # argparse leaves an attribute that exists alone unless the flag is given: this finds what the user gave.
+    unset = object()
+    marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    given = {name for name, value in vars(marked).items() if value is not unset}
+    defaults = defaults_of(recipe, getattr(args, "preset", "default"))
+    try:
+        fill(args, given, defaults)
+    except UserError as error:
+        parser.error(str(error))
+    _check(parser, args, given)
+    args.device = resolve_device(parser, args.device)
+    precision = "tf32" if args.device.startswith("cuda") else "fp32"
+    args.precision = args.precision or precision
+    if args.precision == "tf32" and args.device == "cpu":
+        parser.error("argument --precision: 'tf32' is not allowed on the CPU; fp32 or bf16")
+    if args.run_name is None:
+        settled = {**{name: RUN_FLAGS[name].get("default") for name in NAMED_RUN_FLAGS}, "precision": precision}
+        changed = [name for name in defaults if name in given and _differs(args, name, defaults)]
+        changed += [name for name, value in settled.items() if getattr(args, name) != value]
+        args.run_name = default_run_name(script, args, (name for name in changed if name not in ("teacher", "student")))
+    batch_of_script.set(args.batch)
+    return args
+
+
+def _differs(args: argparse.Namespace, name: str, defaults: dict[str, Any]) -> bool:
+    """Whether a flag that was given is something else than it would be without."""
+    try:
+        return getattr(args, name) != default(defaults, name, args)
+    except UserError:  # the preset has no value: whatever was given tells the run from others
+        return True
+
+
+def _check(parser: Parser, args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse what contradicts itself."""
+    if "lr_milestones" in given and sorted(set(args.lr_milestones)) != args.lr_milestones:
+        parser.error(f"argument --lr_milestones: {args.lr_milestones} is not allowed; epochs in rising order")
+    if args.aa_best and not args.holdout:
+        parser.error("argument --aa_best: 1 is not allowed without --holdout, whose images tell the best epoch")
+    if args.swa_after >= args.epochs:
+        parser.error(f"argument --swa_after: {args.swa_after} is not allowed; below --epochs {args.epochs}")
+    if args.wandb_artifact and args.nowand:
+        parser.error("argument --wandb_artifact: 1 is not allowed without --nowand 0")
+
+
+def resolve_device(parser: Parser, device: str) -> str:
+    """The device that --device means on this machine; one that it has not is refused by the parser."""
+    import torch
+
+    kind, _, index = device.partition(":")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    if kind != "cuda" or (":" in device and not index.isdecimal()):
+        parser.error(f"argument --device: {device!r} is not allowed; auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        parser.error(f"argument --device: {device!r} is not allowed; torch sees no CUDA device here (auto or cpu)")
+    if index and int(index) >= torch.cuda.device_count():
+        parser.error(
+            f"argument --device: {device!r} is not allowed; torch sees {torch.cuda.device_count()} CUDA device(s)"
+        )
+    return device
