@@ -1,0 +1,196 @@
+"""Students for others: what export.py writes is the student, and others' tools take it as it is."""
+
+import json
+import sys
+
+import pytest
+import torch
+from fault_run import ROOT
+
+import export
+from experiment import UserError, compat, data, evaluation, files
+
+REPO = "someone/student"
+
+
+@pytest.fixture(scope="module")
+def run(small):
+    """The folder of a finished run."""
+    return small.home / "runs/adaad_IGDM_cifar100_whole"
+
+
+@pytest.fixture
+def command(run, monkeypatch):
+    """export.py as from the command line."""
+
+    def call(*flags, folder=run):
+        monkeypatch.setattr(sys, "argv", ["export.py", str(folder), *map(str, flags)])
+        export.main()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def images():
+    digits = data.load_data("digits")
+    return data.as_float(digits.x_test[:40]), digits.y_test[:40]
+
+
+def logits_of(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+@pytest.fixture(scope="module")
+def hub(run, tmp_path_factory):
+    """A hub folder of the run."""
+    folder = tmp_path_factory.mktemp("hub") / "digits-student"
+    folder.mkdir()
+    config, result = (files.read_json(run / f"{name}.json") for name in ("config", "result"))
+    export.write_hub(folder, files.load_student(run), files.read_student(run), config, result, "mit")
+    return folder
+
+
+def test_onnx_gives_the_students_logits_for_any_batch(run, command, images, tmp_path, capsys):
+    import onnxruntime
+
+    path = tmp_path / "new" / "student.onnx"
+    command("--onnx", path)
+    assert "on 64 clean and 64 adversarial images" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    student = files.load_student(run)
+    for count in (1, 3, 40):
+        x = images[0][:count]
+        (logits,) = session.run(["logits"], {"x": x.numpy()})
+        # float32 of another library: other orders of sums.
+        torch.testing.assert_close(torch.from_numpy(logits), logits_of(student, x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_onnx_file_that_disagrees_is_not_written(run, command, monkeypatch, tmp_path):
+    real = torch.onnx.export
+
+    def broken(student, *args, **kwargs):
+        other = files.load_student(run)
+        torch.nn.init.zeros_(next(iter(reversed(list(other.parameters())))))
+        torch.nn.init.normal_(list(other.parameters())[-2])
+        return real(other, *args, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", broken)
+    path = tmp_path / "student.onnx"
+    with pytest.raises(UserError, match=r"disagrees with the student on \d+ of 64 clean images"):
+        command("--onnx", path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_safetensors_hold_the_weights_and_what_they_belong_to(run, command, tmp_path):
+    from safetensors import safe_open
+
+    path = tmp_path / "student.safetensors"
+    command("--safetensors", path)
+    with safe_open(path, "pt") as archive:
+        assert archive.metadata() == {"architecture": "RES-8", "num_classes": "10", "format": "pt"}
+        tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - not a dict
+    expected = files.load_student(run).state_dict()
+    torch.testing.assert_close(tensors, dict(expected), rtol=0, atol=0)
+
+
+def test_the_model_card_tells_what_the_run_measured(run, hub):
+    from huggingface_hub import ModelCard
+
+    assert {path.name for path in hub.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    card, result = ModelCard.load(hub / "README.md"), json.loads((run / "result.json").read_text())
+    assert (card.data.license, card.data.library_name) == ("mit", "pytorch")
+    told = {entry.metric_name.partition(" ")[0]: entry.metric_value for entry in card.data.eval_results}
+    measured = {"Clean": result["clean"], "PGD-20": result["pgd20"], "AutoAttack": result["autoattack"]["accuracy"]}
+    assert told == {name: pytest.approx(100 * value, abs=0.005) for name, value in measured.items()}
+    gradients = result["gradients"]
+    for fact in (
+        *("AdaAD+IGDM", "digits", "teacher", "seed", "torch.hub.load", "Licence of the weights: mit"),
+        *(result["student_sha256"], result["command"], gradients["definition"], '"alpha"'),
+        *(f"| GD | {gradients['gd']:.4f} |", f"| GC | {gradients['gc']:.4f} |"),
+        f"| {result['autoattack']['examples']} |",
+    ):
+        assert fact in card.text, fact
+    config = json.loads((hub / "config.json").read_text())
+    assert (config["architecture"], config["num_classes"]) == ("RES-8", 10)
+
+
+def test_torch_hub_gives_the_student_from_run_file_and_hub_folder(run, hub, images):
+    expected = logits_of(files.load_student(run), images[0])
+    for path in (run, run / "student.pt", hub):
+        student = torch.hub.load(str(ROOT), "student", str(path), source="local")
+        assert not any(module.training for module in student.modules())
+        assert torch.equal(logits_of(student, images[0]), expected)
+
+
+def test_robustbench_and_autoattack_take_the_student_as_it_is(run, hub, images):
+    clean_accuracy = compat.import_robustbench().utils.clean_accuracy
+    AutoAttack = compat.import_autoattack()
+
+    x, y = images
+    student = torch.hub.load(str(ROOT), "student", str(hub), source="local")
+    expected = evaluation.accuracy(files.load_student(run), x, y)
+    assert clean_accuracy(student, x, y) == pytest.approx(expected)
+    attack = AutoAttack(student, device="cpu", eps=0.1, seed=0, version="custom", attacks=["apgd-ce"])
+    attack.apgd.n_iter = 3
+    x_adv, _ = attack.run_standard_evaluation(x[:8], y[:8], batch_size=8)
+    assert (x_adv - x[:8]).abs().max() <= 0.1 + 1e-6  # float32 rounding of x + delta
+    assert clean_accuracy(student, x_adv, y[:8]) <= clean_accuracy(student, x[:8], y[:8])
+
+
+def test_push_uploads_the_three_files(command, monkeypatch, tmp_path, capsys):
+    import huggingface_hub
+
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo, exist_ok):
+            calls.append(("create", repo, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            found = {path.name for path in folder_path.iterdir()}
+            calls.append(("upload", repo_id, found == set(allow_patterns)))
+            return "https://hub/someone/student"
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    command("--hub", tmp_path / "hub", "--push", REPO)
+    assert calls == [("create", REPO, True), ("upload", REPO, True)]
+    assert "uploaded to https://hub/someone/student" in capsys.readouterr().out
+
+    def fails(self, repo, exist_ok):
+        raise OSError("no network\nand more")
+
+    monkeypatch.setattr(Hub, "create_repo", fails)
+    with pytest.raises(UserError, match=r"upload failed \(no network\)"):
+        command("--hub", tmp_path / "hub", "--push", REPO)
+
+
+def test_push_without_a_token_is_refused_before_anything_is_written(command, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    for repo, reason in ((REPO, "no one is logged in"), ("a b/c", "OWNER/NAME")):
+        with pytest.raises(UserError, match=reason):
+            command("--hub", tmp_path / "hub", "--push", repo)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--push", REPO, "--onnx", "x.onnx"]], ids=["nothing", "push alone"])
+def test_flags_that_make_no_sense_are_refused(command, flags, capsys):
+    with pytest.raises(SystemExit):
+        command(*flags)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_only_a_finished_run_and_its_own_student_are_exported(small, run, command, tmp_path):
+    with pytest.raises(UserError, match=r"it holds no config\.json"):
+        command("--hub", tmp_path / "hub", folder=small.home)
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("config.json", "result.json"):
+        (copy / name).write_bytes((run / name).read_bytes())
+    (copy / "student.pt").write_bytes((small.home / "teacher/student.pt").read_bytes())
+    with pytest.raises(UserError, match="measured on another student"):
+        command("--hub", tmp_path / "hub", folder=copy)
+    assert not (tmp_path / "hub").exists()
