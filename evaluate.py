@@ -48,10 +48,10 @@ def settings_of(path):
     """The settings of the run that a folder or checkpoint comes from, {} if it does not tell: a student.pt holds them
     itself, wherever it was put; a last.pt lies beside its run's config.json.
     """
-    from experiment.files import load_student, read_json
+    from experiment.files import read_json, read_student
 
     if path.is_file():
-        _, entry = load_student(path, unfinished=True)
+        entry = read_student(path, unfinished=True)
         info = entry["info"] if isinstance(entry["info"], dict) else {}
         if isinstance(info.get("settings"), dict):
             return info["settings"]
@@ -69,7 +69,8 @@ def main():
     from experiment.engine import Engine
     from experiment.teachers import load_teacher
 
-    student, entry = files.load_student(args.checkpoint, unfinished=True)
+    student = files.load_student(args.checkpoint, unfinished=True)
+    entry = files.read_student(args.checkpoint, unfinished=True)
     engine = Engine(args)
     student = student.to(engine.device)
     data = load_data(args.dataset, args.data_dir, engine.device)

@@ -165,32 +165,19 @@ def save_student(path: Path, model: nn.Module, architecture: str, num_classes: i
     )
 
 
-def load_student(path: Path, *, unfinished: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+def load_student(path: Path, *, unfinished: bool = False) -> nn.Module:
     """Rebuild a network from a student checkpoint, or from the ``student.pt`` of a run folder.
 
     Args:
         unfinished: also take a run's ``last.pt``, and that of a run folder that has no ``student.pt`` yet.
 
     Returns:
-        The network (CPU, train mode) and the checkpoint's other entries: architecture, num_classes, info, and epoch
-        and step where it is a ``last.pt``.
+        The network, on the CPU, in eval mode.
 
     Raises:
         UserError: as ``load``; not a student checkpoint; unknown architecture; weights that do not fit it.
     """
-    path = Path(path)
-    if path.is_dir():
-        names = ["student.pt", *(["last.pt"] if unfinished else [])]
-        found = [path / name for name in names if (path / name).exists()]
-        if not found:
-            kind = "a run with a checkpoint" if unfinished else "a finished run"
-            raise UserError(f"{path} holds no {' or '.join(names)}; it is not the folder of {kind}")
-        path = found[0]
-    content = load(path)
-    if unfinished and isinstance(content, dict) and "optimizer" in content:
-        content = {**content, "format": STUDENT_FORMAT, "state_dict": content.get("model")}
-    if not isinstance(content, dict) or content.get("format") != STUDENT_FORMAT:
-        raise UserError(f"{path} is not a student checkpoint of this project (format {STUDENT_FORMAT})")
+    path, content = _read_student(Path(path), unfinished)
     try:
         state, classes = content["state_dict"], content["num_classes"]
         if not (isinstance(classes, int) and 2 <= classes <= MOST_CLASSES):
@@ -207,4 +194,30 @@ def load_student(path: Path, *, unfinished: bool = False) -> tuple[nn.Module, di
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path} does not hold a network that can be rebuilt: {reason}") from error
-    return model, {key: content.get(key) for key in ("architecture", "num_classes", "info", "epoch", "step")}
+    return model.eval()
+
+
+def read_student(path: Path, *, unfinished: bool = False) -> dict[str, Any]:
+    """What a checkpoint says about its network: architecture, num_classes, info; epoch and step of a ``last.pt``.
+
+    Args and Raises as ``load_student``; the weights are not looked at.
+    """
+    _, content = _read_student(Path(path), unfinished)
+    return {key: content.get(key) for key in ("architecture", "num_classes", "info", "epoch", "step")}
+
+
+def _read_student(path: Path, unfinished: bool) -> tuple[Path, dict[str, Any]]:
+    """The file that `path` means, and its content."""
+    if path.is_dir():
+        names = ["student.pt", *(["last.pt"] if unfinished else [])]
+        found = [path / name for name in names if (path / name).exists()]
+        if not found:
+            kind = "a run with a checkpoint" if unfinished else "a finished run"
+            raise UserError(f"{path} holds no {' or '.join(names)}; it is not the folder of {kind}")
+        path = found[0]
+    content = load(path)
+    if unfinished and isinstance(content, dict) and "optimizer" in content:
+        content = {**content, "format": STUDENT_FORMAT, "state_dict": content.get("model")}
+    if not isinstance(content, dict) or content.get("format") != STUDENT_FORMAT:
+        raise UserError(f"{path} is not a student checkpoint of this project (format {STUDENT_FORMAT})")
+    return path, content

@@ -295,7 +295,7 @@ def result_of(folder: Path) -> dict:
 
     rows = [untimed(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = untimed(json.loads((folder / "result.json").read_text()))
-    student, _ = files.load_student(folder)
+    student = files.load_student(folder)
     assert files.state_sha256(student) == result["student_sha256"]
     return {"rows": rows, **{k: result[k] for k in ("clean", "pgd20", "autoattack", "gradients", "student_sha256")}}
 

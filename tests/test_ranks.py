@@ -124,7 +124,7 @@ def test_two_ranks_finish_a_run(tmp_path, teacher):
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     from experiment import evaluation
 
-    student, _ = files.load_student(tmp_path / "r")
+    student = files.load_student(tmp_path / "r")
     images = data.load_data("digits")
     assert result["clean"] == evaluation.accuracy(student, images.x_test, images.y_test)
     assert result["student_sha256"] == files.state_sha256(student)

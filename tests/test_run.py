@@ -33,8 +33,8 @@ def test_same_seed_same_bits(small, script):
 def test_a_run_with_a_teacher_writes_gd_and_gc(small, script):
     """Of the finished student, on all test images, as the public function measures them again."""
     folder = small.home / "runs" / f"{script}_whole"
-    images, (teacher, _) = data.load_data("digits"), files.load_student(small.home / "teacher")
-    student, _ = files.load_student(folder)
+    images, teacher = data.load_data("digits"), files.load_student(small.home / "teacher")
+    student = files.load_student(folder)
     again = evaluation.gradient_alignment(student, teacher, images.x_test, images.y_test)
     found = json.loads((folder / "result.json").read_text())["gradients"]
     assert found["definition"] == evaluation.GRADIENT_DEFINITION

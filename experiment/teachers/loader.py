@@ -111,7 +111,7 @@ def _own(path: Path, num_classes: int | None) -> FrozenTeacher:
     """A student checkpoint, or the student.pt of a run folder."""
     file = path / "student.pt" if path.is_dir() else path
     try:
-        model, entries = files.load_student(path)
+        model, entries = files.load_student(path), files.read_student(path)
     except UserError as error:
         hint = f"; a file from RobustBench goes with its name: --teacher BDM --teacher_path {path}"
         raise UserError(f"{error}{hint if path.is_file() else ''}") from error
