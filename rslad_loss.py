@@ -22,7 +22,7 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, reduction: str
     Args:
         student_logits: (N, C), any real values.
         teacher_logits: (N, C), any real values.
-        reduction: ``sum`` adds the images up instead, as attacks do.
+        reduction: ``sum`` adds the images up instead, as attacks do; ``none`` keeps the (N, C) terms.
 
     Returns:
         Scalar >= 0 up to rounding.
