@@ -1,6 +1,6 @@
-"""Finished runs side by side, each method's baseline beside its IGDM twin: python compare.py RUN_DIR... [--out DIR]."""
+"""Runs side by side, each method's baseline beside its IGDM twin: python compare.py DIR... [--html FILE ...]."""
 
 from experiment import cli, report
 
 if __name__ == "__main__":
-    cli.guard(report.main)
+    cli.guard(report.compare_main)

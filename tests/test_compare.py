@@ -1,18 +1,20 @@
 """compare.py on made run folders: what it prints, what it refuses, and that no input ends in a traceback."""
 
+import csv
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
-from statistics import stdev
+from statistics import fmean, stdev
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiment import UserError, report
-from experiment.report import results, statistics, tables
+from experiment.report import comparison, exports, groups, inserted, results, run_record, sources, statistics, tables
 
 ROOT = Path(__file__).parents[1]
 ADDED = {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200}
@@ -31,9 +33,18 @@ def make_run(
     config: dict | None = None,
     result: dict | None = None,
     attack: dict | None = None,
+    fell: list[int] | None = None,
     **changed,
 ) -> Path:
-    """Write the three files of a finished run; `changed` are settings, the dicts replace entries of their file."""
+    """Write the three files of a finished run; `changed` are settings, the dicts replace entries of their file.
+
+    `fell`: per image at which of the clean pass and AutoAttack's four steps (0 to 4) it fell, 5 for none.
+    """
+    if fell is not None:
+        steps = run_record.FIRST_BROKEN_BY
+        flags = {name: "".join("01"[at > step] for at in fell) for step, name in enumerate(steps)}
+        robust, examples = fell.count(5) / len(fell), len(fell)
+        attack = {"flags": flags, **(attack or {})}
     folder.mkdir(parents=True)
     script = f"{method.lower()}_{f'{adds}_' if adds else ''}cifar100.py"
     command = f"python {script} --seed {seed} --run_name {folder.name}"
@@ -76,11 +87,13 @@ def pair(tmp_path):
     return make_run(tmp_path / "base"), make_run(tmp_path / "twin", "IGDM", robust=0.41)
 
 
-def compare(folders, out: Path) -> str:
-    """What is printed."""
-    lines: list[str] = []
-    report.compare(folders, out, lines.append)
-    return "\n".join(lines)
+def compare(*folders: Path) -> str:
+    """Tables and notes as they are printed, without writing or drawing; refuses as compare.py does."""
+    found = comparison.comparison_of(sources.read_sources(folders))
+    text = "\n".join([*map(tables.as_text, found.tables), "", *found.notes])
+    if found.refusals:
+        raise UserError("; ".join(found.refusals))
+    return text
 
 
 def cells(printed: str, name: str) -> list[str]:
@@ -90,77 +103,157 @@ def cells(printed: str, name: str) -> list[str]:
 
 
 def test_pair_is_printed_written_and_drawn(pair, tmp_path):
-    printed = compare(pair, tmp_path / "out")
+    lines: list[str] = []
+    out = tmp_path / "out"
+    report.compare(pair, out, lines.append)
+    printed = "\n".join(lines)
     assert cells(printed, "method")[7:] == ["IGDM gain", "n seeds", "AutoAttack images"]
     assert cells(printed, "AdaAD") == ["AdaAD", "BDM", "RES-18", "digits", "80.00", "40.00", "38.00", "-", "1", "100"]
     assert cells(printed, "AdaAD+IGDM")[6:] == ["41.00", "+3.00", "1", "100"]
     header, ruler, *rows = printed.splitlines()[:4]
     assert len({len(line) for line in (header, ruler, *rows)}) == 1, "columns are aligned"
-
-    picture, markdown = tmp_path / "out" / "comparison.png", tmp_path / "out" / "comparison.md"
-    assert printed.splitlines()[-2:] == [f"plot      {picture}", f"markdown  {markdown}"]
-    assert picture.read_bytes().startswith(PNG)
-    text = markdown.read_text()
+    assert lines[-1] == f"markdown  {out / 'comparison.md'}"
+    assert (out / "comparison.png").read_bytes().startswith(PNG)
+    assert (out / "comparison.pdf").read_bytes().startswith(b"%PDF")
+    assert "AdaAD+IGDM" in (out / "comparison.svg").read_text(), "text stays text"
+    assert (out / "gains.png").exists()
+    assert not (out / "alignment.png").exists(), "nothing was measured to be drawn in it"
+    text = (out / "comparison.md").read_text()
     assert "| AdaAD+IGDM | BDM | RES-18 | digits | 80.00 | 40.00 | 41.00 | +3.00 | 1 | 100 |" in text
     assert "python adaad_IGDM_cifar100.py --seed 0 --run_name twin" in text
     assert "Some CPU" in text
-    assert "![" in text
     assert "(comparison.png)" in text
-    assert str(tmp_path) not in text, "the Markdown can be moved together with its plot"
+    assert str(tmp_path) not in text, "the Markdown can be moved together with its plots"
 
 
 def test_loss_of_accuracy_is_a_negative_gain(tmp_path):
     folders = [make_run(tmp_path / "base"), make_run(tmp_path / "twin", "IGDM", robust=0.375)]
-    assert cells(compare(folders, tmp_path), "AdaAD+IGDM")[7] == "-0.50"
+    assert cells(compare(*folders), "AdaAD+IGDM")[7] == "-0.50"
 
 
 def test_baseline_stands_first_whatever_the_order_given(pair, tmp_path):
     other = make_run(tmp_path / "other", method="RSLAD")
-    names = [line.split()[0] for line in compare([pair[1], other, pair[0]], tmp_path).splitlines()[2:5]]
+    names = [line.split()[0] for line in compare(pair[1], other, pair[0]).splitlines()[2:5]]
     assert names == ["AdaAD", "AdaAD+IGDM", "RSLAD"]
+
+
+def seeds_of(tmp_path, base: dict[int, float], twin: dict[int, float], **changed) -> list[Path]:
+    """Runs of several seeds with these AutoAttack accuracies."""
+    folders = [make_run(tmp_path / f"base{seed}", seed=seed, robust=value, **changed) for seed, value in base.items()]
+    return folders + [
+        make_run(tmp_path / f"twin{seed}", "IGDM", seed=seed, robust=value, **changed) for seed, value in twin.items()
+    ]
 
 
 def test_seeds_become_mean_and_sample_deviation(tmp_path):
     base, twin = {0: 0.25, 1: 0.28, 7: 0.26}, {0: 0.29, 1: 0.30, 7: 0.31}
-    folders = [make_run(tmp_path / f"base{s}", seed=s, robust=a, examples=10000) for s, a in base.items()]
-    folders += [make_run(tmp_path / f"twin{s}", "IGDM", seed=s, robust=a, examples=10000) for s, a in twin.items()]
-    printed = compare(folders, tmp_path)
+    printed = compare(*seeds_of(tmp_path, base, twin, examples=10000))
     assert "sample standard deviation (n - 1)" in printed
     row = cells(printed, "AdaAD+IGDM")
     gains = [100 * (twin[s] - base[s]) for s in base]
     assert row[6] == f"30.00 ± {stdev([29, 30, 31]):.2f}"
-    assert row[7] == f"{sum(gains) / 3:+.2f} ± {stdev(gains):.2f}"
+    assert row[7] == f"{fmean(gains):+.2f} ± {stdev(gains):.2f}"
     assert row[8] == "3"
-    assert "single seed" not in printed
-    # Student's t for 2 degrees of freedom is 4.303: the seeds alone leave +-3.8 around the mean of 3.67.
-    seeds = 4.303 * stdev(gains) / math.sqrt(3)
-    images = [100 * statistics.half_width(p, 10000) for p in (0.2633, 0.30)]
-    assert f"± {math.hypot(seeds, *images):.1f} points" in printed
+    assert "A single seed" not in printed
+    # Beyond the images' noise of +-1.2, but Student's t for 2 degrees of freedom, 4.303, leaves +-3.8 around 3.67.
     assert "within noise" in printed
-    assert all(f"--run_name {folder.name}" in (tmp_path / "comparison.md").read_text() for folder in folders)
+
+
+def test_only_seeds_that_both_have_are_subtracted(tmp_path):
+    printed = compare(*seeds_of(tmp_path, {0: 0.2, 1: 0.3, 2: 0.9}, {1: 0.4, 0: 0.3}))
+    assert cells(printed, "AdaAD+IGDM")[7] == "+10.00 ± 0.00"
+    assert "without a partner: 2." in printed
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "examples", "low", "high"),
-    # Wilson's 95 % intervals, as tabulated: 0 of 10 [0, 0.2775], 5 of 10 [0.2366, 0.7634], 81 of 263 [0.2553, 0.3662].
-    [(0.0, 10, 0.0, 0.2775), (0.5, 10, 0.2366, 0.7634), (81 / 263, 263, 0.2553, 0.3662)],
+    ("only_first", "only_second", "p"),
+    # By hand: twice the tail of a fair coin's binomial distribution; 2 (1 + 6) / 64, 2 (1 + 10 + 45) / 1024.
+    [(0, 0, 1.0), (3, 3, 1.0), (1, 5, 14 / 64), (8, 2, 112 / 1024), (0, 10, 2 / 1024)],
 )
-def test_half_width_is_wilsons(accuracy, examples, low, high):
-    # The bounds above are rounded to four decimals.
-    assert statistics.half_width(accuracy, examples) == pytest.approx((high - low) / 2, abs=1e-4)
+def test_mcnemar_is_the_coin_of_the_images_that_differ(only_first, only_second, p):
+    both = [True] * 4 + [False] * 5
+    first = both + [True] * only_first + [False] * only_second
+    second = both + [False] * only_first + [True] * only_second
+    assert statistics.mcnemar(first, second) == pytest.approx(p, rel=1e-12)
 
 
-@pytest.mark.parametrize(("examples", "verdict"), [(100, "within noise"), (10000, "beyond this uncertainty")])
+def test_bootstrap_of_one_seed_is_the_normal_interval():
+    """Of many images: +-1.96 standard errors; the ends scatter by some 3 % of its width with 4,000 resamples."""
+    generator = random.Random(0)
+    row = [generator.choice((-1, 0, 0, 0, 1, 1)) for _ in range(2000)]
+    low, high = statistics.bootstrap_interval([row])
+    half = 1.96 * stdev(row) / math.sqrt(len(row))
+    assert (low + high) / 2 == pytest.approx(fmean(row), abs=0.1 * half)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.06)
+
+
+def test_bootstrap_sees_the_noise_of_seeds_and_of_images():
+    rows = [[1] * 50, [0] * 50, [1] * 50, [0] * 50]  # seeds differ, images do not
+    # One of 16 draws of four seeds has none, and one has only, of those that gained.
+    assert statistics.bootstrap_interval(rows) == pytest.approx((0.0, 1.0), abs=1e-12)
+    assert statistics.bootstrap_interval([[1, 0] * 25] * 4)[0] > 0.3, "50 images, equal in every seed"
+    assert statistics.bootstrap_interval([[1] * 50] * 4) == pytest.approx((1.0, 1.0), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("effect", "n"),
+    # Cohen, Statistical power analysis; G*Power, paired t test, two-sided, alpha 0.05, power 0.80.
+    [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)],
+)
+def test_seeds_needed_are_those_of_the_tables_of_power(effect, n):
+    assert statistics.seeds_needed(effect, 1.0) == n
+    assert statistics.seeds_needed(0.02 * effect, 0.02) == n
+    assert statistics.seeds_needed(0.001, 1.0) is None
+
+
+def flags_of(twin_wins: int, baseline_wins: int, images: int = 400) -> tuple[list[int], list[int]]:
+    """Where the images of a baseline and of its twin fall; they differ on so many."""
+    shared = images - twin_wins - baseline_wins
+    rest = [5, 1, 4, 0, 5] * (shared // 5) + [5] * (shared % 5)
+    return [2] * twin_wins + [5] * baseline_wins + rest, [5] * twin_wins + [3] * baseline_wins + rest
+
+
+@pytest.mark.parametrize(("wins", "verdict"), [((30, 2), "beyond the noise of the images"), ((17, 15), "within noise")])
+def test_runs_on_the_same_images_are_paired(tmp_path, wins, verdict):
+    base, twin = flags_of(*wins)
+    folders = [make_run(tmp_path / "base", fell=base), make_run(tmp_path / "twin", "IGDM", fell=twin)]
+    printed = compare(*folders)
+    assert f"{100 * (wins[0] - wins[1]) / 400:+.2f} points" in printed
+    assert "(bootstrap over images)" in printed
+    assert verdict in printed
+    assert "McNemar's exact p" in printed
+    (read,) = sources.read_sources(folders[:1]).finished
+    assert read.flags == "".join("01234-"[at] for at in base)
+    assert read.withstood() == [at == 5 for at in base]
+
+
+def test_several_paired_seeds_are_weighed_over_seeds_and_images(tmp_path):
+    folders = []
+    for seed, wins in enumerate([(40, 3), (36, 2), (44, 5)]):
+        base, twin = flags_of(*wins)
+        folders.append(make_run(tmp_path / f"base{seed}", seed=seed, fell=base))
+        folders.append(make_run(tmp_path / f"twin{seed}", "IGDM", seed=seed, fell=twin))
+    printed = compare(*folders)
+    assert "(bootstrap over seeds and images): beyond noise." in printed
+    assert "seeds that a gain of so many points needs" in printed
+
+
+def test_flags_that_do_not_fit_are_refused(tmp_path):
+    short = {"flags": dict.fromkeys(run_record.FIRST_BROKEN_BY, "01")}
+    with pytest.raises(UserError, match="flags are not one of 0 and 1 per image"):
+        compare(make_run(tmp_path / "a", attack=short))
+
+
+@pytest.mark.parametrize(("examples", "verdict"), [(100, "within noise"), (10000, "beyond the noise of the images")])
 def test_a_gain_is_weighed_against_its_uncertainty(tmp_path, examples, verdict):
     folders = [
         make_run(tmp_path / "base", examples=examples),
         make_run(tmp_path / "twin", "IGDM", robust=0.41, examples=examples),
     ]
-    printed = compare(folders, tmp_path)
+    printed = compare(*folders)
     assert f"points on {examples} images" in printed
     assert verdict in printed
-    assert "seed noise" in printed
-    assert verdict in (tmp_path / "comparison.md").read_text()
+    assert "A single seed: the difference includes seed noise" in printed
 
 
 @pytest.mark.parametrize(
@@ -184,21 +277,20 @@ def test_a_gain_is_weighed_against_its_uncertainty(tmp_path, examples, verdict):
 def test_runs_made_under_other_conditions_are_not_subtracted(tmp_path, twin, named):
     folders = [make_run(tmp_path / "base"), make_run(tmp_path / "twin", "IGDM", **twin)]
     with pytest.raises(UserError, match="cannot subtract") as caught:
-        compare(folders, tmp_path / "out")
+        compare(*folders)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
     # The runs themselves are shown, without a gain, and the note says why.
-    written = (tmp_path / "out" / "comparison.md").read_text()
+    written = comparison.comparison_of(sources.read_sources(folders)).markdown()
     assert "No gain: cannot subtract" in written
     (row,) = [line for line in written.splitlines() if line.startswith("| AdaAD+IGDM")]
     assert row.split(" | ")[7] == "-"
-    assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
 
 
 def test_every_difference_is_named_at_once(tmp_path):
     folders = [make_run(tmp_path / "base"), make_run(tmp_path / "twin", "IGDM", lr=0.2, epochs=9)]
     with pytest.raises(UserError, match=r"lr 0\.1 and 0\.2; epochs 3 and 9"):
-        compare(folders, tmp_path)
+        compare(*folders)
 
 
 def test_settings_that_do_not_make_the_experiment_may_differ(tmp_path):
@@ -208,7 +300,7 @@ def test_settings_that_do_not_make_the_experiment_may_differ(tmp_path):
         make_run(tmp_path / "base", **here, checkpoint_minutes=1.0),
         make_run(tmp_path / "twin", "IGDM", **there, checkpoint_minutes=2.0, robust=0.41),
     ]
-    assert cells(compare(folders, tmp_path), "AdaAD+IGDM")[7] == "+3.00"
+    assert cells(compare(*folders), "AdaAD+IGDM")[7] == "+3.00"
 
 
 def test_different_methods_are_listed_and_not_subtracted(tmp_path):
@@ -216,7 +308,7 @@ def test_different_methods_are_listed_and_not_subtracted(tmp_path):
         make_run(tmp_path / "a", method="AdaAD", lr=0.1),
         make_run(tmp_path / "b", "IGDM", method="RSLAD", lr=0.2, examples=50),
     ]
-    printed = compare(folders, tmp_path)
+    printed = compare(*folders)
     assert cells(printed, "RSLAD+IGDM")[7] == "-"
     assert "no gain, as no run of RSLAD alone" in printed
 
@@ -225,7 +317,7 @@ def test_each_variant_is_named_by_its_settings_and_finds_its_own_baseline(tmp_pa
     folders = [make_run(tmp_path / f"base{lr}", lr=lr, robust=lr) for lr in (0.1, 0.2)]
     folders += [make_run(tmp_path / f"twin{lr}", "IGDM", lr=lr, robust=2 * lr) for lr in (0.1, 0.2)]
     folders.append(make_run(tmp_path / "alpha", "IGDM", lr=0.2, robust=0.5, alpha=70.0))
-    printed = compare(folders, tmp_path)
+    printed = compare(*folders)
     assert cells(printed, "AdaAD (lr 0.2)")[6] == "20.00"
     assert cells(printed, "AdaAD+IGDM (lr 0.1, alpha 20)")[7] == "+10.00"
     assert cells(printed, "AdaAD+IGDM (lr 0.2, alpha 20)")[7] == "+20.00"
@@ -238,24 +330,24 @@ def test_any_method_and_addition_of_ones_own(tmp_path):
         make_run(tmp_path / "a", method="$My_|x`"),
         make_run(tmp_path / "b", "Mine", method="$My_|x`", robust=0.4),
     ]
-    printed = compare(folders, tmp_path)
+    printed = compare(*folders)
     assert cells(printed, "method")[7] == "Mine gain"
     assert cells(printed, "$My_|x`+Mine")[7] == "+2.00"
+    report.compare(folders, tmp_path, lambda text: None)
     assert r"| $My\_\|x\`+Mine |" in (tmp_path / "comparison.md").read_text()
 
 
 def test_without_autoattack_a_dash(tmp_path):
     folders = [make_run(tmp_path / "a", robust=None), make_run(tmp_path / "b", "IGDM", robust=None)]
-    printed = compare(folders, tmp_path)
+    printed = compare(*folders)
     assert cells(printed, "AdaAD+IGDM")[6:] == ["-", "-", "1", "-"]
     assert "AutoAttack accuracy:" not in printed
-    assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
 
 
 def test_a_run_without_a_teacher_is_listed(tmp_path):
     """A teacher's own training run."""
     folder = make_run(tmp_path / "a", method="TRADES", teacher=None, config={"teacher_sha256": None})
-    assert cells(compare([folder], tmp_path), "TRADES")[1] == "-"
+    assert cells(compare(folder), "TRADES")[1] == "-"
 
 
 def test_other_hardware_and_versions_are_noted(tmp_path):
@@ -269,7 +361,7 @@ def test_other_hardware_and_versions_are_noted(tmp_path):
             attack={"warnings": ["gradients may be masked"]},
         ),
     ]
-    printed = compare(folders, tmp_path)
+    printed = compare(*folders)
     assert "hardware Some CPU and Some GPU; torch version 2.13.0 and 2.12.0" in printed
     assert "python version" not in printed
     assert "AdaAD+IGDM, seed 0, AutoAttack warned: gradients may be masked" in printed
@@ -285,28 +377,133 @@ def test_many_rows_are_drawn(tmp_path):
     ]
     rows = (folders[0] / "metrics.jsonl").read_text().splitlines()
     (folders[0] / "metrics.jsonl").write_text(rows[-1] + "\n")
-    compare(folders, tmp_path)
+    report.compare(folders, tmp_path, lambda text: None)
     assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
 
 
-def test_the_same_folder_or_the_same_seed_twice_is_refused(pair, tmp_path):
+def test_a_run_counts_once_however_often_it_is_given(pair, tmp_path):
     (tmp_path / "link").symlink_to(pair[0])
-    with pytest.raises(UserError, match="given twice"):
-        compare([pair[0], tmp_path / "link"], tmp_path)
+    assert cells(compare(pair[0], tmp_path / "link", tmp_path), "AdaAD")[8] == "1"
     with pytest.raises(UserError, match="same experiment with the same seed 0"):
-        compare([pair[0], make_run(tmp_path / "again")], tmp_path)
+        compare(pair[0], make_run(tmp_path / "again"))
 
 
-def test_what_is_not_a_finished_run_is_refused(pair, tmp_path):
+def test_what_holds_no_run_is_refused(pair, tmp_path):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="none is not a folder"):
-        compare([tmp_path / "none"], tmp_path)
+        compare(tmp_path / "none")
     with pytest.raises(UserError, match="is not a folder"):
-        compare([tmp_path / ("long" * 100)], tmp_path)
-    with pytest.raises(UserError, match="is not a run folder: it holds no config"):
-        compare([tmp_path], tmp_path)
+        compare(tmp_path / ("long" * 100))
+    with pytest.raises(UserError, match="is not a run folder and holds none"):
+        compare(tmp_path / "empty")
+
+
+def test_a_folder_of_runs_can_be_compared_again(tmp_path, capsys):
+    """comparison.md and the plots, which lie among the run folders, are no runs."""
+    make_run(tmp_path / "runs" / "base"), make_run(tmp_path / "runs" / "twin", "IGDM", robust=0.41)
+    (tmp_path / "runs" / "logs").mkdir()
+    for _ in range(2):
+        report.compare_main([str(tmp_path / "runs")])
+        assert cells(capsys.readouterr().out, "AdaAD+IGDM")[7] == "+3.00"
+    assert (tmp_path / "runs" / "comparison.md").exists()
+    assert "+3.00" in compare(tmp_path), "a level further up"
+
+
+def test_unfinished_runs_are_shown_and_never_compared(pair, tmp_path):
     (pair[1] / "result.json").unlink()
-    with pytest.raises(UserError, match=r"unfinished run .* run this again: python adaad_IGDM_cifar100\.py --seed 0"):
-        compare(pair, tmp_path)
+    printed = compare(*pair)
+    assert cells(printed, "twin") == ["twin", "AdaAD+IGDM", "BDM", "RES-18", "0", "unfinished, 3 of 3 epochs"]
+    assert "1 runs are not finished" in printed
+    assert "points, 95 %" not in printed
+    (pair[0] / "result.json").unlink()
+    report.compare(pair, tmp_path / "out", lambda text: None)
+    assert "unfinished" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_gradients_and_the_best_checkpoint_have_columns_where_measured(pair, tmp_path):
+    gradients = {"gd": 0.0911, "gc": 0.75, "definition": "g = something"}
+    best = {"epoch": 2, "clean": 0.8, "pgd20": 0.45, "autoattack": None}
+    other = make_run(tmp_path / "o", method="RSLAD", result={"gradients": gradients, "best": best})
+    printed = compare(*pair, other)
+    assert cells(printed, "method")[8:11] == ["GD", "GC", "best - last"]
+    assert cells(printed, "RSLAD")[8:11] == ["0.0911", "0.750", "+5.00"]
+    assert cells(printed, "AdaAD")[8:11] == ["-", "-", "-"]
+    assert "g = something" in printed
+
+
+def test_unequal_training_of_different_methods_is_said(tmp_path):
+    folders = [
+        make_run(tmp_path / "a", epochs=2, config={"outer_settings": ["ce_weight"]}, ce_weight=0.0, attack_steps=10),
+        make_run(tmp_path / "b", method="RSLAD", epochs=3, attack_steps=10),
+    ]
+    printed = compare(*folders)
+    assert "not trained and measured alike: epochs 2 (AdaAD), 3 (RSLAD)." in printed
+    assert "ce_weight" not in printed, "what is the method's own is no difference"
+
+
+def test_published_figures_stand_beside_ours(tmp_path):
+    run = make_run(tmp_path / "a", robust=0.29, epsilon=8 / 255, dataset="cifar100", epochs=200)
+    waiting = make_run(tmp_path / "b", "IGDM", epsilon=8 / 255, dataset="cifar100")
+    (waiting / "result.json").unlink()
+    printed = compare(run, waiting)
+    assert "28.06" in printed
+    rows = [line.split() for line in printed.splitlines() if line.startswith("AdaAD")]
+    ours, theirs = (next(row for row in rows if figure in row) for figure in ("28.06", "30.32"))
+    assert ours[-3:] == ["29.00", "28.06", "+0.94"]
+    assert theirs[-3:] == ["-", "30.32", "-"], "a run that is not finished: theirs alone"
+    assert "IGDM paper" in printed
+    assert "published" not in compare(make_run(tmp_path / "c", epsilon=8 / 255)), "other data"
+
+
+def test_records_give_the_same_tables_as_the_folders(tmp_path, capsys):
+    base, twin = flags_of(20, 3)
+    gradients = {"gd": 0.0911, "gc": 0.75, "definition": "g = something"}
+    for seed in (0, 1):
+        make_run(tmp_path / "runs" / f"base{seed}", seed=seed, fell=base, result={"gradients": gradients})
+        make_run(tmp_path / "runs" / f"twin{seed}", "IGDM", seed=seed, fell=twin, result={"gradients": gradients})
+    records, out = tmp_path / "mine.json", ["--out", str(tmp_path / "out")]
+    report.compare_main([str(tmp_path / "runs"), "--records", str(records), *out])
+    first = capsys.readouterr().out.replace(f"records   {records}\n", "")
+    report.compare_main([str(records), *out])
+    assert capsys.readouterr().out == first
+    assert len(records.read_text().splitlines()) == 2 + 4, "a line per run"
+
+    document = tmp_path / "results.md"
+    document.write_text("a\n<!-- begin mine -->\nold\n<!-- end mine -->\nb\n<!-- begin mine table --><!-- end")
+    inserted.insert(document, [records])
+    once = document.read_text()
+    assert once.startswith("a\n<!-- begin mine -->\n| method |")
+    assert "old" not in once
+    assert "4 runs, 0.0 hours in all on Some CPU" in once
+    inserted.insert(document, [records])
+    assert document.read_text() == once
+    with pytest.raises(UserError, match="has no lines '<!-- begin other -->'"):
+        inserted.insert(document, [records.rename(tmp_path / "other.json")])
+
+
+def test_damaged_records_are_refused(tmp_path):
+    path = tmp_path / "a.json"
+    for text, named in (("{}", "not a records file"), ('{"format": 1, "runs": [{}]}', "a record is damaged")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=named):
+            compare(path)
+
+
+def test_csv_and_latex(pair, tmp_path):
+    more = make_run(tmp_path / "m", method="M_1 & 50%", robust=0.395)
+    report.compare_main(
+        [*map(str, (*pair, more)), "--out", str(tmp_path), "--csv", f"{tmp_path}/a.csv", "--latex", f"{tmp_path}/a.tex"]
+    )
+    with open(tmp_path / "a.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["AdaAD", "AdaAD+IGDM", "M_1 & 50%"]
+    assert [float(row["autoattack"]) for row in rows] == [0.38, 0.41, 0.395]
+    assert float(rows[1]["gain"]) == pytest.approx(0.03)
+    latex = (tmp_path / "a.tex").read_text()
+    assert r"AdaAD+IGDM & BDM & RES-18 & digits & \textbf{80.00}" not in latex, "the first of equals alone"
+    assert r"\textbf{41.00} & +3.00" in latex
+    assert r"M\_1 \& 50\%" in latex
+    assert latex.splitlines()[:2] == [r"\begin{tabular}{llllrrrrrr}", r"\toprule"]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +525,7 @@ def test_what_is_not_a_finished_run_is_refused(pair, tmp_path):
 def test_damaged_files_are_refused_by_name(pair, tmp_path, name, content, named):
     (pair[0] / name).write_text(content, errors="surrogateescape")
     with pytest.raises(UserError) as caught:
-        compare(pair, tmp_path)
+        compare(*pair)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -362,39 +559,39 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path, data):
     for file, value in originals.items():
         (folder / file).write_text(json.dumps(value))
     try:
-        rows = statistics.rows_of([results.read_run(folder)])
-        gains, _ = statistics.gains_of(rows)
-        table, notes = tables.table_of(rows, gains), tables.notes_of(rows, gains)
-        assert tables.as_text(table)
-        assert tables.as_markdown(rows, table, notes, "comparison.png")
+        found = comparison.Comparison(
+            made := groups.group_by_seed([results.read_run(folder)]), *groups.gains_of(made), []
+        )
+        assert all(map(tables.as_text, found.tables))
+        assert found.markdown()
+        assert exports.as_latex(made, found.tables[0])
     except UserError:
         pass  # the only error that is not a traceback
 
 
 def test_a_name_that_is_not_text_is_escaped(tmp_path):
     """A path that is not UTF-8 reaches Python, and JSON, as lone surrogates."""
-    printed = compare([make_run(tmp_path / "a", teacher="runs/\udcff"), make_run(tmp_path / "b")], tmp_path / "\udcff")
-    assert cells(printed, "AdaAD")[1] == r"runs/\udcff"
+    folders, lines = [make_run(tmp_path / "a", teacher="runs/\udcff"), make_run(tmp_path / "b")], []
+    report.compare(folders, tmp_path / "\udcff", lines.append)
+    assert cells("\n".join(lines), "AdaAD")[1] == r"\udcff"
     assert r"runs/\udcff" in (tmp_path / "\udcff" / "comparison.md").read_text()
 
 
 def test_out_that_cannot_be_made_is_refused(pair, tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(UserError, match="cannot be made a folder"):
-        compare(pair, tmp_path / "file")
+        report.compare(pair, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_output_goes_beside_the_runs_or_here(pair, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    report.main(["base", "twin"])
-    assert "plot      comparison.png\n" in capsys.readouterr().out
+    report.compare_main(["base", "twin"])
+    assert "plots     comparison.png, " in capsys.readouterr().out
     elsewhere = make_run(tmp_path / "elsewhere" / "base")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    report.main([str(elsewhere)])
-    assert (tmp_path / "elsewhere" / "comparison.md").exists()
-    report.main([str(elsewhere), str(pair[1])])
+    report.compare_main([str(elsewhere), str(pair[1])])
     assert (tmp_path / "here" / "comparison.md").exists()
 
 
@@ -415,4 +612,4 @@ def test_script(pair, tmp_path):
     assert good.stdout.endswith("markdown  a folder/new/comparison.md\n")
     bad = run(pair[0], "none")
     assert bad.returncode == 2
-    assert bad.stderr == "error: none is not a folder; give the folders of finished runs\n"
+    assert bad.stderr == "error: none is not a folder; give folders of runs, or folders that hold them\n"

@@ -1,81 +1,56 @@
-"""Finished runs side by side: the table on the terminal and as Markdown, the plot, and how far to trust a difference.
+"""Runs grouped by seed, subtracted from their baselines, as tables and sentences.
 
-Runs that differ in nothing but their seed are one row. A method that adds something to a base method (config.json's
-"adds") stands beside its baseline, and its gain, the AutoAttack accuracy minus the baseline's, is printed only if the
-two rows were made under the same conditions; if they were not, the error after the table says in what they differ.
+A method that adds something to a base method (config.json's "adds") stands beside its baseline; its gain, the
+AutoAttack accuracy minus the baseline's, is told only if the two were made under the same conditions.
 """
 
-import argparse
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 
-from experiment import UserError, cli
-from experiment.files import write_atomically
-from experiment.report.results import escaped, read_run
-from experiment.report.statistics import gains_of, rows_of
-from experiment.report.tables import as_markdown, as_text, notes_of, table_of
+from experiment import UserError
+from experiment.report.exports import as_markdown, markdown_text
+from experiment.report.groups import Gain, SeedGroup, gains_of, group_by_seed
+from experiment.report.notes import notes_of
+from experiment.report.run_record import PendingRun
+from experiment.report.sources import Runs
+from experiment.report.tables import Table, pending_table, published_table, results_table
 
 
-def compare(folders: Sequence[Path], out: Path, show: Callable[[str], None] = print) -> tuple[Path, Path]:
-    """Compare finished runs: show the table and the notes, write comparison.md and comparison.png into `out`.
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of finished runs, their gains, and what could not be subtracted."""
 
-    Args:
-        folders: run folders, at least one.
-        out: created if it does not exist.
-        show: takes each text for the terminal.
+    groups: list[SeedGroup]
+    gains: list[Gain]
+    refusals: list[str]
+    pending: list[PendingRun]
 
-    Returns:
-        The paths of the plot and of the Markdown file.
+    @cached_property
+    def tables(self) -> list[Table]:
+        """The results, ours beside published figures, and the runs that are not finished; those that have rows."""
+        tables = [results_table(self.groups, self.gains)] if self.groups else []
+        extra = (published_table(self.groups, self.pending), pending_table(self.pending))
+        return tables + [table for table in extra if table]
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """Sentences for below the tables."""
+        refused = [f"No gain: {refusal}." for refusal in self.refusals]
+        return [*notes_of(self.groups, self.gains, self.pending), *refused]
+
+    def markdown(self) -> str:
+        """Tables and notes."""
+        parts = [as_markdown(table) for table in self.tables]
+        return "\n\n".join([*parts, "\n".join(f"- {markdown_text(note)}" for note in self.notes)]) + "\n"
+
+
+def comparison_of(runs: Runs) -> Comparison:
+    """Group and subtract runs.
 
     Raises:
-        UserError: see ``read_run`` and ``rows_of``; a folder given twice; `out` cannot be written to. After all was
-            written and shown, the rest without a gain: runs that cannot be subtracted, see ``gains_of``.
+        UserError: see ``group_by_seed``; there is neither a finished nor an unfinished run.
     """
-    seen: dict[str, Path] = {}
-    for folder in folders:
-        earlier = seen.setdefault(os.path.realpath(folder), folder)
-        if earlier is not folder:
-            raise UserError(f"{folder} is given twice (the other time as {earlier}); give every run once")
-    rows = rows_of([read_run(folder) for folder in folders])
-    gains, refusals = gains_of(rows)
-    table, notes = table_of(rows, gains), [*notes_of(rows, gains), *(f"No gain: {refusal}." for refusal in refusals)]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made a folder: {error.strerror}") from error
-    from experiment.report.plots import plot  # matplotlib takes a second
-
-    picture, markdown = out / "comparison.png", out / "comparison.md"
-    plot(rows, picture)
-    text = as_markdown(rows, table, notes, picture.name)
-    write_atomically(markdown, lambda file: file.write(escaped(text).encode()))
-    for part in (as_text(table), "", *notes, "", f"plot      {picture}", f"markdown  {markdown}"):
-        show(escaped(part))
-    if refusals:
-        raise UserError("; ".join(refusals))
-    return picture, markdown
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse RUN_DIR... and --out, and compare."""
-    parser = cli.Parser(prog="compare.py", description="finished runs side by side: table, Markdown and plot")
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a finished run")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=argparse.SUPPRESS,  # depends on the others: keeps "default: None" out of --help
-        help="folder for comparison.md and comparison.png; default the runs' common parent, or . if there is none",
-    )
-    args = parser.parse_args(argv)
-    compare(args.run_dirs, getattr(args, "out", None) or _common_parent(args.run_dirs))
-
-
-def _common_parent(folders: Sequence[Path]) -> Path:
-    """The folder that holds all of them, shown from here if it lies below; else the current one."""
-    parents = {Path(os.path.abspath(folder)).parent for folder in folders}
-    here, parent = Path.cwd(), parents.pop()
-    if parents:
-        return Path(".")
-    return parent.relative_to(here) if parent.is_relative_to(here) else parent
+    if not runs.finished and not runs.pending:
+        raise UserError("there are no runs to compare")
+    groups = group_by_seed(runs.finished)
+    return Comparison(groups, *gains_of(groups), runs.pending)

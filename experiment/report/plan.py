@@ -55,7 +55,7 @@ class PlannedRun:
             attacked = read_json(self.folder / "result.json").get("autoattack") is not None
             if attacked or not self.settings["aa_examples"]:
                 return FINISHED
-        if _is_locked(self.folder / ".lock"):
+        if is_locked(self.folder / ".lock"):
             return RUNNING
         return UNFINISHED if (self.folder / "config.json").is_file() else TO_DO
 
@@ -201,7 +201,7 @@ def _name(script: str, varied: dict[str, Any]) -> str:
     return "_".join(parts)
 
 
-def _is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     """Whether a process holds the lock of a run folder."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

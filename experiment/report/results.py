@@ -1,96 +1,84 @@
-"""Finished runs, read from their folders and checked."""
+"""What a run's files hold, checked: config.json, metrics.jsonl, result.json."""
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiment import UserError
-from experiment.files import read_json
+from experiment.files import file_sha256, read_json
+from experiment.report.run_record import FIRST_BROKEN_BY, RunRecord
+from experiment.report.text import ABSENT, comma_list, short_text
 
 MAY_DIFFER = (
     "run_name", "run_dir", "data_dir", "teacher_path", "device", "nowand", "aa_batch", "checkpoint_minutes", "seed",
-    "eval_after",
+    "eval_after", "aa_best", "tensorboard",
 )  # fmt: skip
 """Settings that leave the experiment the same; those that begin with wandb_ come on top."""
 
-ABSENT = "absent"
+CURVES = ("clean", "pgd20", "holdout_pgd10")
 
 
-@dataclass(frozen=True)
-class FinishedRun:
-    """One finished run folder, checked: accuracies are fractions in [0, 1]."""
-
-    folder: Path
-    method: str
-    adds: str | None
-    family: str
-    """The script's name without what it adds: a baseline and its twin share it."""
-    added_settings: tuple[str, ...]
-    conditions: dict[str, Any]
-    """What must be equal for two runs to be repetitions of one experiment: settings, data, teacher, AutoAttack."""
-    circumstances: dict[str, str]
-    """What may change a figure slightly and is worth a note: hardware, versions, commit."""
-    teacher: str
-    student: str
-    dataset: str
-    seed: int
-    clean: float
-    pgd20: float
-    test_examples: int
-    autoattack: float | None
-    attack: dict[str, Any]
-    """AutoAttack's epsilon, version, seed and examples; empty if it was not run."""
-    warnings: tuple[str, ...]
-    """What AutoAttack warned of, such as masked gradients."""
-    curves: dict[str, dict[int, float]]
-    """By "clean" and "pgd20": accuracy by epoch."""
-    command: str
-
-
-def read_run(folder: Path) -> FinishedRun:
-    """Read and check config.json, metrics.jsonl and result.json of one run folder.
+def read_run(folder: Path) -> RunRecord:
+    """Read and check config.json, metrics.jsonl and result.json of one finished run.
 
     Raises:
         UserError: not a run folder, an unfinished run, or files that do not hold what a run writes.
     """
     # os.path.isdir and isfile answer False where Path's raise, such as for a name that is too long.
     if not os.path.isdir(folder):
-        raise UserError(f"{folder} is not a folder; give the folders of finished runs")
+        raise UserError(f"{folder} is not a folder; give folders of runs, or folders that hold them")
     if not os.path.isfile(folder / "config.json"):
         raise UserError(f"{folder} is not a run folder: it holds no config.json")
     config = read_json(folder / "config.json")
     if not os.path.isfile(folder / "result.json"):
         command = _get(config, folder / "config.json", "command", str)
         raise UserError(f"{folder} is an unfinished run (no result.json); to finish it, run this again: {command}")
-    return _checked_run(folder, config, read_json(folder / "result.json"))
+    evaluations = tuple(read_json(path) for path in sorted((folder / "evaluations").glob("*.json")))
+    rows = read_metrics(folder / "metrics.jsonl")
+    return checked_run(folder, config, read_json(folder / "result.json"), rows, evaluations, weights_sha256(folder))
 
 
-def _checked_run(folder: Path, config: dict[str, Any], result: dict[str, Any]) -> FinishedRun:
+def weights_sha256(folder: Path) -> str | None:
+    """SHA-256 of a run's student.pt: the students of a teacher name it by that."""
+    path = folder / "student.pt"
+    return file_sha256(path) if path.is_file() else None
+
+
+def checked_run(
+    folder: Path,
+    config: dict[str, Any],
+    result: dict[str, Any],
+    rows: list[dict[str, Any]],
+    evaluations: tuple[dict[str, Any], ...] = (),
+    weights: str | None = None,
+) -> RunRecord:
+    """A run from what its files hold, and the hash of its student.pt.
+
+    Raises:
+        UserError: the files are not of one run, or do not hold what a run writes.
+    """
     in_config, in_result = folder / "config.json", folder / "result.json"
     for values, path in ((config, in_config), (result, in_result)):
         if _get(values, path, "format", int) != 1:
             raise UserError(f"{path} has format {values['format']}; this version reads format 1")
-    settings = _get(config, in_config, "settings", dict)
     for key in ("script", "method", "adds"):
         if config.get(key) != result.get(key):
             raise UserError(
-                f"{folder} holds files of two runs: {key} is {shown(config.get(key))} in config.json and "
-                f"{shown(result.get(key))} in result.json"
+                f"{folder} holds files of two runs: {key} is {short_text(config.get(key))} in config.json and "
+                f"{short_text(result.get(key))} in result.json"
             )
-    adds = _get(config, in_config, "adds", str, optional=True)
+    added = _get(config, in_config, "adds", str, optional=True)
     script = _get(config, in_config, "script", str)
-    conditions = {key: value for key, value in settings.items() if not _may_differ(key)}
+    settings = {key: value for key, value in _get(config, in_config, "settings", dict).items() if not _may_differ(key)}
     for key, kind, optional in (
         ("dataset_sha256", str, False),
         ("num_classes", int, False),
         ("teacher_sha256", str, True),
     ):
-        conditions[key] = _get(config, in_config, key, kind, optional=optional)
+        settings[key] = _get(config, in_config, key, kind, optional=optional)
     measured = _get(result, in_result, "autoattack", dict, optional=True)
-    attack, warnings = {}, []
+    attack, warnings, flags = {}, [], ""
     if measured:
         warnings = _get(measured, in_result, "warnings", list, optional=True) or []
         attack = {
@@ -99,22 +87,28 @@ def _checked_run(folder: Path, config: dict[str, Any], result: dict[str, Any]) -
             "seed": _get(measured, in_result, "seed", int),
             "examples": _count(measured, in_result, "examples"),
         }
-    # The seed of AutoAttack is the run's own by default: it is compared seed by seed, not over a row.
-    conditions |= {f"AutoAttack {key}": value for key, value in attack.items() if key != "seed"}
+        flags = _flags(measured, in_result, attack["examples"])
+    # The seed of AutoAttack is the run's own by default: it is compared seed by seed.
+    settings |= {f"AutoAttack {key}": value for key, value in attack.items() if key != "seed"}
+    if measured:
+        attack["attacks"] = _get(measured, in_result, "attacks", dict, optional=True) or {}
     versions = _get(config, in_config, "versions", dict)
-    return FinishedRun(
+    changed = result.get("changed") or ["nothing"]
+    hashes = {"dataset": settings["dataset_sha256"], "teacher": settings["teacher_sha256"]}
+    hashes |= {"student": result.get("student_sha256"), "code": config.get("code_sha256"), "weights": weights}
+    seconds = _get(result, in_result, "seconds", dict, optional=True) or {}
+    return RunRecord(
         folder=folder,
         method=_get(config, in_config, "method", str),
-        adds=adds,
-        family=script.replace(f"_{adds}", "") if adds else script,
+        added=added,
+        base_script=script.replace(f"_{added}", "") if added else script,
         added_settings=tuple(map(str, _get(config, in_config, "added_settings", list))),
-        conditions=conditions,
-        circumstances={
+        method_settings=tuple(map(str, _get(config, in_config, "outer_settings", list, optional=True) or [])),
+        settings=settings,
+        environment={
             "hardware": _get(result, in_result, "hardware", str),
             "commit": _get(config, in_config, "commit", str, optional=True) or "unknown",
-            "changed before a resumption": listed(result.get("changed") or ["nothing"])
-            if isinstance(result.get("changed", []), list)
-            else "unknown",
+            "changed before a resumption": comma_list(changed) if isinstance(changed, list) else "unknown",
             **{f"{package} version": str(version) for package, version in versions.items()},
             # Chunks of another size draw other random numbers.
             **{f"AutoAttack {key}": str(measured[key]) for key in ("batch", "package") if key in (measured or {})},
@@ -128,10 +122,46 @@ def _checked_run(folder: Path, config: dict[str, Any], result: dict[str, Any]) -
         test_examples=_count(result, in_result, "test_examples"),
         autoattack=_fraction(measured, in_result, "accuracy") if measured else None,
         attack=attack,
+        flags=flags,
+        gradients=_gradients(result, in_result),
+        best=_checkpoint(result, in_result, "best"),
+        swa=_checkpoint(result, in_result, "swa"),
         warnings=tuple(map(str, warnings)),
-        curves=_curves(folder / "metrics.jsonl"),
+        curves=_curves(rows, folder / "metrics.jsonl"),
+        seconds={str(key): float(value) for key, value in seconds.items() if isinstance(value, int | float)},
+        hashes={key: value for key, value in hashes.items() if isinstance(value, str)},
         command=_get(result, in_result, "command", str),
+        evaluations=evaluations,
     )
+
+
+def _flags(measured: dict[str, Any], path: Path, examples: int) -> str:
+    """AutoAttack's flags, in a file one text per attack, as one digit per image."""
+    texts = _get(measured, path, "flags", dict, optional=True)
+    if not texts:
+        return ""
+    kept = [str(texts.get(step, "")) for step in FIRST_BROKEN_BY]
+    if any(len(text) != examples or set(text) - {"0", "1"} for text in kept):
+        raise UserError(f"{path}: AutoAttack's flags are not one of 0 and 1 per image and attack; was the file edited?")
+    images = zip(*kept, strict=True)
+    return "".join(next((str(step) for step, flag in enumerate(image) if flag == "0"), "-") for image in images)
+
+
+def _checkpoint(result: dict[str, Any], path: Path, key: str) -> dict[str, Any]:
+    """Accuracies of a checkpoint other than the last: clean, pgd20 and AutoAttack's dict or None."""
+    measured = _get(result, path, key, dict, optional=True)
+    if not measured:
+        return {}
+    attack = _get(measured, path, "autoattack", dict, optional=True)
+    robust = {"accuracy": _fraction(attack, path, "accuracy")} if attack else None
+    return {**measured, **{key: _fraction(measured, path, key) for key in ("clean", "pgd20")}, "autoattack": robust}
+
+
+def _gradients(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    gradients = _get(result, path, "gradients", dict, optional=True) or {}
+    for key, kind in (("gd", int | float), ("gc", int | float), ("definition", str)) if gradients else ():
+        _get(gradients, path, key, kind)
+    return gradients
 
 
 def _get(values: dict[str, Any], path: Path, key: str, kind: type, *, optional: bool = False) -> Any:
@@ -140,63 +170,56 @@ def _get(values: dict[str, Any], path: Path, key: str, kind: type, *, optional: 
     # bool is an int to Python, not to JSON.
     if (value is None and optional) or (isinstance(value, kind) and not isinstance(value, bool)):
         return value
-    raise UserError(f"{path}: {key} is {shown(values.get(key, ABSENT))}, which no run writes; was the file edited?")
+    raise UserError(
+        f"{path}: {key} is {short_text(values.get(key, ABSENT))}, which no run writes; was the file edited?"
+    )
 
 
 def _fraction(values: dict[str, Any], path: Path, key: str) -> float:
     value = _get(values, path, key, int | float)
     if not 0 <= value <= 1:
-        raise UserError(f"{path}: {key} is {shown(value)}; a fraction from 0 to 1 is needed")
+        raise UserError(f"{path}: {key} is {short_text(value)}; a fraction from 0 to 1 is needed")
     return float(value)
 
 
 def _count(values: dict[str, Any], path: Path, key: str) -> int:
     value = _get(values, path, key, int)
     if not 1 <= value < 2**31:
-        raise UserError(f"{path}: {key} is {shown(value)}; a whole number from 1 is needed")
+        raise UserError(f"{path}: {key} is {short_text(value)}; a whole number from 1 is needed")
     return value
 
 
-def _curves(path: Path) -> dict[str, dict[int, float]]:
-    """Clean and PGD-20 accuracy by epoch, of the epochs that were evaluated."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text: {error.reason} at byte {error.start}") from error
-    curves: dict[str, dict[int, float]] = {"clean": {}, "pgd20": {}}
+    rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not valid JSON: {str(error).splitlines()[0]}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} holds {shown(row)}; a JSON object is needed")
-        for figure, curve in curves.items():
-            if figure in row:
-                curve[_count(row, path, "epoch")] = _fraction(row, path, figure)
+            raise UserError(f"{path}, line {number} holds {short_text(row)}; a JSON object is needed")
+        rows.append(row)
+    return rows
+
+
+def _curves(rows: list[dict[str, Any]], path: Path) -> dict[str, dict[int, float]]:
+    """Accuracies and loss terms by epoch, of the epochs that have them."""
+    curves: dict[str, dict[int, float]] = {figure: {} for figure in CURVES}
+    for row in rows:
+        for figure in row:
+            if figure in CURVES:
+                curves[figure][_count(row, path, "epoch")] = _fraction(row, path, figure)
+            elif figure.startswith("loss"):
+                curves.setdefault(figure, {})[_count(row, path, "epoch")] = _get(row, path, figure, int | float)
     return curves
 
 
 def _may_differ(setting: str) -> bool:
     return setting in MAY_DIFFER or setting.startswith("wandb_")
-
-
-def shown(value: Any) -> str:
-    """A value in a message or a label: short, on one line."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = " ".join((value if isinstance(value, str) else json.dumps(value)).split())
-    # Checksums: twelve characters tell any two apart.
-    return text if len(text) <= 60 else f"{text[:12]}..."
-
-
-def escaped(text: str) -> str:
-    """Text that any output takes: bytes of a path name that are not UTF-8 become escapes."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-def listed(values: Iterable[Any]) -> str:
-    """Values in one line, separated by commas."""
-    return ", ".join(map(str, values))

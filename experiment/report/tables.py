@@ -1,158 +1,116 @@
-"""The table of runs and the notes under it, as text and as Markdown."""
+"""The tables: runs side by side with their gains, our figures beside published ones, runs that are not finished."""
 
-import math
 from collections.abc import Sequence
-from fractions import Fraction
-from statistics import fmean, stdev
 
-from experiment.report.results import ABSENT, listed, shown
-from experiment.report.statistics import Gain, Row, gain_uncertainty, half_width
+from experiment.report.groups import Gain, SeedGroup
+from experiment.report.published import FIGURES, published_cell
+from experiment.report.run_record import PendingRun
+from experiment.report.text import ABSENT, points, short_name, short_text, spread
 
+TEXT_COLUMNS = ("method", "teacher", "student", "dataset", "run", "state")
+"""Columns that are set to the left; figures are set to the right."""
+HEADS = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack"}
 
-def _points(values: Sequence[float], sign: str = "") -> str:
-    """Per cent with two decimals, with the sample standard deviation where there are several; '-' for none."""
-    if not values:
-        return "-"
-    mean = f"{100 * fmean(values):{sign}.2f}"
-    return f"{mean} ± {100 * stdev(values):.2f}" if len(values) > 1 else mean
+Table = list[list[str]]
 
 
-def labels_of(rows: Sequence[Row]) -> list[str]:
-    """Method names; rows of one name also get the settings in which they differ ('lr 0.1')."""
+def labels_of(groups: Sequence[SeedGroup]) -> list[str]:
+    """Method names; groups of one name also get the settings in which they differ ('lr 0.1')."""
     labels = []
-    for row in rows:
-        twins = [other.first.conditions for other in rows if other.pair == row.pair and other.name == row.name]
+    for group in groups:
+        twins = [other.first.settings for other in groups if other.pair == group.pair and other.name == group.name]
         varying = [
-            f"{key} {shown(row.first.conditions.get(key, ABSENT))}"
-            for key in dict.fromkeys(key for conditions in twins for key in conditions)
-            if any(conditions.get(key) != row.first.conditions.get(key) for conditions in twins)
+            f"{key} {short_text(group.first.settings.get(key, ABSENT))}"
+            for key in dict.fromkeys(key for settings in twins for key in settings)
+            if any(settings.get(key) != group.first.settings.get(key) for settings in twins)
         ]
-        labels.append(f"{row.name} ({', '.join(varying)})" if varying else row.name)
+        labels.append(f"{group.name} ({', '.join(varying)})" if varying else group.name)
     return labels
 
 
-def table_of(rows: Sequence[Row], gains: Sequence[Gain]) -> list[list[str]]:
-    """The table as text cells, header first; accuracies in per cent, gains in points."""
-    adds = "/".join(dict.fromkeys(row.first.adds for row in rows if row.first.adds))
-    gain_of = {id(gain.row): gain.by_seed for gain in gains}
-    header = ["method", "teacher", "student", "dataset", "clean", "PGD-20", "AutoAttack", f"{adds} gain".strip()]
-    table = [[*header, "n seeds", "AutoAttack images"]]
-    for row, label in zip(rows, labels_of(rows), strict=True):
-        run = row.first
-        figures = [_points(row.values(figure)) for figure in ("clean", "pgd20", "autoattack")]
-        gain = _points(gain_of.get(id(row), ()), "+")
-        images = str(run.attack.get("examples", "-"))
-        table.append([label, run.teacher, run.student, run.dataset, *figures, gain, str(len(row.runs)), images])
-    return table
+def results_table(groups: Sequence[SeedGroup], gains: Sequence[Gain]) -> Table:
+    """Text cells, header first; accuracies in per cent, gains in points; columns that nothing was measured for go."""
+    added = "/".join(dict.fromkeys(group.first.added for group in groups if group.first.added))
+    by_group = {id(gain.group): list(gain.by_seed.values()) for gain in gains}
+    columns: dict[str, list[str]] = {
+        "method": labels_of(groups),
+        "teacher": [group.first.teacher_name for group in groups],
+        "student": [short_name(group.first.student) for group in groups],
+        "dataset": [short_name(group.first.dataset) for group in groups],
+    }
+    for figure, head in HEADS.items():
+        columns[head] = [points(group.values(figure)) for group in groups]
+    columns[f"{added} gain".strip()] = [points(by_group.get(id(group), ()), "+") for group in groups]
+    optional = {
+        "GD": [spread(group.values("gd"), 4) for group in groups],
+        "GC": [spread(group.values("gc"), 3) for group in groups],
+        "best - last": [points(group.values("best_minus_last"), "+") for group in groups],
+        "holdout PGD-10": [points(group.values("holdout_pgd10")) for group in groups],
+        "SWA AutoAttack": [points(group.values("swa_autoattack")) for group in groups],
+    }
+    columns |= {head: cells for head, cells in optional.items() if set(cells) != {"-"}}
+    columns["n seeds"] = [str(len(group.runs)) for group in groups]
+    columns["AutoAttack images"] = [str(group.first.attack.get("examples", "-")) for group in groups]
+    return _rows(columns)
 
 
-def notes_of(rows: Sequence[Row], gains: Sequence[Gain]) -> list[str]:
-    """What must be known to read the table: units, attacks, uncertainty, and what differs between paired runs."""
-    labels = {id(row): label for row, label in zip(rows, labels_of(rows), strict=True)}
-    tested = listed(sorted({run.test_examples for row in rows for run in row.runs}))
-    notes = [f"Accuracies in per cent; clean and PGD-20 on all {tested} test images, gains in points of AutoAttack."]
-    if any(len(row.runs) > 1 for row in rows):
-        notes.append("Mean ± sample standard deviation (n - 1) over seeds where n seeds is above 1.")
-    notes += _attack_notes(rows, labels)
-    notes += _gain_notes(gains, labels)
-    for row in rows:
-        if row.first.adds and not any(other.pair == row.pair and other.first.adds is None for other in rows):
-            notes.append(
-                f"{labels[id(row)]} ({row.first.teacher}, {row.first.student}, {row.first.dataset}): no gain, as no "
-                f"run of {row.first.method} alone with the same teacher, student and dataset is listed."
-            )
-    return notes
+def published_table(groups: Sequence[SeedGroup], pending: Sequence[PendingRun]) -> Table:
+    """Our figures (per cent) beside the published ones and the difference (points); [] where nothing was published.
 
-
-def _attack_notes(rows: Sequence[Row], labels: dict[int, str]) -> list[str]:
-    kinds: dict[tuple[str, float], list[str]] = {}
-    widths: dict[int, list[float]] = {}
-    for row in rows:
-        if not row.first.attack:
+    Runs that are not finished stand with a dash for our figures.
+    """
+    table: Table = []
+    for figure_source in (*groups, *_one_of_each(pending)):
+        run = figure_source.first if isinstance(figure_source, SeedGroup) else figure_source
+        cell = published_cell(run)
+        if cell is None:
             continue
-        kinds.setdefault((row.first.attack["version"], row.first.attack["epsilon"]), []).append(labels[id(row)])
-        examples, accuracy = row.first.attack["examples"], fmean(row.values("autoattack"))
-        widths.setdefault(examples, []).append(100 * half_width(accuracy, examples))
-    notes = []
-    for (version, epsilon), users in kinds.items():
-        whose = "" if len(kinds) == 1 else f" ({', '.join(dict.fromkeys(users))})"
-        notes.append(f"AutoAttack: {version}, epsilon {_budget(epsilon)}{whose}.")
-    for examples, measured in widths.items():
-        low, high = f"{min(measured):.1f}", f"{max(measured):.1f}"
-        spread = low if low == high else f"{low} to {high}"
-        notes.append(f"Uncertainty of an AutoAttack accuracy: ± {spread} points on {examples} images (95 %, binomial).")
-    for row in rows:
-        for run in row.runs:
-            notes += [f"{labels[id(row)]}, seed {run.seed}, AutoAttack warned: {text}." for text in run.warnings]
-    return notes
+        row = [run.name, run.teacher_name, short_name(run.student)]
+        for figure in FIGURES:
+            ours = figure_source.values(figure) if isinstance(figure_source, SeedGroup) else []
+            difference = [sum(ours) / len(ours) - cell[figure]] if ours else []
+            row += [points(ours), points([cell[figure]]), points(difference, "+")]
+        table.append(row)
+    if not table:
+        return []
+    heads = [f"{HEADS[figure]}{part}" for figure in FIGURES for part in ("", ", published", ", difference")]
+    return [["method", "teacher", "student", *heads], *table]
 
 
-def _gain_notes(gains: Sequence[Gain], labels: dict[int, str]) -> list[str]:
-    notes = []
-    for gain in gains:
-        n = len(gain.by_seed)
-        mean, uncertainty = fmean(gain.by_seed), gain_uncertainty(gain)
-        verdict = "within noise" if abs(mean) < uncertainty else "beyond this uncertainty"
-        spread = "" if n == 1 else f" and t interval over {n} seeds"
-        notes.append(
-            f"{labels[id(gain.row)]} minus {labels[id(gain.baseline)]} ({gain.row.first.teacher}, "
-            f"{gain.row.first.student}, {gain.row.first.dataset}): {100 * mean:+.2f} points, uncertainty of the "
-            f"difference ± {100 * uncertainty:.1f} points (95 %, unpaired binomial{spread}): {verdict}."
-        )
-        runs = (*gain.baseline.runs, *gain.row.runs)
-        changed = []
-        for key in dict.fromkeys(key for run in runs for key in run.circumstances):
-            values = dict.fromkeys(shown(run.circumstances.get(key, ABSENT)) for run in runs)
-            changed += [f"{key} {' and '.join(values)}"] if len(values) > 1 else []
-        if changed:
-            notes.append(f"These runs were not made in the same place: {'; '.join(changed)}.")
-    if gains:
-        notes.append(
-            "Which images fell is not recorded: the difference is treated as unpaired, which errs on the wide side."
-        )
-    if any(len(gain.by_seed) == 1 for gain in gains):
-        notes.append("With a single seed a difference includes seed noise, which the interval above does not cover.")
-    return notes
+def _one_of_each(pending: Sequence[PendingRun]) -> list[PendingRun]:
+    """Runs that differ in their seed only once."""
+    return list({(run.name, run.teacher, run.student, run.dataset): run for run in pending}.values())
 
 
-def _budget(epsilon: float) -> str:
-    """8/255 rather than 0.03137."""
-    whole = Fraction(epsilon * 255).limit_denominator(10)
-    return f"{whole.numerator}/255" if whole.denominator == 1 and math.isclose(whole / 255, epsilon) else f"{epsilon:g}"
-
-
-def as_text(table: Sequence[Sequence[str]]) -> str:
-    """The table in aligned columns, figures to the right."""
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column < 4 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
+def pending_table(pending: Sequence[PendingRun]) -> Table:
+    """Runs that are not finished, with their state; [] where there are none."""
+    if not pending:
+        return []
+    rows = [
+        [run.folder, run.name, run.teacher_name, short_name(run.student), str(run.seed), run.state] for run in pending
     ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return [["run", "method", "teacher", "student", "seed", "state"], *rows]
 
 
-def as_markdown(rows: Sequence[Row], table: Sequence[Sequence[str]], notes: Sequence[str], plot: str) -> str:
-    """The table, the notes, the plot, and the hardware and command of every run."""
-    lines = [_markdown_row(table[0]), _markdown_row(["---"] * 4 + ["---:"] * (len(table[0]) - 4))]
-    lines += [_markdown_row(cells) for cells in table[1:]]
-    lines += ["", *(f"- {_markdown(note)}" for note in notes), "", f"![Accuracy by epoch, AutoAttack accuracy]({plot})"]
-    lines += ["", "Commands:", "", "```sh"]
-    for row, label in zip(rows, labels_of(rows), strict=True):
-        for run in row.runs:
-            # One line each: a line break in a quoted argument could end the code block.
-            title = f"# {label}, {run.teacher}, {run.student}, seed {run.seed}: {run.circumstances['hardware']}"
-            lines += [" ".join(title.split()), " ".join(run.command.split())]
-    return "\n".join([*lines, "```", ""])
+def _rows(columns: dict[str, list[str]]) -> Table:
+    return [list(columns), *(list(cells) for cells in zip(*columns.values(), strict=True))]
 
 
-def _markdown(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return "".join(f"\\{character}" if character in r"\`*_<>|[]" else character for character in " ".join(text.split()))
+def as_text(table: Table, width: int | None = None) -> str:
+    """A table for the terminal, `width` characters wide at most (long cells are folded), figures to the right."""
+    import io
 
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell if set(cell) <= set('-:') else _markdown(cell) for cell in cells)} |"
+    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for head in table[0]:
+        drawn.add_column(Text(head), justify="left" if head in TEXT_COLUMNS else "right", overflow="fold")
+    for row in table[1:]:
+        drawn.add_row(*map(Text, row))
+    # Without a limit on the width no cell is folded, whatever takes the text.
+    output = io.StringIO()
+    Console(file=output, width=width or 10_000, color_system=None, legacy_windows=False).print(drawn)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines())

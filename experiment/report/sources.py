@@ -1,0 +1,98 @@
+"""What compare.py is given (run folders, folders that hold them, studies, records) as runs."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiment import UserError
+from experiment.files import read_json
+from experiment.report.plan import is_locked, read_study
+from experiment.report.records import read_records
+from experiment.report.results import read_metrics, read_run
+from experiment.report.run_record import PendingRun, RunRecord
+from experiment.report.text import number_or_0
+
+DEPTH = 3
+"""Folders of runs are looked for down to this level: runs/STUDY/RUN."""
+
+
+@dataclass
+class Runs:
+    """Finished runs, those that are not, and the folders of the finished ones (records have none)."""
+
+    finished: list[RunRecord] = field(default_factory=list)
+    pending: list[PendingRun] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+
+
+def read_sources(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
+    """Read every run once, in the order given.
+
+    Args:
+        sources: run folders, folders that hold run folders, studies (.toml) or records (.json).
+        run_dir: where the runs of studies lie.
+
+    Raises:
+        UserError: one of them is none of these; see ``read_run``, ``read_study`` and ``read_records``.
+    """
+    runs, seen = Runs(), set()
+    for source in sources:
+        if source.suffix == ".json" and os.path.isfile(source):
+            runs.finished += read_records(source)
+            continue
+        if source.suffix == ".toml" and os.path.isfile(source):
+            planned = {run.folder: run for run in read_study(source, run_dir).all_runs}
+            folders = list(planned)
+        else:
+            planned, folders = {}, _run_folders(source)
+        for folder in folders:
+            place = os.path.realpath(folder)
+            if place in seen:
+                continue
+            seen.add(place)
+            if (folder / "result.json").is_file():
+                runs.finished.append(read_run(folder))
+                runs.folders.append(folder)
+            elif (folder / "config.json").is_file():
+                config = read_json(folder / "config.json")
+                runs.pending.append(_pending(folder.name, config, config.get("settings"), _progress(folder, config)))
+            else:
+                run = planned[folder]
+                runs.pending.append(_pending(run.name, run.recipe, run.settings, run.state()))
+    return runs
+
+
+def _run_folders(source: Path) -> list[Path]:
+    # os.path.isdir and isfile answer False where Path's raise, such as for a name that is too long.
+    if not os.path.isdir(source):
+        raise UserError(f"{source} is not a folder; give folders of runs, or folders that hold them")
+    for level in range(DEPTH):
+        found = sorted(path.parent for path in source.glob("*/" * level + "config.json"))
+        if found:
+            return found
+    raise UserError(f"{source} is not a run folder and holds none: there is no config.json in it")
+
+
+def _pending(name: str, recipe: dict[str, Any], settings: Any, state: str) -> PendingRun:
+    if not isinstance(settings, dict):
+        raise UserError(f"{name}: config.json holds no settings; was the file edited?")
+    return PendingRun(
+        name="+".join(str(part) for part in (recipe.get("method"), recipe.get("adds")) if part),
+        teacher=str(settings.get("teacher") or "-"),
+        student=str(settings.get("student")),
+        dataset=str(settings.get("dataset")),
+        epsilon=number_or_0(settings.get("epsilon")),
+        seed=int(number_or_0(settings.get("seed"))),
+        state=state,
+        folder=name,
+    )
+
+
+def _progress(folder: Path, config: dict[str, Any]) -> str:
+    path = folder / "metrics.jsonl"
+    done = len(read_metrics(path)) if path.is_file() else 0
+    state = "running" if is_locked(folder / ".lock") else "unfinished"
+    settings = config.get("settings")
+    return f"{state}, {done} of {settings.get('epochs') if isinstance(settings, dict) else '?'} epochs"
