@@ -46,12 +46,12 @@ $(RUNS)/adaad_IGDM/result.json: $(RUNS)/teacher/result.json
 # does something else at the same time: OMP_NUM_THREADS=1 make bench.
 # INSERT=docs/performance.md also writes the tables between their markers there.
 BENCH := --device cpu --teacher WRN-16-4 --batch 16
+CPU_TRICKS := product "without folding BatchNorm" "without channels_last" "without reuse of passes" "without all three"
 bench = $(PY) -m benchmarks.$(1) $(2) --out runs/bench/$(1).json \
 	$(if $(INSERT),--insert $(INSERT) $(1)_cpu)
 
 bench: setup
-	$(call bench,training_step,$(BENCH) --rounds 3 --profile runs/bench/profile.json)
-	$(call bench,tricks,$(BENCH) --rounds 3)
+	$(call bench,training_step,$(BENCH) --rounds 3 --profile 1 --overhead 1 --tricks $(CPU_TRICKS) --batches 4 8 16 \
+		--count WRN-16-4 WRN-28-10 WRN-34-10)
 	$(call bench,evaluation,--device cpu --examples 16 --batch 16 --product_batch 16 --rounds 3 --aa_student RES-8 \
 		--aa_examples 2 --aa_batches 2)
-	$(call bench,scaling,$(BENCH) --rounds 2 --batches 4 8 16 --images 16 32 --teachers WRN-16-4 WRN-28-10 WRN-34-10)

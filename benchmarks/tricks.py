@@ -1,52 +1,41 @@
-"""What each trick of the fast step is worth: the product's step with one of them taken away, or one more put in.
+"""What a fast step does beyond the plain one, each as one change: taken away, put in, or tried beside the engine.
 
-    python -m benchmarks.tricks --out runs/bench/tricks.json
-
-All variants take turns in one process; the ratio is the variant's median time over the product's: above 1, the product
-as it is is the faster. The teacher's branches in one batch are timed by themselves: they would change the scripts.
-Precision and compilation are compared by benchmarks.training_step.
+A trick is a change of the engine's `FastPath`, of a finished step, or of the process's switches. What does not pay on
+a GPU is deleted here and in the engine.
 """
 
-import argparse
-import copy
+from __future__ import annotations
+
+import types
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks import measure
-from benchmarks.training_step import METHODS, ProductStep
-from experiment import cli
-from experiment.engine.accelerated import Accelerated
-from experiment.engine.folding import FoldedConv
+from experiment.engine import Accelerated
+
+if TYPE_CHECKING:
+    from benchmarks.training_step import ProductStep
 
 
 def without_folding(fast: Accelerated) -> None:
     """Run the network itself, frozen, where the folded view would run."""
-    fast._view = (None,)
+    fast._views = {}
 
 
 def without_channels_last(fast: Accelerated) -> None:
     """Weights, and with them activations, in contiguous NCHW layout."""
     fast.model.to(memory_format=torch.contiguous_format)
-    for module in fast.view.modules() if fast.view else ():
-        if isinstance(module, FoldedConv):
-            module.weight = module.weight.contiguous()
+    for layer in frozen_layers(fast):
+        layer.weight = layer.weight.contiguous()
 
 
 def without_reuse(fast: Accelerated) -> None:
-    """Run every pass that the script writes, also one of a tensor that this step has seen."""
+    """Run every pass that the script writes, also one of a tensor that this step has run before."""
     fast.begin_step = lambda: None
-
-
-def with_inplace_relu(fast: Accelerated) -> None:
-    """Let the folded view's activations overwrite their inputs."""
-    if fast.view:
-        for node in fast.view.graph.nodes:
-            if node.op == "call_function" and node.target is F.relu:
-                node.kwargs = {**node.kwargs, "inplace": True}
-        fast.view.recompile()
 
 
 def without_any(fast: Accelerated) -> None:
@@ -55,114 +44,123 @@ def without_any(fast: Accelerated) -> None:
         take_away(fast)
 
 
-VARIANTS: dict[str, Callable[[Accelerated], None]] = {
-    "product": lambda fast: None,
-    "without folding BatchNorm": without_folding,
-    "without channels_last": without_channels_last,
-    "without reuse of passes": without_reuse,
-    "without all three": without_any,
-    "with in-place ReLU in folded views": with_inplace_relu,
-}
+def half_in_frozen_passes(fast: Accelerated) -> None:
+    """float16 in attacks and teacher: bfloat16's speed, and TF32's 10 bits."""
+    run = fast._run
+
+    def half(x: Tensor) -> Tensor:
+        if fast.model.training:
+            return run(x)
+        with torch.autocast(x.device.type, torch.float16):
+            return run(x)
+
+    fast._run = half
 
 
-def measure_method(method: str, device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All variants of one method's step in turns."""
-    networks = tuple(measure.make_network(name, device, i) for i, name in enumerate((args.student, args.teacher)))
-    batches = measure.make_batches(args.batch, device)
+class FlippedGradient(torch.autograd.Function):
+    """A 3x3 convolution of stride 1, padded by 1, whose input gradient is a forward pass with flipped weights."""
 
-    def build(change: Callable[[Accelerated], None]) -> ProductStep:
-        student, teacher = copy.deepcopy(networks)
-        step = ProductStep(method, student, teacher, batches, args.precision, 0)
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution."""
+        return F.conv2d(x, weight, bias, padding=1)
+
+    @staticmethod
+    def setup_context(ctx: types.SimpleNamespace, inputs: tuple, output: Tensor) -> None:
+        """The weights alone are needed."""
+        x, weight, _ = inputs
+        ctx.save_for_backward(weight)
+        ctx.dtypes = x.dtype, output.dtype  # autocast computes in the second
+
+    @staticmethod
+    def backward(ctx: types.SimpleNamespace, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The same convolution the other way round."""
+        (weight,) = ctx.saved_tensors
+        turned = weight.to(ctx.dtypes[1]).transpose(0, 1).flip(2, 3)
+        return F.conv2d(gradient, turned, padding=1).to(ctx.dtypes[0]), None, None
+
+
+def flipped_input_gradients(fast: Accelerated) -> None:
+    """Take input gradients of the folded view's plain 3x3 convolutions as forward passes."""
+    for layer in frozen_layers(fast):
+        conv = layer._origin[0]
+        if layer.padding == (1, 1) and conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.groups == 1:
+            layer.forward = lambda x, layer=layer: FlippedGradient.apply(x, layer.weight, layer.bias)
+
+
+def frozen_layers(fast: Accelerated) -> list:
+    """The layers with weights of their own in all views."""
+    return [layer for view in fast._views.values() for layer in view._layers]
+
+
+def two_streams(step: ProductStep) -> None:
+    """The student's frozen passes on a stream of their own, beside the teacher's that follow."""
+    if step.fast_student._weights[0].device.type != "cuda":
+        return  # no streams
+    side = torch.cuda.Stream()
+    student, teacher = step.fast_student._run, step.fast_teacher._run
+
+    def beside(x: Tensor) -> Tensor:
+        if step.student.training:
+            return student(x)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            logits = student(x)
+        x.record_stream(side)
+        return logits
+
+    def then(x: Tensor) -> Tensor:
+        logits = teacher(x)
+        torch.cuda.current_stream().wait_stream(side)
+        return logits
+
+    step.fast_student._run, step.fast_teacher._run = beside, then
+
+
+def all_kernels(_: ProductStep) -> None:
+    """Let cuDNN try every kernel it has, not ten of them."""
+    torch.backends.cudnn.benchmark_limit = 0
+
+
+def each(change: Callable[[Accelerated], None]) -> Callable[[ProductStep], None]:
+    """The change made to student and teacher."""
+
+    def both(step: ProductStep) -> None:
         for fast in (step.fast_student, step.fast_teacher):
             change(fast)
-        return step
 
-    settings = [
-        measure.Setting({"method": method, "variant": name}, device, lambda change=change: build(change))
-        for name, change in VARIANTS.items()
-    ]
-    return _measured(settings, args.batch, args)
+    return both
 
 
-def measure_branches(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """IGDM's teacher branches, x_adv and x - delta, in a pass each as in the scripts, and in one pass of both."""
-    student, teacher = (measure.make_network(name, device, i) for i, name in enumerate((args.student, args.teacher)))
-    batches = measure.make_batches(args.batch, device, 2)
-    x_adv, x_minus = (x for x, _ in batches)
+@dataclass(frozen=True)
+class Trick:
+    """One change of the product's step.
 
-    def build(passes: list[tuple[torch.Tensor, ...]]) -> Callable[[], list[torch.Tensor]]:
-        step = ProductStep("adaad_IGDM", student, teacher, batches, args.precision, 0)
+    Attributes:
+        fast_path: the engine's `FastPath`, by field.
+        change: what is done to the finished step.
+        teacher_attacks: it is a change only where the attack runs the teacher.
+    """
 
-        def run() -> list[torch.Tensor]:
-            with torch.no_grad(), step.engine.step():
-                return [step.fast_teacher(torch.cat(inputs)) for inputs in passes]
-
-        return run
-
-    variants = {"in a pass each": [(x_adv,), (x_minus,)], "in one pass": [(x_adv, x_minus)]}
-    settings = [
-        measure.Setting({"method": "teacher's two branches", "variant": name}, device, lambda p=passes: build(p))
-        for name, passes in variants.items()
-    ]
-    return _measured(settings, 2 * args.batch, args)
+    fast_path: dict[str, bool] = field(default_factory=dict)
+    change: Callable[[ProductStep], None] = lambda step: None
+    teacher_attacks: bool = False
 
 
-def _measured(settings: list[measure.Setting], images: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All settings in turns; their speeds, and their times over the first one's."""
-    measure.take_turns(settings, args.rounds, args.repeats)
-    return [
-        {
-            **setting.fields,
-            **measure.speed(images, setting.seconds),
-            # Turned round: how much longer than the product it takes.
-            **measure.ratio(setting.seconds, settings[0].seconds),
-        }
-        for setting in settings
-    ]
-
-
-def tricks_table(rows: list[dict[str, Any]]) -> str:
-    """The Markdown table."""
-    body = [
-        [
-            f"{row['method']}, {row['variant']}",
-            measure.spread(row["images_per_second"], row["images_per_second_quartiles"]),
-            measure.spread(row["ratio"], row["ratio_quartiles"], 3),
-        ]
-        for row in rows
-    ]
-    return measure.table(["step", "images/s (quartiles)", "time / product's time (quartiles)"], body)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags."""
-    parser = cli.Parser(prog="python -m benchmarks.tricks", description=__doc__.partition("\n")[0])
-    measure.add_report_flags(parser)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["adaad_IGDM"], help="scripts to time")
-    parser.add_argument("--teacher", default="WRN-28-10", help="WRN-d-w or another name of cifar100_models")
-    parser.add_argument("--student", default="RES-18", help="name of cifar100_models")
-    parser.add_argument("--batch", type=cli.whole(2), default=128, help="images per step")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="default fp32 on the CPU, tf32 on CUDA")
-    parser.add_argument("--repeats", type=cli.positive_int, help="steps per turn; default 1 on the CPU, 4 on CUDA")
-    args = parser.parse_args(argv)
-    args.device = cli.resolve_device(parser, args.device)
-    cuda = args.device.startswith("cuda")
-    args.precision = args.precision or ("tf32" if cuda else "fp32")
-    args.repeats = args.repeats or (4 if cuda else 1)
-    return args
-
-
-def main() -> None:
-    """Measure, write, print."""
-    args = parse_args()
-    device = torch.device(args.device)
-    rows = [row for method in args.methods for row in measure_method(method, device, args)]
-    rows += measure_branches(device, args)
-    names = ("teacher", "student", "batch", "precision", "rounds", "repeats")
-    line = f"{args.teacher} → {args.student}, batch {args.batch}, {args.precision}, eager, {args.rounds} rounds:"
-    settings = {name: getattr(args, name) for name in names}
-    measure.report("tricks", args, device, {**settings, "rows": rows}, line, tricks_table(rows))
-
-
-if __name__ == "__main__":
-    cli.guard(main)
+ALL_PATHS = {"merge_pads": True, "stored_weights": True, "attack_graph": True, "cuda_graph": True}
+TRICKS = {
+    "product": Trick(),
+    "without folding BatchNorm": Trick(change=each(without_folding)),
+    "without channels_last": Trick(change=each(without_channels_last)),
+    "without reuse of passes": Trick(change=each(without_reuse)),
+    "without all three": Trick(change=each(without_any)),
+    "attack step as one graph": Trick({"attack_graph": True}),
+    "pads merged": Trick({"merge_pads": True}),
+    "frozen weights stored in bf16": Trick({"stored_weights": True}),
+    "CUDA graph of the attack step": Trick({"cuda_graph": True}),
+    "all of these four": Trick(ALL_PATHS),
+    "fp16 in frozen passes": Trick(change=each(half_in_frozen_passes)),
+    "cuDNN tries all kernels": Trick(change=all_kernels),
+    "input gradients as flipped forward passes": Trick(change=each(flipped_input_gradients)),
+    "student and teacher on two streams": Trick(change=two_streams, teacher_attacks=True),
+}

@@ -29,7 +29,7 @@ def kl(teacher, student):
 
 
 def cross_entropy(logits, y):
-    return -log_softmax(logits)[torch.arange(len(y)), y].mean()
+    return -log_softmax(logits)[torch.arange(len(y), device=y.device), y].mean()
 
 
 def maximise(objective, x, x_adv, epsilon, step_size, steps):
@@ -48,7 +48,7 @@ def reference_attack(name, student, teacher, x, y, args):
     if name in ("pgd", "igdm"):
         start = (x + torch.empty_like(x).uniform_(-e, e)).clamp(0, 1)
     else:
-        start = x + 0.001 * torch.randn(x.shape)
+        start = x + 0.001 * torch.randn(x.shape, device=x.device)
     target = teacher(x).detach()
     objectives = {
         "pgd": lambda z: cross_entropy(student(z), y),

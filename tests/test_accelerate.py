@@ -15,7 +15,7 @@ import attacks
 from cifar100_models import build_model
 from experiment.engine import Engine
 from experiment.engine.accelerated import Accelerated
-from experiment.engine.folding import FoldedConv, folded_view
+from experiment.engine.folding import FrozenLayer, folded_view
 
 
 def engine(**changes):
@@ -59,7 +59,7 @@ def test_folded_view_equals_the_model_and_follows_its_weights(name):
     torch.manual_seed(0)
     model = settled(name)
     fast, x = accelerated(model), torch.rand(4, 3, 8, 8, dtype=torch.float64)
-    folded = sum(isinstance(m, FoldedConv) for m in fast.view.modules())
+    folded = sum(isinstance(m, FrozenLayer) for m in fast.view.graph.modules())
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     # In pre-activation blocks only bn2, and the first bn1 of all, follow a convolution that no one else reads.
     assert folded == (norms if not name.startswith("WRN") else 4)
@@ -134,7 +134,7 @@ def test_no_pass_runs_twice(method, networks, batches):
     machine = engine()
     fast = {network: machine.accelerate(network) for network in (student, teacher)}
     for network, wrapped in fast.items():
-        wrapped._view = (None,)  # so that every pass runs through the counter
+        wrapped._views = {}  # so that every pass runs through the counter
         network.passes = 0  # tracing counted one
     product_run(method, student, teacher, batches[:1], args, wrap=fast.get, around=machine.step)
     in_attack = (args.steps, args.steps if args.attack == "adaad" else 0)

@@ -1,13 +1,18 @@
 """The benchmarks run at a toy size, write what they promise, and their baseline makes the passes that it must."""
 
+import copy
 import json
 import math
+import time
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from benchmarks import evaluation, measure, published, scaling, training_step, tricks
+from benchmarks import convolutions, evaluation, gpu_check, measure, profiling, published, report, training_step
+from benchmarks.tricks import TRICKS
 from cifar100_models import build_model
 from experiment import UserError
 
@@ -51,21 +56,41 @@ def test_published_step_makes_the_published_passes(method):
     torch.manual_seed(0)
     student, teacher = Counting(build_model("RES-8", 10)), Counting(build_model("RES-8", 10))
     before = [parameter.clone() for parameter in student.model.parameters()]
-    step = training_step.published_step(method, student, teacher, [(torch.rand(4, 3, 8, 8), torch.randint(10, (4,)))])
+    step = training_step.published_step(method, (student, teacher), [(torch.rand(4, 3, 8, 8), torch.randint(10, (4,)))])
     assert math.isfinite(step())
     passes = student.forwards, student.to_input, student.to_weights, teacher.forwards, teacher.to_input
-    assert passes == training_step.PASSES[method]["published"]
+    assert passes == convolutions.PASSES[method]["published"]
     assert teacher.to_weights == 0
     assert not any(torch.equal(a, b) for a, b in zip(before, student.model.parameters(), strict=True))
 
 
+class FlopCounter(TorchDispatchMode):
+    """torch.utils.flop_counter's formulas alone: its FlopCounterMode cannot follow torch.autograd.grad."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
 @pytest.mark.parametrize("method", training_step.METHODS)
-def test_counted_operations_are_those_of_the_passes(method):
-    """The table of passes, times what a pass costs, is what a real step computes."""
-    networks = tuple(measure.make_network(name, torch.device("cpu"), 0) for name in ("RES-20", "WRN-10-1"))
-    costs = [training_step.gflop_of_passes(network) for network in networks]
-    counted = training_step.gflop_per_image(method, networks, torch.device("cpu"))
-    assert counted == pytest.approx(training_step.gflop_by_passes(method, *costs), rel=1e-9)
+def test_counted_operations_are_those_of_a_real_step(method):
+    """Passes times layers, against what torch counts while the published step and the product's run."""
+    networks = tuple(measure.make_network(name, torch.device("cpu"), 0) for name in ("RES-20", "DM-WRN-10-1"))
+    batches = measure.make_batches(2, torch.device("cpu"), 1)
+    theirs = training_step.published_step(method, copy.deepcopy(networks), batches)
+    ours = training_step.ProductStep(method, copy.deepcopy(networks), batches, "fp32", 0)
+    for kind, step in (("published", theirs), ("product", ours)):
+        with FlopCounter() as counter:
+            step()
+        counted = convolutions.gflop_of_step(method, networks)[kind]
+        assert counted == pytest.approx(counter.total / 2 / 1e9, rel=1e-9), kind
 
 
 def test_published_pgd_stays_in_the_ball_and_counts():
@@ -80,14 +105,19 @@ def test_published_pgd_stays_in_the_ball_and_counts():
         assert 0 <= published.pgd_correct(model, x, y, steps=1, weight_gradients=weight_gradients) <= 4
 
 
+TOPS = [
+    {"precision": p, "matmul_tflops": 0.1, "convolution_tflops": 0.2, "copy_gb_per_second": 10.0}
+    for p in ("fp32", "bf16")
+]
+
+
 def run(module, monkeypatch, tmp_path, *flags):
     """The JSON that the benchmark writes."""
     out = tmp_path / "out.json"
     name = module.__name__.rpartition(".")[2]
     monkeypatch.setattr("sys.argv", [f"{name}.py", *TOY, *flags, "--out", str(out)])
     # Ceilings take seconds, and say nothing about the report.
-    tops = {"matmul_tflops": {"fp32": 0.1}, "convolution_tflops": {"fp32": 0.2}, "copy_gb_per_second": 10.0}
-    monkeypatch.setattr(measure, "ceilings", lambda *_: tops)
+    monkeypatch.setattr(measure, "ceilings", lambda *_: TOPS)
     module.main()
     found = json.loads(out.read_text())
     assert found["benchmark"] == name
@@ -104,7 +134,9 @@ def check_speed(row, images):
 
 
 def test_training_step(monkeypatch, tmp_path, capsys):
-    flags = ["--methods", "rslad_IGDM", "--batch", "2", "--profile", str(tmp_path / "profile.json")]
+    monkeypatch.setattr(training_step, "EPOCH_IMAGES", 64)
+    flags = ["--methods", "rslad_IGDM", "--batch", "2", "--profile", "1", "--overhead", "1", "--batches", "2", "3"]
+    flags += ["--layers", "1", "--count", "WRN-10-1"]
     found = run(training_step, monkeypatch, tmp_path, *NETWORKS, *flags)
     first, second = found["rows"]
     assert (first["step"], second["step"]) == ("published", "product")
@@ -115,65 +147,146 @@ def test_training_step(monkeypatch, tmp_path, capsys):
         assert row["share_of_peak"] == pytest.approx(row["tflops"] / 0.2)
         assert row["peak_memory_gib"] is None  # on the CPU
     assert second["ratio"] == pytest.approx(second["images_per_second"] / first["images_per_second"])
-    profile = json.loads((tmp_path / "profile.json").read_text())
-    assert len(profile["top"]) == 10
-    assert profile["convolutions_alone_seconds"] > 0
-    assert sum(profile["shares"].values()) == pytest.approx(1)
-    printed = capsys.readouterr().out
-    assert printed.rstrip().splitlines()[-1].startswith("| rslad_IGDM | product, fp32, eager")
+    shares = {row["name"]: row["share"] for row in found["profile"]}
+    kinds = [share for name, share in shares.items() if name in (*profiling.KINDS, "other")]
+    assert sum(kinds) == pytest.approx(1)
+    assert len([name for name in shares if name.startswith("`")]) == 10
+    assert all(share > 0 for share in shares.values())
+    assert [(row["processes"], row["batch"]) for row in found["batches"]] == [(1, 2), (1, 3)]
+    for row in found["batches"]:
+        check_speed(row, row["batch"])
+    assert [row["part"] for row in found["overhead"]] == ["step", "data", "logging"]
+    for row in found["operations"]:  # rslad has no term without weight, and no pass twice
+        assert (row["product"] < row["published"]) == (row["method"] != "rslad")
+    names = {row["network"] for row in found["layers"]}
+    assert names == {"RES-8", "WRN-10-1"}
+    for row in found["layers"]:
+        assert min(row["forward"], row["input_gradient"], row["weight_gradient"], row["gflop"]) > 0
+        assert ("flipped_forward" in row) == ("stride" not in row["layer"])
+    assert "| rslad_IGDM, product, fp32, eager |" in capsys.readouterr().out
 
 
 def test_evaluation(monkeypatch, tmp_path):
+    """torchattacks' PGD takes its turn on the same batches."""
     flags = ["--student", "RES-8", "--examples", "2", "--batch", "2", "--product_batch", "2", "--aa_examples", "0"]
     found = run(evaluation, monkeypatch, tmp_path, *flags)
-    assert [row["step"].split(",")[0] for row in found["pgd20"]] == ["published order", "published order", "product"]
+    steps = [row["step"] for row in found["pgd20"]]
+    assert steps == [
+        "published order, loss.backward()",
+        "published order, autograd.grad",
+        "torchattacks' PGD",
+        "product, fp32",
+    ]
     for row in found["pgd20"]:
         check_speed(row, 2)
         assert row["ratio"] > 0
 
 
-def test_autoattack_rows_name_every_attack(monkeypatch):
-    """AutoAttack itself takes minutes; what matters here is what becomes of its result."""
+def test_autoattack_takes_turns_with_robustbenchs_loop(monkeypatch):
+    """AutoAttack itself takes minutes; what matters here is who is asked for what, and what becomes of the result."""
     seconds = dict.fromkeys(evaluation.evaluation.AUTOATTACK, 2.0)
     result = {"examples": 4, "seconds": 8.0, "attack_seconds": seconds, "accuracy": 1.0}
-    seen = []
-    monkeypatch.setattr(
-        evaluation.evaluation, "autoattack", lambda *args, batch, **_: seen.append((args[3], batch)) or result
-    )
-    args = evaluation.parse_args([*TOY, "--aa_examples", "4", "--aa_batches", "2", "4"])
+    asked = []
+
+    def ours(model, x, y, epsilon, *, batch, **_):
+        asked.append(("product", len(x), epsilon, batch))
+        time.sleep(0.01)
+        return result
+
+    def theirs(model, x, y, epsilon, batch):
+        asked.append(("robustbench", len(x), epsilon, batch))
+        time.sleep(0.01)
+
+    monkeypatch.setattr(evaluation.evaluation, "autoattack", ours)
+    monkeypatch.setattr(evaluation, "robustbench_loop", theirs)
+    args = evaluation.parse_args([*TOY, "--aa_examples", "4", "--aa_batches", "2", "--aa_rounds", "2"])
     rows = evaluation.autoattack_rows(build_model("RES-8"), torch.device("cpu"), args)
-    assert seen == [(evaluation.AUTOATTACK_EPSILON, 2), (evaluation.AUTOATTACK_EPSILON, 4)]
-    assert [row["batch"] for row in rows] == [2, 4]
-    assert "0.500" in evaluation.autoattack_table(rows)
+    turns = ["product", "robustbench", "robustbench", "product"]
+    assert asked == [(who, 4, evaluation.AUTOATTACK_EPSILON, 2) for who in turns]
+    assert [row["step"] for row in rows] == ["product", "robustbench's loop"]
+    assert "0.500" in report.tables({"autoattack": rows})[0]
 
 
-def test_scaling(monkeypatch, tmp_path):
-    monkeypatch.setattr(scaling, "EPOCH_IMAGES", 64)
-    flags = ["--method", "ard", "--batches", "2", "3", "--batch", "2", "--images", "2", "4", "--teachers", "WRN-10-1"]
-    found = run(scaling, monkeypatch, tmp_path, *NETWORKS, *flags)
-    assert [(row["processes"], row["batch"]) for row in found["batches"]] == [(1, 2), (1, 3)]
-    for row in found["batches"]:
-        check_speed(row, row["batch"])
-    assert [row["images"] for row in found["epochs"]] == [2, 4]
-    assert set(found["overhead"]) == {"step", "data", "logging"}
-    assert all(seconds > 0 for seconds in found["overhead"].values())
-    (teacher,) = found["teachers"]
-    for method, counted in teacher["gflop"].items():
-        if method == "rslad":  # no term without weight, no pass twice
-            assert counted["product"] == counted["published"]
-        else:
-            assert counted["product"] < counted["published"]
+def test_robustbenchs_loop_measures_what_ours_does(monkeypatch):
+    """The same images, budget, seed and batch: the same accuracy, with attacks of few steps."""
+    import pyautoattack
+
+    evaluate = pyautoattack.AutoAttack.run_standard_evaluation
+
+    def short(self, x, y, **settings):
+        self.attacks_to_run = [name for name in self.attacks_to_run if name == "apgd-ce"]
+        self.apgd.n_iter = 3
+        return evaluate(self, x, y, **settings) if self.attacks_to_run else (x, y)
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", short)
+    model = measure.make_network("RES-8", torch.device("cpu"), 0)
+    model.requires_grad_(False)
+    ((x, _),) = measure.make_batches(12, torch.device("cpu"), 1)
+    y = model(x).argmax(dim=1)
+    theirs = evaluation.robustbench_loop(model, x, y, 0.002, 12)
+    found = evaluation.evaluation.autoattack(model, x, y, 0.002, batch=12, show_progress=False)
+    assert theirs == pytest.approx(found["attacks"]["apgd-ce"])
+    assert 0 < theirs < 1
 
 
-def test_tricks(monkeypatch, tmp_path):
-    found = run(tricks, monkeypatch, tmp_path, *NETWORKS, "--methods", "rslad_IGDM", "--batch", "2")
-    *rows, in_two, in_one = found["rows"]
-    assert [row["variant"] for row in rows] == list(tricks.VARIANTS)
+def test_every_trick_runs_and_is_finite(monkeypatch):
+    """Compiled and in bfloat16 as on a GPU, but without code generation; the products' losses are near each other."""
+    torch.compiler.reset()
+    plain_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: plain_compile(model, backend="aot_eager", **options))
+    networks = tuple(measure.make_network(name, torch.device("cpu"), i) for i, name in enumerate(("RES-8", "WRN-10-1")))
+    flags = ["--batch", "2", "--rounds", "1", "--device", "cpu", "--precisions", "bf16", "--tricks", "all"]
+    args = training_step.parse_args(flags)
+    rows = list(training_step.trick_rows("adaad_IGDM", networks, TOPS, torch.device("cpu"), args))
+    assert [row.get("error") for row in rows] == [None] * len(TRICKS)
+    assert [row["trick"] for row in rows] == list(TRICKS)
     for row in rows:
         check_speed(row, 2)
-    for row in (in_two, in_one):
-        check_speed(row, 4)
-    assert rows[0]["ratio"] == in_two["ratio"] == 1
+    torch.compiler.reset()
+
+
+def test_flipped_input_gradients_are_the_gradients():
+    from benchmarks.tricks import FlippedGradient
+
+    torch.manual_seed(0)
+    x, weight, bias = torch.rand(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4)
+    found = []
+    for function in (FlippedGradient.apply, lambda *given: nn.functional.conv2d(*given, padding=1)):
+        x_in = x.double().requires_grad_()
+        out = function(x_in, weight.double(), bias.double())
+        found.append((out, torch.autograd.grad(out.square().sum(), x_in)[0]))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("triton_poi_fused_convolution_silu_4", "pointwise and normalisation, compiled"),
+        ("cpp_fused_add_mul_0", "pointwise and normalisation, compiled"),
+        ("void cudnn::bn_fw_inf_1C11_kernel_NCHW<float>", "pointwise and normalisation, of cuDNN"),
+        ("void cudnn::ops::nchwToNhwcKernel<__half>", "pointwise and normalisation, of cuDNN"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16", "convolutions and matrix products"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT", "convolutions and matrix products"),
+        ("aten::convolution_backward", "convolutions and matrix products"),
+        ("void at::native::vectorized_elementwise_kernel<4, silu_kernel>", "pointwise and normalisation"),
+        ("aten::silu_backward", "pointwise and normalisation"),
+        ("TorchDynamo Cache Lookup", "other"),
+    ],
+)
+def test_kinds_of_kernels(name, kind):
+    assert profiling.kind_of(name) == kind
+
+
+def test_a_result_that_is_not_finite_is_refused_without_another_run():
+    """A run under other switches than the timed one's would compile everything anew."""
+    runs = []
+    values = iter([1.0, float("nan")])
+    setting = measure.Setting({}, torch.device("cpu"), lambda: lambda: runs.append(0) or next(values))
+    setting.turn(1)
+    with pytest.raises(UserError, match="not finite"):
+        setting.check_finite()
+    assert len(runs) == 2
 
 
 def test_turns_alternate_and_put_each_settings_switches_back():
@@ -199,24 +312,23 @@ def test_ratio_and_quartiles():
 
 
 def test_ceilings_are_positive():
-    found = measure.ceilings(torch.device("cpu"), ["fp32"], rounds=1)
-    assert measure.peak(found, "fp32") == max(found["matmul_tflops"]["fp32"], found["convolution_tflops"]["fp32"]) > 0
+    tops = measure.ceilings(torch.device("cpu"), ["fp32"], rounds=1)
+    (found,) = tops
+    assert measure.peak(tops, "fp32") == max(found["matmul_tflops"], found["convolution_tflops"]) > 0
     assert found["copy_gb_per_second"] > 0
-    doubled = {**found, "matmul_tflops": {"fp32": 2 * found["matmul_tflops"]["fp32"]}}
-    assert measure.better(found, doubled) == measure.better(doubled, found) == doubled
 
 
 def test_insert_replaces_what_is_between_its_markers(tmp_path):
     path = tmp_path / "page.md"
     path.write_text("top\n<!-- begin a -->\nold\n<!-- end a -->\nbottom\n")
     for text in ("new", "newer"):
-        measure.insert(path, "a", text)
+        report.insert(path, "a", text)
         assert path.read_text() == f"top\n<!-- begin a -->\n{text}\n<!-- end a -->\nbottom\n"
     with pytest.raises(UserError, match="begin b"):
-        measure.insert(path, "b", "text")
+        report.insert(path, "b", "text")
 
 
-@pytest.mark.parametrize("module", [training_step, evaluation, scaling, tricks])
+@pytest.mark.parametrize("module", [training_step, evaluation])
 def test_mistakes_are_one_line_before_anything_is_measured(module, capsys, tmp_path):
     (tmp_path / "file").write_text("no folder, no markers")
     for flags in (
@@ -231,3 +343,60 @@ def test_mistakes_are_one_line_before_anything_is_measured(module, capsys, tmp_p
         assert capsys.readouterr().err.count("\n") == 1
     module.parse_args(["--out", str(tmp_path / "new" / "x.json")])
     assert (tmp_path / "new").is_dir()
+
+
+# The GPU check: its parts at toy size, and what becomes of a part that fails, or that would not end
+
+
+def check(monkeypatch, tmp_path, parts, *flags):
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--rehearse", "--out", str(tmp_path), "--parts", *parts, *flags])
+    gpu_check.main()
+    return json.loads((tmp_path / "gpu_check.json").read_text())
+
+
+def test_gpu_check_writes_its_figures_and_report_its_tables(monkeypatch, tmp_path, capsys):
+    found = check(monkeypatch, tmp_path, ["machine", "fidelity"], "--commit", "abc1234")
+    assert found["commit"] == "abc1234"
+    assert [part["status"] for part in found["parts"].values()] == ["done", "done"]
+    assert {row["precision"] for row in found["parts"]["machine"]["ceilings"]} == {"fp32", "bf16"}
+    for row in found["parts"]["fidelity"]["fidelity"]:
+        assert 0 <= row["flipped"] < 0.2
+        assert row["objective_ratio"] == pytest.approx(1, abs=0.05)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin gpu_check -->\nnot yet measured\n<!-- end gpu_check -->\n")
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path), "--insert", str(page)])
+    report.main()
+    text = page.read_text()
+    assert "abc1234" in text
+    assert "| adaad, bf16 |" in text
+    assert "not yet measured" not in text
+
+
+def test_a_part_of_the_gpu_check_that_fails_or_does_not_end_leaves_the_others(monkeypatch, tmp_path):
+    """The first has no time, the second names a file that is none, the third is measured."""
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--rehearse", "--out", str(tmp_path)])
+    args = gpu_check.parse_args(["--rehearse", "--out", str(tmp_path)])
+    found = {"parts": {}}
+    gpu_check.watch_part("fidelity", args, 0.1, found)
+    assert found["parts"]["fidelity"]["status"].startswith("stopped at its limit")
+    (tmp_path / "gpu_check.json").write_text("{")
+    gpu_check.watch_part("profile", args, 60, found)
+    assert found["parts"]["profile"]["status"].startswith("failed: error:")
+    gpu_check.watch_part("machine", args, 60, found)
+    assert found["parts"]["machine"]["status"] == "done"
+    assert found == json.loads((tmp_path / "gpu_check.json").read_text())
+
+
+def test_gpu_check_refuses_a_machine_without_a_gpu(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        gpu_check.parse_args(["--out", str(tmp_path)])
+    assert "--rehearse" in capsys.readouterr().err
+
+
+def test_report_refuses_what_is_no_report(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path)])
+    with pytest.raises(UserError, match=r"no \.json file"):
+        report.main()
+    (tmp_path / "x.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match="no report of a benchmark"):
+        report.main()

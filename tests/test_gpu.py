@@ -1,10 +1,12 @@
 """What only a CUDA device can show: python -m pytest -m gpu. Skipped where there is none.
 
-Needs nothing but torch, numpy, tqdm and scikit-learn, so that it runs on a bare GPU machine.
+Needs nothing but torch, numpy, tqdm and scikit-learn, so that it runs on a bare GPU machine. GPU_TESTS_DEVICE=cpu runs
+what a CPU can run of it there: a rehearsal of the file itself.
 """
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,14 +22,16 @@ from experiment import files
 from experiment.engine import Engine
 
 ROOT = Path(__file__).parent.parent
+DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="a CPU has no such thing")
 
 
 def engine(**changes):
-    default = {"device": "cuda", "precision": "fp32", "compile": 0, "batch": 6, "deterministic": 0, "seed": 0}
+    default = {"device": DEVICE, "precision": "fp32", "compile": 0, "batch": 6, "deterministic": 0, "seed": 0}
     return Engine(SimpleNamespace(**{**default, **changes}))
 
 
@@ -40,9 +44,9 @@ def on(device, networks, batches):
 @pytest.mark.parametrize("method", SCRIPTS)
 def test_float64_steps_equal_the_reference(method, networks, batches):
     """Both on the device in float64, one random stream: rounding alone, as on the CPU."""
-    args = settings(method, "--device", "cuda")
+    args = settings(method, "--device", DEVICE)
     machine = engine()
-    student, teacher, data = on("cuda", networks, batches)
+    student, teacher, data = on(DEVICE, networks, batches)
     expected = copy.deepcopy(student)
     torch.manual_seed(5)
     reference_run(method, expected, teacher, data, args)
@@ -52,7 +56,7 @@ def test_float64_steps_equal_the_reference(method, networks, batches):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("tf32", marks=needs_cuda), "bf16"])
 def test_losses_near_those_of_the_cpu(precision, networks):
     """fp32 differs by the order of sums; TF32 keeps 10 bits and bfloat16 7 of the 23 of a product's mantissa."""
     tolerance = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}[precision]
@@ -62,9 +66,9 @@ def test_losses_near_those_of_the_cpu(precision, networks):
         exact = [network(x) for network in networks]
     machine = engine(precision=precision)
     for network, logits in zip(networks, exact, strict=True):
-        fast = machine.accelerate(copy.deepcopy(network).cuda())
+        fast = machine.accelerate(copy.deepcopy(network).to(DEVICE))
         with torch.no_grad(), attacks.frozen(fast), machine.step():
-            ours = fast(x.cuda()).float().cpu()
+            ours = fast(x.to(DEVICE)).float().cpu()
         assert (ours - logits).abs().max() < tolerance * (logits.max() - logits.min())
 
 
@@ -73,9 +77,9 @@ def test_losses_near_those_of_the_cpu(precision, networks):
 def test_compiled_equals_eager(name):
     """In float32; fused kernels sum in another order. One step, since signs of near-zero gradients may then flip."""
     torch.manual_seed(0)
-    student, teacher = build_model(name, CLASSES).cuda(), build_model("RES-8", CLASSES).cuda().eval()
-    data = [(torch.rand(6, 3, 32, 32, device="cuda"), torch.randint(CLASSES, (6,), device="cuda"))]
-    args = settings("adaad_IGDM", "--device", "cuda", "--steps", "1")
+    student, teacher = build_model(name, CLASSES).to(DEVICE), build_model("RES-8", CLASSES).to(DEVICE).eval()
+    data = [(torch.rand(6, 3, 32, 32, device=DEVICE), torch.randint(CLASSES, (6,), device=DEVICE))]
+    args = settings("adaad_IGDM", "--device", DEVICE, "--steps", "1")
     losses = []
     for compiled in (0, 1):
         machine = engine(compile=compiled)
@@ -89,6 +93,7 @@ def run(tmp_path, name, script, *flags):
     """A script through its command line on digits, without AutoAttack, whose package may be absent here."""
     command = [sys.executable, str(ROOT / script), "--dataset", "digits", "--epochs", "2", "--batch", "128"]
     command += ["--steps", "2", "--aa_examples", "0", "--run_dir", str(tmp_path), "--run_name", name, *flags]
+    command += ["--device", DEVICE]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     return done
 
@@ -106,7 +111,8 @@ def test_every_script_end_to_end(method, tmp_path, teacher_path):
     done = run(tmp_path, "r", f"{method}_cifar100.py", "--teacher", str(teacher_path), "--student", "RES-8")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r" / "result.json").read_text())
-    assert torch.cuda.get_device_name() in result["hardware"]
+    if DEVICE == "cuda":
+        assert torch.cuda.get_device_name() in result["hardware"]
 
 
 def test_deterministic_runs_are_bit_identical(tmp_path, teacher_path):
@@ -136,6 +142,7 @@ def test_a_deterministic_run_resumes_to_the_same_bits(tmp_path, teacher_path):
     )
     command = [sys.executable, str(tmp_path / "stopping.py"), "--dataset", "digits", "--epochs", "2", "--batch", "128"]
     command += ["--steps", "2", "--aa_examples", "0", "--run_dir", str(tmp_path), "--run_name", "stopped", *flags]
+    command += ["--device", DEVICE]
     subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=300, check=False)
     assert not (tmp_path / "stopped" / "result.json").exists()
     done = run(tmp_path, "stopped", "adaad_IGDM_cifar100.py", *flags)
@@ -153,6 +160,7 @@ def test_autoattack_of_a_deterministic_run(tmp_path, teacher_path):
     assert json.loads((tmp_path / "r" / "result.json").read_text())["autoattack"]["examples"] == 8
 
 
+@needs_cuda
 def test_out_of_memory_is_one_line(tmp_path, teacher_path):
     """The process may use 1 % of the device: a batch of a thousand for a WRN-28-10 student does not fit."""
     (tmp_path / "small.py").write_text(

@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from reference import SCRIPTS, assert_same_network, product_run, reference_run, settings
+from reference import SCRIPTS, assert_same_network, product_run, reference_loss, reference_run, settings
 
 FLAGS = {
     "default": [],
@@ -85,6 +85,14 @@ def test_teacher_passes(method, networks, batches):
         args = settings(method, *FLAGS[kind])
         product_run(method, student, teacher, batches[:1], args)
         assert len(calls) == expected + (args.steps if "adaad" in method else 0), kind
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_the_reference_computes_where_its_networks_are(method, networks, batches):
+    """No tensor of its own on the CPU: on the device without memory, as on a GPU, mixing two would raise."""
+    student, teacher = (network.to("meta") for network in networks)
+    x, y = (tensor.to("meta") for tensor in batches[0])
+    assert reference_loss(method, student, teacher, x, y, settings(method)).is_meta
 
 
 @pytest.mark.parametrize("method", SCRIPTS)

@@ -8,8 +8,8 @@
   second pass would have moved them;
 - with compile, both go through torch.compile, at one static shape; other shapes (the last, odd batch) run eagerly.
 
-The equality is tested in float64 against the plain networks (tests/test_accelerate.py), the gain is measured by
-``python -m benchmarks.training_step``.
+`FastPath` has more, off until it is measured on a GPU. The equality is tested in float64 against the plain networks
+(tests/test_accelerate.py, tests/test_fast_path.py), the gain is measured by ``python -m benchmarks.training_step``.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from experiment.engine.folding import FoldedConv, folded_view
+from experiment.engine.folding import FrozenLayer, folded_view
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """Further ways to spare a GPU work, each a switch; ``python -m benchmarks.training_step --tricks`` times them.
+
+    Attributes:
+        merge_pads: folded convolutions do the padding written before them.
+        stored_weights: frozen passes under bfloat16 autocast read weights stored so, instead of casting them.
+        attack_graph: a step of the attack is compiled as one graph.
+        cuda_graph: a step of the attack is captured on CUDA and replayed.
+    """
+
+    merge_pads: bool = False
+    stored_weights: bool = False
+    attack_graph: bool = False
+    cuda_graph: bool = False
+
+
+DEFAULT = FastPath()
+"""What has been measured to pay."""
 
 
 @dataclass
@@ -37,23 +58,46 @@ class RememberedPass:
         return self.x is x and (self.version, self.train, self.grad, self.weights) == (x._version, train, grad, weights)
 
 
+class View:
+    """A folded view that follows the weights it was made of. No module: its weights are no one's parameters."""
+
+    def __init__(self, graph: fx.GraphModule, compiled: bool) -> None:
+        self.graph = graph
+        self.compiled = torch.compile(graph, dynamic=False) if compiled else graph
+        self._layers = [module for module in graph.modules() if isinstance(module, FrozenLayer)]
+        self._sources = [tensor for layer in self._layers for tensor in layer.sources]
+        self._made_from: tuple[int, ...] | None = None
+
+    def forget(self) -> None:
+        """Something moved that leaves no trace in a version."""
+        self._made_from = None
+
+    def refresh(self) -> None:
+        """Follow the weights, unless none has moved."""
+        versions = tuple(tensor._version for tensor in self._sources)
+        if versions != self._made_from:
+            for layer in self._layers:
+                layer.refresh()
+            self._made_from = versions
+
+
 class Accelerated(nn.Module):
     """A network that is called like `model`, shares its weights, and does no work twice."""
 
-    def __init__(self, model: nn.Module, *, compiled: bool, batch: int) -> None:
+    def __init__(self, model: nn.Module, *, compiled: bool, batch: int, fast_path: FastPath = DEFAULT) -> None:
         """Wrap a network; its weights stay where they are.
 
         Args:
             model: the student or the teacher.
             compiled: run batches of `batch` images through torch.compile.
             batch: the usual number of images.
+            fast_path: what else to spare.
         """
         super().__init__()
         self.model, self.batch = model, batch
-        self._view = (folded_view(model),)  # in a tuple: no submodule, its weights are not parameters here
-        self._folded = [m for m in (self.view.modules() if self.view else ()) if isinstance(m, FoldedConv)]
-        self._sources = [tensor for conv in self._folded for tensor in conv.sources]
-        self._folded_from: tuple[int, ...] | None = None  # versions of the sources; None where the view is stale
+        dtypes = [None] + [torch.bfloat16] * fast_path.stored_weights
+        graphs = {dtype: folded_view(model, merge_pads=fast_path.merge_pads, dtype=dtype) for dtype in dtypes}
+        self._views = {dtype: View(graph, compiled) for dtype, graph in graphs.items() if graph is not None}
         self._weights = tuple(model.parameters())  # walking the modules at each call takes longer than the rest of it
         self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._replays = all(norm.track_running_stats and norm.momentum is not None for norm in self._norms)
@@ -61,15 +105,18 @@ class Accelerated(nn.Module):
         keep = [torch.full_like(statistic, 1 - norm.momentum) for norm in norms for statistic in _running(norm)]
         self._keep = torch.cat(keep) if keep else None
         self._passes: list[RememberedPass] | None = None
-        self._compiled = ()
-        if compiled:
-            view = self.view or model
-            self._compiled = (torch.compile(model, dynamic=False), torch.compile(view, dynamic=False))
+        self._compiled = (torch.compile(model, dynamic=False) if compiled else model,)  # in a tuple: no submodule
 
     @property
-    def view(self) -> fx.GraphModule | None:
-        """The folded view, if the model could be traced."""
-        return self._view[0]
+    def view(self) -> View | None:
+        """The view that a frozen pass runs on now, if the model could be traced."""
+        kind = self._weights[0].device.type if self._weights else "cpu"
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return self._views.get(dtype) or self._views.get(None)
+
+    def refresh_view(self) -> None:
+        """Let the view follow the weights, for a caller that compiles a frozen pass into a graph of its own."""
+        self.view.refresh()
 
     def begin_step(self) -> None:
         """From now on remember passes; forget those of the step before."""
@@ -84,12 +131,15 @@ class Accelerated(nn.Module):
 
         A fused optimizer makes such changes, and so does whoever writes to ``parameter.data``.
         """
-        self._folded_from = None
+        for view in self._views.values():
+            view.forget()
         if self._passes is not None:
             self._passes = []
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's logits of x (N, 3, H, W)."""
+        if torch.compiler.is_compiling():  # a frozen pass in a graph of the caller's, who has refreshed the view
+            return self.view.graph(x)
         train, grad = self.model.training, torch.is_grad_enabled()
         if train:
             self._statistics_move()
@@ -110,17 +160,13 @@ class Accelerated(nn.Module):
         return logits
 
     def _run(self, x: Tensor) -> Tensor:
-        usual = self._compiled and len(x) == self.batch
+        usual, view = len(x) == self.batch, self.view
         if self.model.training:
             return self._compiled[0](x) if usual else self.model(x)
-        if self.view is None or (torch.is_grad_enabled() and any(p.requires_grad for p in self._weights)):
+        if view is None or (torch.is_grad_enabled() and any(p.requires_grad for p in self._weights)):
             return self.model(x)  # no view, or gradients of the weights are wanted
-        versions = tuple(tensor._version for tensor in self._sources)
-        if versions != self._folded_from:
-            for conv in self._folded:
-                conv.refresh()
-            self._folded_from = versions
-        return self._compiled[1](x) if usual else self.view(x)
+        view.refresh()
+        return view.compiled(x) if usual else view.graph(x)
 
     # A train-mode pass moves every running statistic r to (1 - m) r + m s, where s depends on x and the weights only.
     # What it adds, m s = r_after - (1 - m) r_before, is all that a repetition of the pass needs. All statistics go in
@@ -128,7 +174,8 @@ class Accelerated(nn.Module):
 
     def _statistics_move(self) -> None:
         """A train-mode pass, run or repeated, moves what eval-mode passes depend on, without a trace in its version."""
-        self._folded_from = None
+        for view in self._views.values():
+            view.forget()
         if self._passes is not None:
             self._passes = [earlier for earlier in self._passes if earlier.train]
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 import attacks
-from experiment.engine.accelerated import Accelerated
+from experiment.engine.accelerated import DEFAULT, Accelerated, FastPath
+from experiment.engine.attack_step import AttackStep
 
 SYNC_EVERY = 20
 """Steps between two agreements of several ranks on stopping and saving; each costs one host synchronisation."""
@@ -26,16 +27,18 @@ class Engine:
         local_batch: images of the global batch that this rank computes on.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, fast_path: FastPath = DEFAULT) -> None:
         """Set the process up: ranks, device, TF32, determinism, seed.
 
         Args:
             args: uses ``device``, ``precision``, ``compile``, ``batch``, ``deterministic`` and ``seed``.
+            fast_path: what `accelerate` and `step` spare beyond what they always do.
         """
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.precision, self.compile, self._batch = args.precision, bool(args.compile), args.batch
         self._fast: list[Accelerated] = []
+        self._fast_path, self._attack_step = fast_path, None
         # set_device refuses a "cuda" without a number.
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if args.device == "cuda" else args.device
         self.device = torch.device(device)
@@ -99,8 +102,12 @@ class Engine:
     def accelerate(self, model: nn.Module) -> Accelerated:
         """A faster way to call the same network; the network itself stays the one that is trained and saved."""
         model.to(memory_format=torch.channels_last)
-        fast = Accelerated(model, compiled=self.compile, batch=self._batch // self.world)
+        batch = self._batch // self.world
+        fast = Accelerated(model, compiled=self.compile, batch=batch, fast_path=self._fast_path)
         self._fast.append(fast)
+        graph, cuda_graph = self._fast_path.attack_graph, self._fast_path.cuda_graph
+        if graph or cuda_graph:
+            self._attack_step = AttackStep(self._fast, batch, graph=graph, cuda_graph=cuda_graph)
         return fast
 
     @contextmanager
@@ -118,6 +125,8 @@ class Engine:
                 stack.enter_context(attacks.shard_of(self._first, self._total))
             if self.precision == "bf16":
                 stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+            if self._attack_step:
+                stack.enter_context(attacks.steps_by(self._attack_step))
             yield
 
     def distribute(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

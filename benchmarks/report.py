@@ -1,0 +1,302 @@
+"""Figures as JSON and as Markdown tables, written where they are asked for.
+
+    python -m benchmarks.report DIR --insert docs/performance.md
+
+writes the tables of the JSON files in DIR, made on another machine, between the markers of a Markdown file that bear
+the files' names: `gpu_check.json` goes to `<!-- begin gpu_check -->`. Without --insert it prints them.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiment import UserError, cli
+from experiment.engine import Engine
+from experiment.files import read_json, write_atomically, write_json
+from experiment.run import provenance
+
+FORMAT = 2
+Row = dict[str, Any]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def spread(row: Row, name: str, digits: int = 2) -> str:
+    """A median with its quartiles."""
+    low, high = row[f"{name}_quartiles"]
+    return f"{row[name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _step(row: Row) -> str:
+    name = f"{row['method']}, "
+    if row["step"] == "published":
+        return name + "published order"
+    return f"{name}{row['step']}, {row['precision']}, {'compiled' if row['compile'] else 'eager'}"
+
+
+def _memory(row: Row) -> str:
+    return "-" if row.get("peak_memory_gib") is None else f"{row['peak_memory_gib']:.2f}"
+
+
+def _per_image(row: Row, seconds: float) -> str:
+    return f"{seconds / row['examples']:.3f}"
+
+
+SPEED = ("images/s (quartiles)", lambda r: spread(r, "images_per_second"))
+MEMORY = ("peak memory, GiB", _memory)
+
+COLUMNS: dict[str, list[tuple[str, Callable[[Row], object]]]] = {
+    "machine": [("machine", lambda r: r["name"]), ("", lambda r: r["value"])],
+    "tests": [("tests on the device", lambda r: r["name"]), ("", lambda r: r["outcome"])],
+    "ceilings": [
+        ("ceiling", lambda r: r["precision"]),
+        ("matrix product, TFLOP/s", lambda r: f"{r['matmul_tflops']:.3g}"),
+        ("convolution, TFLOP/s", lambda r: f"{r['convolution_tflops']:.3g}"),
+        ("copy, GB/s", lambda r: f"{r['copy_gb_per_second']:.3g}"),
+    ],
+    "rows": [
+        ("step", _step),
+        SPEED,
+        ("ratio (quartiles)", lambda r: spread(r, "ratio")),
+        ("GFLOP/image", lambda r: f"{r['gflop_per_image']:.2f}"),
+        ("TFLOP/s", lambda r: f"{r['tflops']:.3f}"),
+        ("share of peak", lambda r: _share(r["share_of_peak"])),
+        MEMORY,
+    ],
+    "tricks": [
+        ("step", lambda r: f"{_step(r)}, {r['trick']}"),
+        SPEED,
+        ("time / product's time (quartiles)", lambda r: spread(r, "ratio", 3)),
+        ("share of peak", lambda r: _share(r["share_of_peak"]) if "share_of_peak" in r else "-"),
+        MEMORY,
+    ],
+    "layers": [
+        ("convolution", lambda r: f"{r['network']}, {r['precision']}, {r['layer']}"),
+        ("number", lambda r: r["count"]),
+        *(
+            (f"{title}, TFLOP/s", lambda r, name=name: f"{r['gflop'] / r[name] / 1e3:.3g}" if name in r else "-")
+            for title, name in (
+                ("forward", "forward"),
+                ("input gradient", "input_gradient"),
+                ("weight gradient", "weight_gradient"),
+                ("flipped forward", "flipped_forward"),
+            )
+        ),
+        ("cuDNN tries", lambda r: r["kernels_tried"] if r["kernels_tried"] else "all"),
+    ],
+    "profile": [("part of the step's time", lambda r: r["name"]), ("share", lambda r: _share(r["share"]))],
+    "batches": [
+        ("processes", lambda r: r["processes"]),
+        ("global batch", lambda r: r["batch"]),
+        SPEED,
+        MEMORY,
+    ],
+    "overhead": [
+        ("part", lambda r: r["part"]),
+        ("ms/step", lambda r: f"{1e3 * r['seconds']:.3f}"),
+        ("of the step", lambda r: f"{100 * r['share']:.3f} %"),
+    ],
+    "operations": [
+        ("GFLOP/image, published → product", lambda r: f"{r['teacher']} → {r['student']}, {r['method']}"),
+        ("teacher's GMAC/forward", lambda r: f"{r['teacher_gmac']:.3f}"),
+        ("published", lambda r: f"{r['published']:.1f}"),
+        ("product", lambda r: f"{r['product']:.1f}"),
+    ],
+    "fidelity": [
+        ("against float32, ten attack steps", lambda r: f"{r['method']}, {r['precision']}"),
+        ("signs that flip in the first step", lambda r: f"{100 * r['flipped']:.2f} %"),
+        ("objective reached / float32's", lambda r: f"{r['objective_ratio']:.5f}"),
+    ],
+    "pgd20": [
+        ("PGD-20", lambda r: r["step"]),
+        ("batch", lambda r: r["batch"]),
+        SPEED,
+        ("ratio (quartiles)", lambda r: spread(r, "ratio")),
+        MEMORY,
+    ],
+    "autoattack": [
+        ("AutoAttack, standard", lambda r: r["step"]),
+        ("batch", lambda r: r["batch"]),
+        *(
+            (
+                f"{name}, s/image",
+                lambda r, name=name: _per_image(r, r["attack_seconds"][name]) if "attack_seconds" in r else "-",
+            )
+            for name in ("apgd-ce", "apgd-t", "fab-t", "square")
+        ),
+        ("all, s/image", lambda r: _per_image(r, r["seconds"])),
+        ("robustbench's time / product's (quartiles)", lambda r: spread(r, "ratio") if "ratio" in r else "-"),
+        ("robust", lambda r: f"{100 * r['robust']:.0f} % of {r['examples']}" if "robust" in r else "-"),
+    ],
+}
+"""The tables: for each kind of rows, its columns."""
+
+
+def tables(figures: dict[str, Any]) -> list[str]:
+    """The Markdown tables of all kinds of rows that figures hold; of a row that failed, why."""
+    made = []
+    for kind, columns in COLUMNS.items():
+        rows = figures.get(kind) or []
+        good = [row for row in rows if "error" not in row]
+        if good:
+            made.append(table([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in good]))
+        made += [f"not measured: {row.get('setting', kind)}: {row['error']}" for row in rows if "error" in row]
+    return made
+
+
+def text_of(figures: dict[str, Any]) -> str:
+    """All that a JSON file of figures shows: command, machine, tables."""
+    where = f"{figures['hardware']}; torch {figures['torch']}; commit {figures['commit']}"
+    shown = [f"`{figures['command']}`  \n{where}"]
+    if "line" in figures:
+        shown.append(figures["line"])
+    for name, part in figures.get("parts", {}).items():
+        state = "" if part["status"] == "done" else f" ({part['status']})"
+        shown += [f"**{name}**{state}, {part['seconds']:.0f} s", *tables(part)]
+    return "\n\n".join([*shown, *tables(figures)])
+
+
+# What every benchmark does with its figures ------------------------------------------------------------------------
+
+
+def output_file(text: str) -> Path:
+    """A parser of paths to be written: makes the folder now, because minutes of measuring lie before the write."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from error
+    return path
+
+
+class _Insert(argparse.Action):
+    """FILE and MARK, held to be there before anything is measured."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        try:
+            split_at(Path(values[0]), values[1])
+        except UserError as error:
+            parser.error(f"argument {option}: {error}")
+        setattr(namespace, self.dest, values)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that every benchmark has."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--rounds", type=cli.positive_int, default=5, help="turns per setting")
+    parser.add_argument("--commit", help="the commit, where git cannot tell it")
+    parser.add_argument("--out", type=output_file, help="write the figures to this JSON file")
+    parser.add_argument(
+        "--insert",
+        nargs=2,
+        action=_Insert,
+        metavar=("FILE", "MARK"),
+        help="replace what is between MARK's markers in a Markdown file",
+    )
+
+
+def hardware(device: torch.device) -> str:
+    """Name of the GPU or CPU."""
+    args = argparse.Namespace(device=str(device), precision="fp32", compile=0, batch=1, deterministic=0, seed=0)
+    return Engine(args).hardware()
+
+
+def about(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What belongs to figures: command, machine, versions, commit.
+
+    No date: two reports of one commit on one machine differ by noise only.
+    """
+    # Only what moves the figures: where they are written to does not.
+    given = sys.argv[1:]
+    for flag, values in (("--out", 1), ("--insert", 2), ("--commit", 1)):
+        if flag in given:
+            at = given.index(flag)
+            given = given[:at] + given[at + 1 + values :]
+    origin, threads = provenance(Path(__file__)), os.environ.get("OMP_NUM_THREADS")
+    return {
+        "format": FORMAT,
+        "benchmark": name,
+        "command": (f"OMP_NUM_THREADS={threads} " if threads else "")
+        + shlex.join(["python", "-m", f"benchmarks.{name}", *given]),
+        "hardware": hardware(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": origin["versions"]["python"],
+        "commit": args.commit or origin["commit"],
+    }
+
+
+def report(name: str, args: argparse.Namespace, device: torch.device, figures: dict[str, Any]) -> None:
+    """Write the JSON file and the Markdown where asked, and print the tables, last of all."""
+    found = {**about(name, args, device), **figures}
+    if args.out:
+        write_json(args.out, found)
+    text = text_of(found)
+    if args.insert:
+        insert(Path(args.insert[0]), args.insert[1], text)
+    print(f"\n{text}", flush=True)
+
+
+def insert(path: Path, mark: str, text: str) -> None:
+    """Put text between the lines ``<!-- begin MARK -->`` and ``<!-- end MARK -->`` of a file.
+
+    Raises:
+        UserError: the file does not have them.
+    """
+    before, after = split_at(path, mark)
+    write_atomically(path, lambda file: file.write(f"{before}{text}\n{after}".encode()))
+
+
+def split_at(path: Path, mark: str) -> tuple[str, str]:
+    """A file's text up to and with MARK's begin line, and from its end line on.
+
+    Raises:
+        UserError: the file does not have them.
+    """
+    begin, end = f"<!-- begin {mark} -->\n", f"<!-- end {mark} -->"
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before, found, rest = old.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise UserError(f"{path} has no lines {begin.strip()!r} and {end!r} to write between")
+    return before + begin, end + after
+
+
+def main() -> None:
+    """Render a folder of JSON files."""
+    parser = cli.Parser(prog="python -m benchmarks.report", description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of JSON files that benchmarks wrote")
+    parser.add_argument("--insert", type=Path, metavar="FILE", help="a Markdown file with markers of the files' names")
+    args = parser.parse_args()
+    files = sorted(args.folder.glob("*.json"))
+    if not files:
+        raise UserError(f"{args.folder} holds no .json file")
+    found = {path: read_json(path) for path in files}
+    for path, figures in found.items():
+        if figures.get("format") != FORMAT or "benchmark" not in figures:
+            raise UserError(f"{path} is no report of a benchmark of format {FORMAT}")
+        if args.insert:
+            split_at(args.insert, path.stem)  # all of them are there before any is written
+    for path, figures in found.items():
+        if args.insert:
+            insert(args.insert, path.stem, text_of(figures))
+        else:
+            print(f"\n{text_of(figures)}")
+
+
+if __name__ == "__main__":
+    cli.guard(main)
