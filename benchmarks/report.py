@@ -52,6 +52,10 @@ def _memory(row: Row) -> str:
     return "-" if row.get("peak_memory_gib") is None else f"{row['peak_memory_gib']:.2f}"
 
 
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
 def _per_image(row: Row, seconds: float) -> str:
     return f"{seconds / row['examples']:.3f}"
 
@@ -115,6 +119,14 @@ COLUMNS: dict[str, list[tuple[str, Callable[[Row], object]]]] = {
         ("teacher's GMAC/forward", lambda r: f"{r['teacher_gmac']:.3f}"),
         ("published", lambda r: f"{r['published']:.1f}"),
         ("product", lambda r: f"{r['product']:.1f}"),
+    ],
+    "evidence": [
+        ("run", lambda r: f"{r['name']}, {r['network']}, {r['epochs']} epochs"),
+        ("clean", lambda r: _percent(r.get("clean"))),
+        ("PGD-20", lambda r: _percent(r.get("pgd20"))),
+        ("AutoAttack", lambda r: _percent(r["autoattack"]["accuracy"]) if "autoattack" in r else "-"),
+        ("of images", lambda r: r["autoattack"]["examples"] if "autoattack" in r else "-"),
+        ("training, s", lambda r: f"{r['seconds']:.0f}" if "seconds" in r else "not finished"),
     ],
     "fidelity": [
         ("against float32, ten attack steps", lambda r: f"{r['method']}, {r['precision']}"),

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks import convolutions, evaluation, gpu_check, measure, profiling, published, report, training_step
+from benchmarks import (
+    convolutions,
+    evaluation,
+    gpu_check,
+    gpu_evidence,
+    measure,
+    profiling,
+    published,
+    report,
+    training_step,
+)
 from benchmarks.tricks import TRICKS
 from cifar100_models import build_model
 from experiment import UserError
@@ -400,3 +411,61 @@ def test_report_refuses_what_is_no_report(monkeypatch, tmp_path):
     (tmp_path / "x.json").write_text('{"format": 1}')
     with pytest.raises(UserError, match="no report of a benchmark"):
         report.main()
+
+
+def test_gpu_evidence_goes_on_from_what_was_carried(monkeypatch, tmp_path):
+    """One lease has time for teacher and ARD, the next, with nothing but the packed files, does the rest alone."""
+    run_until, commands = gpu_evidence.run_until, []
+
+    def lease(steps, *flags):
+        def limited(command, folder, end):
+            if len(commands) >= steps:
+                return False
+            commands.append(Path(command[0]).name if command[0] != "-c" else f"attack {command[7]}")
+            return run_until(command, folder, end)
+
+        monkeypatch.setattr(gpu_evidence, "run_until", limited)
+        monkeypatch.setattr("sys.argv", ["gpu_evidence.py", "--rehearse", *map(str, flags)])
+        gpu_evidence.main()
+        return json.loads((flags[-1] / "evidence.json").read_text())
+
+    first = lease(2, "--out", tmp_path / "first")
+    assert not first["complete"]
+    assert [(row["name"], row["finished"]) for row in first["evidence"]] == [("teacher", True), ("ard", True)]
+    second = lease(9, "--state", tmp_path / "first", "--out", tmp_path / "second")
+    assert second["complete"]
+    scripts = ["train_teacher.py", "ard_cifar100.py", "ard_IGDM_cifar100.py"]
+    assert commands == [*scripts, "attack ard", "attack ard_IGDM"]
+    assert [row["name"] for row in second["evidence"]] == ["teacher", "ard", "ard_IGDM"]
+    assert [row["autoattack"]["examples"] for row in second["evidence"][1:]] == [2, 2]
+    assert second["evidence"][1]["seconds"] == first["evidence"][1]["seconds"]
+    assert "| ard_IGDM, RES-8, 1 epochs |" in report.text_of(second)
+
+
+def test_the_packed_state_is_in_pieces_that_come_back_whole(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_evidence, "PIECE", 4096)
+    runs, out, there = tmp_path / "runs", tmp_path / "out", tmp_path / "there"
+    for folder in (runs / "done", runs / "begun", out):
+        folder.mkdir(parents=True)
+    for name in ("done/result.json", "done/student.pt", "done/last.pt", "begun/last.pt", "begun/previous.pt"):
+        (runs / name).write_bytes(name.encode() * 300)
+    (runs / "images.npz").write_bytes(b"large")
+    (out / "state.99").write_bytes(b"of an earlier call")
+    gpu_evidence.pack(runs, out)
+    assert max(path.stat().st_size for path in out.iterdir()) <= 4096
+    assert gpu_evidence.unpack(out, there)
+    found = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
+    assert found == {"done/result.json", "done/student.pt", "begun/last.pt"}
+    assert (there / "begun/last.pt").read_bytes() == (runs / "begun/last.pt").read_bytes()
+    max(out.iterdir()).unlink()
+    with pytest.raises(UserError, match="not complete"):
+        gpu_evidence.unpack(out, tmp_path / "elsewhere")
+
+
+def test_equal_settings_of_the_pair(tmp_path):
+    """ARD+IGDM's command has what is IGDM's, and nothing else, beside ARD's."""
+    args = gpu_evidence.parse_args(["--rehearse", "--out", str(tmp_path)])
+    args.data = tmp_path / "images.npz"
+    ard, igdm = (gpu_evidence.commands(args)[name] for name in gpu_evidence.STUDENTS)
+    added = [word for word in igdm if word not in ard]
+    assert added == ["ard_IGDM_cifar100.py", "--alpha", "20.0", "--ramp_epochs", "ard_IGDM"]
