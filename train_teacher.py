@@ -43,7 +43,7 @@ def main():
     """Train, evaluate and attack one teacher; the same command again resumes."""
     args = cli.parse_args(__file__, RECIPE)
     run = Run(args, __file__, RECIPE)
-    images = data.load_data(args.dataset, args.data_dir, run.device, side=args.side, holdout=args.holdout)
+    images = data.load_data(args.dataset, args.data_dir, run.device, **data.selection(args))
     model = build_model(args.student, images.num_classes).to(run.device)
     optimizer = optim.sgd(model, args)
     run.start(images, model, optimizer)

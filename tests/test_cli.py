@@ -44,7 +44,8 @@ def refused(capsys, script, *argv):
 # The frozen set
 
 RUN = {
-    "dataset", "data_dir", "side", "holdout", "eval_after", "aa_examples", "aa_batch", "aa_best", "swa_after", "seed",
+    "dataset", "data_dir", "side", "train_examples",
+    "holdout", "eval_after", "aa_examples", "aa_batch", "aa_best", "swa_after", "seed",
     "device", "precision", "compile", "deterministic", "checkpoint_minutes", "run_dir", "run_name", "nowand",
     "wandb_project", "wandb_entity", "wandb_name", "wandb_tags", "wandb_artifact", "tensorboard",
 }  # fmt: skip
@@ -113,6 +114,7 @@ COMMON = {
     "data_dir": "data",
     "side": 0,
     "holdout": 0,
+    "train_examples": 0,
     "eval_after": 90,
     "aa_examples": 10_000,
     "aa_batch": 250,
@@ -465,6 +467,7 @@ BAD = [
     ("adaad", "aa_examples", NOT_NEGATIVE, "a whole number from 0"),
     ("adaad", "side", NOT_NEGATIVE, "a whole number from 0"),
     ("adaad", "holdout", NOT_NEGATIVE, "a whole number from 0"),
+    ("adaad", "train_examples", NOT_NEGATIVE, "a whole number from 0"),
     ("adaad", "swa_after", NOT_NEGATIVE, "a whole number from 0"),
     ("adaad", "eval_after", NOT_NEGATIVE, "a whole number from 0"),
     ("adaad", "epsilon", FRACTION, "a number from 0 up to 1, or a fraction such as 8/255"),

@@ -385,6 +385,31 @@ def test_a_holdout_that_empties_a_class_is_refused():
     assert "--holdout 1430 is not allowed with 1437 training images" in refusal("digits", holdout=1430)
 
 
+def test_train_examples_are_drawn_in_the_classes_shares_and_always_the_same():
+    whole, some = load_data("digits"), load_data("digits", train_examples=143)
+    assert len(some.x_train) == len(some.y_train) == 143
+    assert (143 * whole.y_train.bincount() / len(whole.y_train) - some.y_train.bincount()).abs().max() < 1
+    assert torch.equal(some.x_train, load_data("digits", train_examples=143).x_train)
+    stored = {
+        (image.numpy().tobytes(), label) for image, label in zip(whole.x_train, whole.y_train.tolist(), strict=True)
+    }
+    assert {
+        (image.numpy().tobytes(), label) for image, label in zip(some.x_train, some.y_train.tolist(), strict=True)
+    } <= stored
+    assert torch.equal(some.x_test, whole.x_test)
+    assert some.sha256 != whole.sha256
+    assert load_data("digits", train_examples=1437).sha256 == whole.sha256
+    both = load_data("digits", train_examples=143, holdout=43)
+    assert (len(both.x_train), len(both.x_holdout)) == (100, 43)
+
+
+@pytest.mark.parametrize("count", [5, 1438])
+def test_too_few_or_too_many_train_examples_are_refused(count):
+    assert f"--train_examples {count} is not allowed with 1437 training images" in refusal(
+        "digits", train_examples=count
+    )
+
+
 def test_side_and_holdout_are_in_the_hash_and_off_by_default():
     plain, held = load_data("digits"), load_data("digits", holdout=100)
     assert (len(plain.x_holdout), len(plain.y_holdout)) == (0, 0)

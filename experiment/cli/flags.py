@@ -53,6 +53,11 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
         "default": 0,
         "help": "reduce the images to N x N pixels, each the mean of a block; 0 leaves them as they are",
     },
+    "train_examples": {
+        "type": whole(0),
+        "default": 0,
+        "help": "train on so many of the training images, balanced as they are, always the same ones; 0 for all",
+    },
     "holdout": {
         "type": whole(0),
         "default": 0,
@@ -127,5 +132,5 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
 }
 """Flags of every training script."""
 
-NAMED_RUN_FLAGS = ("side", "holdout", "swa_after", "compile", "deterministic")
+NAMED_RUN_FLAGS = ("side", "train_examples", "holdout", "swa_after", "compile", "deterministic")
 """Flags of these that a default run name tells where they are not the default; the rest moves no weight."""

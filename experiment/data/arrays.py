@@ -68,18 +68,12 @@ def hold_out(arrays: Arrays, count: int) -> Arrays:
     Raises:
         UserError: a class would keep no training image.
     """
-    sizes = np.bincount(arrays.y_train, minlength=arrays.num_classes)
-    shares = count * sizes / sizes.sum()
-    quotas = np.floor(shares).astype(int)
-    # What rounding down left over goes to the largest remainders, the first class where they are equal.
-    quotas[np.argsort(quotas - shares, kind="stable")[: count - quotas.sum()]] += 1
+    quotas, sizes = _quotas(arrays, count)
     if (quotas >= np.maximum(sizes, 1)).any():
         raise UserError(
             f"--holdout {count} is not allowed with {len(arrays.y_train)} training images; each class must keep one"
         )
-    order = np.random.RandomState(SEED).permutation(len(arrays.y_train))
-    aside = np.concatenate([order[arrays.y_train[order] == label][:quota] for label, quota in enumerate(quotas)])
-    aside.sort()
+    aside = _drawn(arrays, quotas)
     kept = np.setdiff1d(np.arange(len(arrays.y_train)), aside)
     return replace(
         arrays,
@@ -88,3 +82,36 @@ def hold_out(arrays: Arrays, count: int) -> Arrays:
         x_holdout=arrays.x_train[aside],
         y_holdout=arrays.y_train[aside],
     )
+
+
+def draw_training(arrays: Arrays, count: int) -> Arrays:
+    """Keep `count` training images, drawn with a fixed seed, with the classes' shares in the training set.
+
+    Raises:
+        UserError: there are not so many, or a class would have none.
+    """
+    quotas, sizes = _quotas(arrays, min(count, len(arrays.y_train)))
+    if count > len(arrays.y_train) or (quotas < np.minimum(sizes, 1)).any():
+        raise UserError(
+            f"--train_examples {count} is not allowed with {len(arrays.y_train)} training images; at most so many, and "
+            "one of each class"
+        )
+    kept = _drawn(arrays, quotas)
+    return replace(arrays, x_train=arrays.x_train[kept], y_train=arrays.y_train[kept])
+
+
+def _quotas(arrays: Arrays, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """How many of `count` images each class gives, and how many it has."""
+    sizes = np.bincount(arrays.y_train, minlength=arrays.num_classes)
+    shares = count * sizes / sizes.sum()
+    quotas = np.floor(shares).astype(int)
+    # What rounding down left over goes to the largest remainders, the first class where they are equal.
+    quotas[np.argsort(quotas - shares, kind="stable")[: count - quotas.sum()]] += 1
+    return quotas, sizes
+
+
+def _drawn(arrays: Arrays, quotas: np.ndarray) -> np.ndarray:
+    """Indices of so many random training images of each class, ascending."""
+    order = np.random.RandomState(SEED).permutation(len(arrays.y_train))
+    drawn = [order[arrays.y_train[order] == label][:quota] for label, quota in enumerate(quotas)]
+    return np.sort(np.concatenate(drawn))

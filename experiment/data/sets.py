@@ -1,5 +1,6 @@
 """Data sets, whole, as uint8 tensors on the training device."""
 
+import argparse
 import hashlib
 import os
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiment import UserError
-from experiment.data.arrays import Arrays, hold_out, reduce_side, shuffle_test
+from experiment.data.arrays import Arrays, draw_training, hold_out, reduce_side, shuffle_test
 from experiment.data.augmentation import as_float, augment
 from experiment.data.cifar import read_cifar
 from experiment.data.npz import read_npz
@@ -81,8 +82,19 @@ class Data:
             yield as_float(x), self.y_train[index], begin, total
 
 
+def selection(args: argparse.Namespace) -> dict[str, int]:
+    """What the flags --side, --train_examples and --holdout ask of ``load_data``."""
+    return {name: getattr(args, name) for name in ("side", "train_examples", "holdout")}
+
+
 def load_data(
-    dataset: str, data_dir: str = "data", device: torch.device | str = "cpu", *, side: int = 0, holdout: int = 0
+    dataset: str,
+    data_dir: str = "data",
+    device: torch.device | str = "cpu",
+    *,
+    side: int = 0,
+    train_examples: int = 0,
+    holdout: int = 0,
 ) -> Data:
     """Load a data set whole onto a device.
 
@@ -94,10 +106,12 @@ def load_data(
             keep their order (RobustBench's convention); any others are shuffled once, with a fixed seed.
         data_dir: folder of the CIFAR archives.
         side: reduce the images to side x side pixels, each the mean of a block; 0 leaves them as they are.
-        holdout: number of training images to set aside, in the classes' shares, drawn with a fixed seed.
+        train_examples: train on so many of the training images, in the classes' shares, always the same; 0: all.
+        holdout: number of these to set aside, in the classes' shares, drawn with a fixed seed.
 
     Raises:
-        UserError: unknown name, missing or broken file, no network; a side or a holdout that the set does not allow.
+        UserError: unknown name, missing or broken file, no network; a side or a number of
+            images that the set does not allow.
     """
     check_dataset(dataset)
     in_order = dataset in ("cifar100", "cifar10")
@@ -109,6 +123,8 @@ def load_data(
         arrays = shuffle_test(read_npz(Path(dataset)))
     if side:
         arrays = reduce_side(arrays, side)
+    if train_examples:
+        arrays = draw_training(arrays, train_examples)
     if holdout:
         arrays = hold_out(arrays, holdout)
     digest = hashlib.sha256()

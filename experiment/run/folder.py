@@ -20,7 +20,7 @@ FREE_SETTINGS = (
 )  # fmt: skip
 """Settings that may change between a run and its resumption: they move no weight and no final accuracy."""
 
-ADDED_SETTINGS = {"side": 0, "holdout": 0, "aa_best": 0, "swa_after": 0}
+ADDED_SETTINGS = {"side": 0, "train_examples": 0, "holdout": 0, "aa_best": 0, "swa_after": 0}
 """Settings that the config.json of an older run lacks, and what it did."""
 
 ATTACK_SETTINGS = ("aa_examples", "aa_batch")
