@@ -28,7 +28,7 @@ lint: setup
 # The whole pipeline on the digits inside scikit-learn: a robust teacher, AdaAD and AdaAD+IGDM, and their comparison.
 # A demo that was interrupted goes on where it stopped; remove runs/demo to begin anew.
 DIGITS := --dataset digits --batch 64 --epsilon 0.15 --step_size 0.0375 --epochs 10 --run_dir $(RUNS)
-STUDENT := $(DIGITS) --teacher $(RUNS)/teacher --student RES-8 --eval_after 4 --aa_examples 100
+STUDENT := $(DIGITS) --teacher $(RUNS)/teacher --student RES-8 --eval_after 4 --aa_examples 360
 
 demo: $(RUNS)/adaad/result.json $(RUNS)/adaad_IGDM/result.json
 	$(PY) compare.py $(RUNS)/adaad $(RUNS)/adaad_IGDM

@@ -135,6 +135,18 @@ def test_the_seventh_method_trains_stops_resumes_and_is_compared(seventh, small)
     assert "SAAD" in finish(start(home, ROOT / "compare.py", "runs/whole", "runs/adaad_cifar100_whole"))
 
 
+def test_the_seventh_method_is_studied(seventh, small):
+    home = small.home
+    (home / "saad_cifar100.py").write_text(seventh)
+    (grid,) = re.findall(r"^```toml\n(.*?)^```", (ROOT / "docs/extending.md").read_text(), re.MULTILINE | re.DOTALL)
+    settings = 'dataset = "digits"\nteacher = "teacher"\nstudent = "RES-8"\nepochs = 1\nbatch = 512\nsteps = 1\n'
+    (home / "seventh.toml").write_text(f"{grid}\n[settings]\n{settings}aa_examples = 0\ndevice = 'cpu'\n")
+    finish(start(home, ROOT / "study.py", "seventh.toml"))
+    configs = [json.loads(path.read_text()) for path in sorted((home / "runs/seventh").glob("saad*/config.json"))]
+    assert [config["settings"]["entropy_factor"] for config in configs] == [4.0, 5.0]
+    assert "2 of 2 runs finished" in finish(start(home, ROOT / "study.py", "seventh.toml"))
+
+
 def test_the_seventh_method_is_its_equations(seventh, networks, batches):
     """Against the page's formulas, image by image in float64."""
     namespace = {"__name__": "saad", "__file__": "saad_cifar100.py"}
