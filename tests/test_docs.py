@@ -25,8 +25,8 @@ PRODUCT = [
     *ROOT.glob("*.py"),
     *(path for room in ("benchmarks", "cifar100_models", "experiment") for path in (ROOT / room).rglob("*.py")),
 ]
-# A document that compare.py writes beside its results, and one of AutoAttack's package.
-WRITTEN = {"comparison.md", "flags_doc.md"}
+# What commands write, and a document of the AutoAttack package.
+WRITTEN = {"comparison.md", "gpu_check.md", "FILE.md", "flags_doc.md"}
 
 
 def name_of(path):
