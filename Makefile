@@ -5,7 +5,7 @@ RUNS := runs/demo
 # each other after every operation crawl, a hundred times slower, as soon as something else wants a core.
 ONE := OMP_NUM_THREADS=1
 
-.PHONY: setup demo test test-faults lint bench
+.PHONY: setup demo test test-faults test-bare lint bench
 
 setup: .venv/ready
 
@@ -21,6 +21,10 @@ test: setup
 # Kills, starves and feeds garbage to real runs for some twenty minutes; rewrites docs/reliability.md.
 test-faults: setup
 	$(PY) tests/fault_run.py --write docs/reliability.md
+
+# All that a bare GPU machine would run, on the CPU, with the packages blocked that it lacks; some minutes.
+test-bare: setup
+	$(ONE) $(PY) tests/bare_machine.py
 
 lint: setup
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -106,7 +106,9 @@ def two_streams(step: ProductStep) -> None:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             logits = student(x)
+        # Whoever frees them on one stream must not hand their memory out while the other still works on it.
         x.record_stream(side)
+        logits.record_stream(torch.cuda.current_stream())
         return logits
 
     def then(x: Tensor) -> Tensor:

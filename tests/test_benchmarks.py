@@ -339,6 +339,13 @@ def test_insert_replaces_what_is_between_its_markers(tmp_path):
         report.insert(path, "b", "text")
 
 
+@pytest.mark.parametrize(
+    "mark", ["gpu_check", "evidence", "training_step_cuda", "training_step_cpu", "evaluation_cuda"]
+)
+def test_the_page_has_a_place_for_every_report(mark):
+    report.split_at(Path(__file__).parent.parent / "docs" / "performance.md", mark)
+
+
 @pytest.mark.parametrize("module", [training_step, evaluation])
 def test_mistakes_are_one_line_before_anything_is_measured(module, capsys, tmp_path):
     (tmp_path / "file").write_text("no folder, no markers")

@@ -19,7 +19,7 @@ from reference import CLASSES, SCRIPTS, product_run, reference_run, settings
 import attacks
 from cifar100_models import build_model
 from experiment import files
-from experiment.engine import Engine
+from experiment.engine import Engine, FastPath
 
 ROOT = Path(__file__).parent.parent
 DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")
@@ -30,9 +30,9 @@ pytestmark = [
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="a CPU has no such thing")
 
 
-def engine(**changes):
+def engine(fast_path=None, **changes):
     default = {"device": DEVICE, "precision": "fp32", "compile": 0, "batch": 6, "deterministic": 0, "seed": 0}
-    return Engine(SimpleNamespace(**{**default, **changes}))
+    return Engine(SimpleNamespace(**{**default, **changes}), fast_path or FastPath())
 
 
 def on(device, networks, batches):
@@ -52,6 +52,29 @@ def test_float64_steps_equal_the_reference(method, networks, batches):
     reference_run(method, expected, teacher, data, args)
     torch.manual_seed(5)
     product_run(method, student, teacher, data, args, wrap=machine.accelerate, around=machine.step)
+    for ours, theirs in zip(student.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "fast_path",
+    [
+        FastPath(cuda_graph=True),
+        pytest.param(FastPath(attack_graph=True), marks=needs_cuda),  # minutes of code generation on a CPU
+        pytest.param(FastPath(attack_graph=True, cuda_graph=True, merge_pads=True), marks=needs_cuda),
+    ],
+    ids=["cuda_graph", "attack_graph", "both"],
+)
+def test_float64_steps_of_a_fast_path_equal_the_reference(fast_path, networks, batches):
+    """Captured or compiled, the attack's steps are the same, and follow the student's weights from step to step."""
+    args = settings("adaad_IGDM", "--device", DEVICE)
+    machine = engine(fast_path)
+    student, teacher, data = on(DEVICE, networks, batches)
+    expected = copy.deepcopy(student)
+    torch.manual_seed(5)
+    reference_run("adaad_IGDM", expected, teacher, data, args)
+    torch.manual_seed(5)
+    product_run("adaad_IGDM", student, teacher, data, args, wrap=machine.accelerate, around=machine.step)
     for ours, theirs in zip(student.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
