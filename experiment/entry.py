@@ -55,7 +55,8 @@ _OUT_OF_MEMORY = (
 
 
 def _leave(line: str, status: int) -> NoReturn:
-    print(" ".join(line.split()), file=sys.stderr)
+    if line:  # of several ranks one speaks
+        print(" ".join(line.split()), file=sys.stderr)
     sys.exit(status)
 
 

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import evaluation_cases
-import fault_run
+import fault_server
 import pytest
 import torch
 from reference import CLASSES
@@ -41,9 +41,9 @@ def batches():
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """A server that runs scripts in forks, a home folder with a teacher in it, and the uninterrupted runs' results."""
-    server, home = fault_run.Server(), tmp_path_factory.mktemp("home")
+    server, home = fault_server.Server(), tmp_path_factory.mktemp("home")
     try:
-        yield SimpleNamespace(server=server, home=home, expected=fault_run.prepare(server, home))
+        yield SimpleNamespace(server=server, home=home, expected=fault_server.prepare(server, home))
     finally:
         server.close()
 

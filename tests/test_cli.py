@@ -46,8 +46,8 @@ def refused(capsys, script, *argv):
 RUN = {
     "dataset", "data_dir", "side", "train_examples",
     "holdout", "eval_after", "aa_examples", "aa_batch", "aa_best", "swa_after", "seed",
-    "device", "precision", "compile", "deterministic", "checkpoint_minutes", "run_dir", "run_name", "nowand",
-    "wandb_project", "wandb_entity", "wandb_name", "wandb_tags", "wandb_artifact", "tensorboard",
+    "device", "precision", "compile", "deterministic", "stop_on_collapse", "checkpoint_minutes", "run_dir", "run_name",
+    "nowand", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags", "wandb_artifact", "tensorboard",
 }  # fmt: skip
 OPTIMISATION = {"student", "epochs", "batch", "lr", "momentum", "wd", "lr_milestones"}
 BUDGET = {"epsilon", "step_size", "steps"}
@@ -125,6 +125,7 @@ COMMON = {
     "precision": "fp32",
     "compile": 0,
     "deterministic": 0,
+    "stop_on_collapse": 1,
     "checkpoint_minutes": 10.0,
     "run_dir": "runs",
     "nowand": 1,

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from fault_run import ROOT, TIMES
+from fault_server import ROOT, TIMES
 from reference import CLOSE, kl
 
 import attacks

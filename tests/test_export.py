@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from fault_run import ROOT
+from fault_server import ROOT
 
 import export
 from experiment import UserError, compat, data, evaluation, files

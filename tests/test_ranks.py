@@ -3,9 +3,12 @@
 import itertools
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import adaad_IGDM_cifar100 as script
 from experiment import data, files, optim
 from experiment.cli import parse_args
 from experiment.engine import Engine
+from experiment.engine.requests import StepRequests
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,16 +51,16 @@ def first_updates(target, steps=2):
     torch.save(student.state_dict(), f"{target}.{machine.rank}")
 
 
-def launch(count, *command):
-    """Run a command in `count` processes with torch.distributed's own environment; fail with what they printed."""
+def begin(count, *command, cwd=ROOT, **environment):
+    """Start a command in `count` processes with torch.distributed's own environment; what they print goes to a pipe."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
+    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+    return [
         subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
+            [sys.executable, *map(str, command)],
+            cwd=cwd,
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -64,9 +68,14 @@ def launch(count, *command):
         )
         for rank in range(count)
     ]
+
+
+def launch(count, *command, status=0, **environment):
+    """Run a command in `count` processes to its end; what they printed, after a look at their exit status."""
+    processes = begin(count, *command, **environment)
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+        assert process.returncode == status, output
     return outputs
 
 
@@ -95,11 +104,16 @@ def teacher(tmp_path_factory):
     return path
 
 
+def flags_of(teacher, folder, name, **changes):
+    """The flags of a small run."""
+    flags = {"dataset": "digits", "teacher": teacher, "student": "RES-8", "batch": 256, "steps": 1, "epochs": 2}
+    flags |= {"epsilon": 0.5, "aa_examples": 4, "aa_batch": 2, "run_dir": folder, "run_name": name, "device": "cpu"}
+    return [str(part) for name, value in {**flags, **changes}.items() for part in (f"--{name}", value)]
+
+
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, teacher):
     """Two processes train an epoch and are stopped there; one process resumes and finishes with AutoAttack."""
-    flags = ["--dataset", "digits", "--teacher", str(teacher), "--student", "RES-8", "--batch", "256", "--steps", "1"]
-    flags += ["--epochs", "2", "--epsilon", "0.5", "--aa_examples", "4", "--aa_batch", "2", "--run_dir", str(tmp_path)]
-    command = ["adaad_IGDM_cifar100.py", *flags, "--run_name", "r", "--device", "cpu"]
+    command = ["adaad_IGDM_cifar100.py", *flags_of(teacher, tmp_path, "r")]
     stop = "import experiment.run as r; r.Run.end_epoch_ = r.Run.end_epoch\n"
     stop += "def once(self, accuracies):\n    self.end_epoch_(accuracies)\n    raise SystemExit(0)\n"
     stop += "r.Run.end_epoch = once\n"
@@ -114,13 +128,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, teacher):
     assert [row["epoch"] for row in rows] == [1, 2]
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert result["autoattack"]["examples"] == 4
+    # What the bits depend on is recorded: with how many processes it began, and that they changed.
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["processes"] == 2
+    assert "number of processes" in result["changed"]
 
 
 def test_two_ranks_finish_a_run(tmp_path, teacher):
     """PGD-20 and AutoAttack over both ranks give what one process gives for the same student."""
-    flags = ["--dataset", "digits", "--teacher", str(teacher), "--student", "RES-8", "--batch", "256", "--steps", "1"]
-    flags += ["--epochs", "1", "--epsilon", "0.3", "--aa_examples", "4", "--aa_batch", "2", "--run_dir", str(tmp_path)]
-    launch(2, "rslad_cifar100.py", *flags, "--run_name", "r", "--device", "cpu")
+    launch(2, "rslad_cifar100.py", *flags_of(teacher, tmp_path, "r", epochs=1, epsilon=0.3))
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     from experiment import evaluation
 
@@ -129,3 +144,93 @@ def test_two_ranks_finish_a_run(tmp_path, teacher):
     assert result["clean"] == evaluation.accuracy(student, images.x_test, images.y_test)
     assert result["student_sha256"] == files.state_sha256(student)
     assert len(list((tmp_path / "r" / "autoattack").glob("chunk-*.json"))) == 2
+
+
+def stop(processes, after, *signals):
+    """Wait until rank 0 has printed a line with `after`; send the (rank, signal) pairs; the ends of all processes."""
+    printed = ""
+    for line in processes[0].stdout:
+        printed += line
+        if after in line:
+            break
+    time.sleep(0.7)
+    for rank, number in signals:
+        processes[rank].send_signal(number)
+        time.sleep(0.2)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs[0] = printed + outputs[0]
+    return outputs
+
+
+EVERYONE_TWICE = [(0, signal.SIGTERM), (1, signal.SIGTERM)] * 2
+
+
+@pytest.mark.parametrize(
+    ("after", "signals", "place"),
+    [
+        ("epoch 1/500", EVERYONE_TWICE, r"in epoch \d+ after step [1-6] of 6|after epoch \d+ of 500"),
+        ("epoch 1/500", [(1, signal.SIGTERM)], r"in epoch \d+ after step [1-6] of 6|after epoch \d+ of 500"),
+        ("AutoAttack standard", [(1, signal.SIGUSR1)], "after epoch 1 of 1"),
+    ],
+    ids=["every rank twice, as torchrun does it", "one rank in training", "one rank in AutoAttack"],
+)
+def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path, teacher, after, signals, place):
+    """One line, from rank 0; status 75 from every rank; what last.pt holds is what the line says."""
+    changes = {"epochs": 500, "eval_after": 500} if "500" in after else {"epochs": 1, "epsilon": 0.01}
+    changes |= {"aa_examples": 360, "aa_batch": 180, "checkpoint_minutes": 1440}
+    command = ["adaad_cifar100.py", *flags_of(teacher, tmp_path, "r", **changes)]
+    processes = begin(2, *command, TORCHELASTIC_RUN_ID="x", LOCAL_WORLD_SIZE="2")
+    outputs = stop(processes, after, *signals)
+    assert [process.returncode for process in processes] == [75, 75], outputs
+    assert "Traceback" not in "".join(outputs), outputs
+    lines = re.findall(r"stopped by (\w+) (.*); the same command goes on", "".join(outputs))
+    assert len(lines) == 1, outputs
+    assert lines[0][0] == signals[0][1].name
+    assert re.fullmatch(place, lines[0][1]), lines
+    saved = files.load(tmp_path / "r" / "last.pt")
+    if "step" in lines[0][1]:
+        assert f"in epoch {saved['epoch'] + 1} after step {saved['step']} of" in lines[0][1]
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["command"].startswith("torchrun --nproc_per_node=2 adaad_cifar100.py --dataset digits")
+
+
+def test_what_one_rank_refuses_all_refuse(tmp_path, teacher):
+    """A last.pt of another run: only rank 0 used to know the run's id, and the others went on with it."""
+    command = ["adaad_cifar100.py", *flags_of(teacher, tmp_path, "r", epochs=1, aa_examples=0)]
+    launch(2, *command)
+    folder = tmp_path / "r"
+    content = torch.load(folder / "last.pt", weights_only=True)
+    torch.save({**content, "id": "0123456789ab"}, folder / "last.pt")
+    for name in ("previous.pt", "result.json"):
+        (folder / name).unlink()
+    for output in launch(2, *command, status=2):
+        assert "last.pt does not fit this run: it belongs to a run with id '0123456789ab'" in output
+
+
+def test_a_finished_run_ends_every_rank(tmp_path, teacher):
+    """No rank waits for one that has gone."""
+    command = ["adaad_cifar100.py", *flags_of(teacher, tmp_path, "r", epochs=1, aa_examples=0)]
+    launch(1, *command)
+    first, second = launch(2, *command)
+    assert "holds a finished run" in first
+    assert second == ""
+
+
+def test_requests_reach_all_ranks_after_the_same_step():
+    """Two ranks' sums by hand: what one asks for is agreed until it is met, then no more."""
+    ranks = [StepRequests(torch.device("cpu"), 2) for _ in range(2)]
+
+    def step():
+        total = ranks[0].outgoing() + ranks[1].outgoing()
+        for rank in ranks:
+            rank.incoming(0.5 * total)  # shares of a batch scale them
+        return [rank.agreed() for rank in ranks]
+
+    assert step() == [set(), set()]
+    ranks[1].ask("save")
+    assert step() == [{"save"}] * 2
+    ranks[0].ask("stop")
+    assert step() == [{"save", "stop"}] * 2
+    for rank in ranks:
+        rank.forget("save")
+    assert step() == [{"stop"}] * 2

@@ -1,4 +1,4 @@
-"""The run folder: stopping, resuming, refusing. Real runs of seconds, in forks (see fault_run.py)."""
+"""The run folder: stopping, resuming, refusing. Real runs of seconds, in forks (see fault_server.py)."""
 
 import json
 import os
@@ -12,11 +12,12 @@ import time
 
 import pytest
 import torch
-from fault_run import POINTS, ROOT, SCRIPTS, SMALL, result_of, stopped_run
+from fault_kills import POINTS
+from fault_server import ROOT, SCRIPTS, SMALL, result_of, stopped_run
 
 from experiment import data, evaluation, files
 from experiment.run import provenance
-from experiment.run.health import fault_of as _fault
+from experiment.run.health import fault_of
 
 
 def command(name, *flags):
@@ -66,7 +67,7 @@ def test_killed_run_goes_on(small, place):
     assert not list((small.home / "runs" / place).rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_saves_and_stops(small, number):
     """As a scheduler or a person stops a process; a checkpoint a day: what is saved is saved for the signal."""
     name = f"signal_{number}"
@@ -86,9 +87,11 @@ def test_signal_saves_and_stops(small, number):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 75, error
     assert error.count("\n") == 1
-    assert f"stopped by {number.name} after epoch" in error
     saved = files.load(small.home / "runs" / name / "last.pt")
-    assert f"after epoch {saved['epoch']}, step {saved['step']};" in error
+    where = f"in epoch {saved['epoch'] + 1} after step {saved['step']} of 6;"
+    if saved["step"] == 0:
+        where = f"after epoch {saved['epoch']} of 200;"
+    assert f"stopped by {number.name} {where} the same command goes on" in error
 
 
 def test_signal_before_the_first_step(small):
@@ -98,10 +101,12 @@ def test_signal_before_the_first_step(small):
     outcome.expect(75, "begins anew: nothing was saved yet")
 
 
-def test_finished_run_is_refused(small):
+def test_a_finished_run_says_so_and_stays_as_it_is(small):
     folder = small.home / "runs" / f"{SCRIPTS[0]}_whole"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    small.server.run(SCRIPTS[0], [*SMALL, "--run_name", folder.name], small.home).expect(2, "holds a finished run")
+    outcome = small.server.run(SCRIPTS[0], [*SMALL, "--run_name", folder.name], small.home).expect(0)
+    assert "holds a finished run" in outcome.out
+    assert "AutoAttack" in outcome.out
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -173,7 +178,8 @@ def test_a_finished_run_without_autoattack_can_be_attacked(small):
     flags = [*SMALL, "--run_name", name]
     small.server.run(SCRIPTS[0], [*flags, "--aa_examples", "0"], small.home).expect(0)
     assert json.loads((folder / "result.json").read_text())["autoattack"] is None
-    small.server.run(SCRIPTS[0], [*flags, "--aa_examples", "0"], small.home).expect(2, "holds a finished run")
+    outcome = small.server.run(SCRIPTS[0], [*flags, "--aa_examples", "0"], small.home).expect(0)
+    assert "holds a finished run" in outcome.out
     small.server.run(SCRIPTS[0], [*flags, "--lr", "0.9"], small.home).expect(2, "other settings .lr")
     saved = {last: last.read_bytes() for last in (folder / "last.pt", folder / "previous.pt")}
     for last in saved:
@@ -193,7 +199,7 @@ def test_a_finished_run_without_autoattack_can_be_attacked(small):
     assert f"--aa_examples {config['settings']['aa_examples']}" in " ".join(SMALL)
     assert config["command"] == result["command"]
     assert "--aa_examples 0" not in result["command"]
-    small.server.run(SCRIPTS[0], flags, small.home).expect(2, "holds a finished run")
+    assert "holds a finished run" in small.server.run(SCRIPTS[0], flags, small.home).expect(0).out
 
 
 def test_rows_and_seconds(small):
@@ -209,11 +215,11 @@ def test_rows_and_seconds(small):
 
 def test_logits_that_are_worth_nothing():
     logits = torch.randn(8, 10)
-    assert _fault(logits) is None
-    assert _fault(logits[:1].expand(8, 10)) == "the same for every image"
-    assert _fault(torch.zeros(8, 10)) == "the same for every image"
+    assert fault_of(logits) is None
+    assert fault_of(logits[:1].expand(8, 10)) == "the same for every image"
+    assert fault_of(torch.zeros(8, 10)) == "the same for every image"
     logits[3, 4] = torch.inf
-    assert _fault(logits) == "not finite"
+    assert fault_of(logits) == "not finite"
 
 
 def test_the_commit_of_a_script_that_git_does_not_know_is_dirty(tmp_path):

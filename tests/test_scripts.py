@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from fault_run import ROOT, TEACHER, TIMES
+from fault_server import ROOT, TEACHER, TIMES
 
 SCRIPTS = [f"{method}{igdm}_cifar100" for method in ("ard", "rslad", "adaad") for igdm in ("", "_IGDM")]
 # An epsilon at which AutoAttack is over after its first attack.
@@ -95,11 +95,14 @@ def test_evaluate_agrees_with_the_run(finished, home):
     assert again["student_sha256"] == result["student_sha256"]
 
 
-def test_finished_run_is_refused(finished, home):
+def test_a_finished_command_given_again_shows_its_summary(finished, home):
+    """So that a grid that is submitted again under ``set -e`` goes on."""
     finished("adaad_cifar100")
     done = run(home, "adaad_cifar100", *FLAGS, "--run_name", "adaad_cifar100")
-    assert done.returncode == 2
-    assert "holds a finished run" in done.stderr
+    assert done.returncode == 0
+    assert "holds a finished run" in done.stdout
+    first = (home / "adaad_cifar100.txt").read_text()
+    assert done.stdout.splitlines()[1:] == first.splitlines()[-len(done.stdout.splitlines()) + 1 :]
 
 
 def test_wandb_offline_changes_nothing(finished, home):

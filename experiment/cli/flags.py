@@ -83,7 +83,7 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
     "swa_after": {
         "type": whole(0),
         "default": 0,
-        "help": "average the weights from epoch N on and measure the average too; 0 for none",
+        "help": "average the weights of the epochs after this one and measure the average too; 0 for none",
     },
     "seed": {"type": whole(0), "default": 0, "help": "seed of weights, order, augmentation, attacks and AutoAttack"},
     "device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
@@ -97,6 +97,12 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "{0,1}",
         "default": 0,
         "help": "bit-identical runs on CUDA too, slower",
+    },
+    "stop_on_collapse": {
+        "type": switch,
+        "metavar": "{0,1}",
+        "default": 1,
+        "help": "0 trains on with a student that predicts one class only, as very unequal classes may ask for",
     },
     "checkpoint_minutes": {
         "type": number(above=True),

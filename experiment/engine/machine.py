@@ -5,6 +5,7 @@ import atexit
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,7 @@ from torch import nn
 import attacks
 from experiment.engine.accelerated import DEFAULT, Accelerated, FastPath
 from experiment.engine.attack_step import AttackStep
-
-SYNC_EVERY = 20
-"""Steps between two agreements of several ranks on stopping and saving; each costs one host synchronisation."""
+from experiment.engine.requests import StepRequests
 
 
 class Engine:
@@ -25,6 +24,8 @@ class Engine:
         device: torch.device of this process.
         rank, world: this process and the number of processes (0 and 1 without torchrun).
         local_batch: images of the global batch that this rank computes on.
+        requests: what ranks ask of each other between two steps.
+        store: the key-value store that the ranks met in; None for a single process.
     """
 
     def __init__(self, args: argparse.Namespace, fast_path: FastPath = DEFAULT) -> None:
@@ -44,8 +45,12 @@ class Engine:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        self.requests = StepRequests(self.device, self.world)
+        self.store: dist.Store | None = None
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            self.store, rank, world = next(dist.rendezvous("env://"))
+            dist.init_process_group(backend, store=self.store, rank=rank, world_size=world)
             # Left to the interpreter's end, the group's threads now and then abort a process that was done.
             atexit.register(dist.destroy_process_group)
         self._first, self.local_batch, self._total = 0, 1, 1  # this rank's rows of the global batch
@@ -94,6 +99,22 @@ class Engine:
         if self.world > 1:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return value
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, of plain types, on every rank."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    def first_fault(self, fault: str | None) -> str | None:
+        """The first rank's fault, if there is any on any rank: what one refuses, all refuse, and for one reason."""
+        if self.world == 1:
+            return fault
+        faults: list[str | None] = [None] * self.world
+        dist.all_gather_object(faults, fault)
+        return next((fault for fault in faults if fault is not None), None)
 
     def begin_batch(self, first: int, local_batch: int, total: int) -> None:
         """Say which rows of the global batch of `total` images this rank computes on from now on."""
@@ -149,10 +170,13 @@ class Engine:
         def average(*_: object) -> None:
             share = self.local_batch / self._total
             tensors = [p.grad for p in parameters if p.grad is not None] + statistics
-            flat = torch.cat([t.detach().reshape(-1) for t in tensors]).mul_(share)
+            requests = self.requests.outgoing()
+            flat = torch.cat([*(t.detach().reshape(-1) for t in tensors), requests]).mul_(share)
             dist.all_reduce(flat)
+            *parts, requests = flat.split([*(t.numel() for t in tensors), len(requests)])
+            self.requests.incoming(requests)
             with torch.no_grad():
-                for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                for tensor, part in zip(tensors, parts, strict=True):
                     tensor.copy_(part.view(tensor.shape))
 
         optimizer.register_step_pre_hook(average)

@@ -1,15 +1,12 @@
-"""What a person sees of a run: its header, the progress bar, a line per epoch, the summary."""
+"""What a person sees of a run at work: the progress bar and a line per epoch."""
 
 import sys
 import time
 from typing import Any
 
-import torch
-from torch import nn
+from experiment.run.estimate import duration
 
-from experiment.data import Data
-
-ACCURACIES = {"clean": "clean", "pgd20": "PGD-20"}
+ACCURACIES = {"clean": "clean", "pgd20": "PGD-20", "holdout_pgd10": "held-out PGD-10"}
 """Keys of accuracies in metrics.jsonl, and how they are printed."""
 
 
@@ -64,91 +61,16 @@ def speed(row: dict[str, Any]) -> str:
     return f"{row['images_per_second']:.{0 if row['images_per_second'] >= 10 else 2}f}"
 
 
-def epoch_line(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
-    """One printed line for one row of metrics.jsonl."""
-    terms = loss_terms(row)
+def epoch_line(row: dict[str, Any], epochs: int, left: float, attack: float) -> str:
+    """One printed line for one row of metrics.jsonl.
+
+    Args:
+        left: estimated seconds of training and evaluation that are left.
+        attack: estimated seconds of AutoAttack after that.
+    """
     accuracies = "".join(f"  {label} {100 * row[key]:.2f} %" for key, label in ACCURACIES.items() if key in row)
-    left = time.strftime("%H:%M:%S", time.gmtime(seconds_left % 86400))
-    days = f"{int(seconds_left // 86400)} d " if seconds_left >= 86400 else ""
+    attacking = f", of it AutoAttack {duration(attack)}" if attack else ""
     return (
-        f"epoch {row['epoch']}/{epochs}  {terms}  lr {row['lr']:g}{accuracies}  "
-        f"{row['seconds']:.1f} s  {speed(row)} images/s  {days}{left} of training left"
+        f"epoch {row['epoch']}/{epochs}  {loss_terms(row)}  lr {row['lr']:g}{accuracies}  {row['seconds']:.1f} s  "
+        f"{speed(row)} images/s  about {duration(left + attack)} left{attacking}"
     )
-
-
-def header(
-    config: dict[str, Any], folder: str, resumed: str, images: Data, student: nn.Module, teacher: nn.Module | None
-) -> str:
-    """What a run prints when it starts: all that it is made of, and where it was resumed."""
-
-    def size(model: nn.Module) -> str:
-        return f"{sum(p.numel() for p in model.parameters()):,} parameters"
-
-    settings = config["settings"]
-    lines = [
-        f"{config['method']}{'+' + config['adds'] if config['adds'] else ''}: {folder}{resumed}",
-        f"  student  {settings['student']}, {size(student)}, {images.num_classes} classes",
-        f"  data     {images.name}: {len(images.x_train)} training and {len(images.x_test)} test images",
-        f"  device   {config['device']}, {settings['precision']}, torch {torch.__version__}",
-    ]
-    reach = settings["steps"] * settings["step_size"]
-    lines.append(
-        f"  attack   epsilon {settings['epsilon']:.4g}, {settings['steps']} steps of {settings['step_size']:.4g}"
-    )
-    if reach < settings["epsilon"]:
-        lines.append(
-            f"  warning  the attack's steps reach {reach:.4g} of epsilon {settings['epsilon']:.4g}: see --step_size"
-        )
-    # What the method brings: all that may surprise in it is a setting.
-    own = {name: settings[name] for name in (*config["outer_settings"], *config["added_settings"])}
-    if own:
-        lines.append(f"  method   {', '.join(f'{name} {_short(value)}' for name, value in own.items())}")
-    if teacher is not None:
-        digest = str(config["teacher_sha256"])[:12]
-        lines.insert(1, f"  teacher  {settings['teacher']}, {size(teacher)}, SHA-256 {digest}")
-    if settings["device"] == "cpu" and images.name != "digits":
-        large = teacher is not None and sum(p.numel() for p in teacher.parameters()) > 1e7
-        lines.append(
-            f"  warning  no CUDA device: an epoch takes {'a day' if large else 'hours'} here, minutes on a GPU"
-        )
-    return "\n".join(lines)
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def per_cent(accuracy: float | None) -> str:
-    """A fraction as per cent with two decimals, or a dash."""
-    return "-" if accuracy is None else f"{100 * accuracy:.2f}"
-
-
-def summary(result: dict[str, Any], folder: str) -> str:
-    """The table that a finished run prints: what was trained, what came out, and the files that prove it."""
-    attack = result["autoattack"]
-    rows = [
-        ("method", result["method"] + (f"+{result['adds']}" if result["adds"] else "")),
-        ("teacher", result["teacher"] or "-"),
-        ("student", f"{result['student']} on {result['dataset']}, seed {result['seed']}, {result['epochs']} epochs"),
-        ("clean", f"{per_cent(result['clean'])} % of {result['test_examples']} test images"),
-        ("PGD-20", f"{per_cent(result['pgd20'])} %"),
-        (
-            "AutoAttack",
-            f"{per_cent(attack['accuracy'])} % of {attack['examples']} test images" if attack else "not run",
-        ),
-        *_gradient_rows(result["gradients"]),
-        ("time", "  ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())),
-        ("hardware", result["hardware"]),
-        ("files", f"{folder}/result.json, metrics.jsonl, student.pt, config.json"),
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
-
-
-def _gradient_rows(gradients: dict[str, Any] | None) -> list[tuple[str, str]]:
-    if gradients is None:
-        return []
-    return [
-        ("GD, GC", f"{gradients['gd']:.4f}, {gradients['gc']:.4f} on {gradients['examples']} test images"),
-        ("", gradients["definition"]),
-    ]

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import shlex
 import shutil
@@ -16,10 +17,25 @@ PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "pyautoattack")
 
 
 def provenance(script: Path) -> dict[str, Any]:
-    """Command, versions, commit and a hash of the code, for config.json."""
-    versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
-    command = shlex.join(["python", *sys.argv])
-    return {"command": command, "versions": versions, "commit": _commit(script), "code_sha256": _code_sha256(script)}
+    """Command, number of processes, versions, commit and a hash of the code, for config.json."""
+    return {
+        "command": command(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
+        "commit": _commit(script),
+        "code_sha256": _code_sha256(script),
+    }
+
+
+def command() -> str:
+    """The command line as it would be given again: with torchrun and its number of processes, if that started it."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = [f"--nnodes={processes // here}"] if processes > here else []
+        return shlex.join(["torchrun", *nodes, f"--nproc_per_node={here}", *sys.argv])
+    several = [f"WORLD_SIZE={processes}"] if processes > 1 else []
+    return shlex.join([*several, "python", *sys.argv])
 
 
 def _code_sha256(script: Path) -> str:

@@ -1,27 +1,78 @@
-"""Weights & Biases: a mirror of the rows of metrics.jsonl and of the result, and of nothing else."""
+"""Weights & Biases and TensorBoard: mirrors of metrics.jsonl and result.json, and of nothing else."""
 
 import argparse
+import json
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 from experiment import UserError
 
 
-class WandbMirror:
-    """Weights & Biases: the rows of metrics.jsonl and the result, and nothing else."""
+def named_metrics(row: dict[str, Any]) -> dict[str, float]:
+    """A row of metrics.jsonl under the names that trackers group by: train/..., test/..., holdout/...."""
+    groups = {"clean": "test/clean", "pgd20": "test/pgd20", "holdout_pgd10": "holdout/pgd10"}
+    return {groups.get(name, f"train/{name}"): value for name, value in row.items() if name != "epoch"}
 
-    def __init__(self, args: argparse.Namespace, identity: str, *, enabled: bool) -> None:
-        """Log in and start the W&B run, or do nothing where --nowand is 1.
+
+def named_results(result: dict[str, Any]) -> dict[str, float]:
+    """The figures of result.json under names of the same kind: result/..., best/..., swa/..., time/...."""
+    found = {}
+    for group in ("result", "best", "swa"):
+        figures = result if group == "result" else result.get(group)
+        if figures:
+            found |= {f"{group}/{name}": figures[name] for name in ("clean", "pgd20")}
+            if figures["autoattack"]:
+                found[f"{group}/autoattack"] = figures["autoattack"]["accuracy"]
+    if result["gradients"]:
+        found |= {f"result/{name}": result["gradients"][name] for name in ("gd", "gc")}
+    return found | {f"time/{name}": seconds for name, seconds in result["seconds"].items()}
+
+
+class Trackers:
+    """The mirrors that a run was asked for."""
+
+    def __init__(self, args: argparse.Namespace, identity: str, folder: Path, *, enabled: bool) -> None:
+        """Open what --nowand 0 and --tensorboard 1 ask for; refuse what does not work.
 
         Args:
             identity: stable id of the run, under which a resumed run goes on.
+            enabled: whether this is the process that writes.
+
+        Raises:
+            UserError: a package is missing; nobody is logged in to W&B, or its server does not answer within 20 s.
+        """
+        self._trackers: list[Wandb | TensorBoard] = []
+        if enabled and not args.nowand:
+            self._trackers.append(Wandb(args, identity))
+        if enabled and args.tensorboard:
+            self._trackers.append(TensorBoard(folder / "tensorboard"))
+
+    def start(self, config: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+        """Mirror config.json, and the rows from before a resumption; a line for each mirror that says where it is."""
+        return [tracker.start(config, rows) for tracker in self._trackers]
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Mirror one row of metrics.jsonl."""
+        for tracker in self._trackers:
+            tracker.log(row)
+
+    def finish(self, result: dict[str, Any], student: Path) -> None:
+        """Mirror result.json, and with --wandb_artifact 1 the student's file; close."""
+        for tracker in self._trackers:
+            tracker.finish(result, student)
+
+
+class Wandb:
+    """A run at Weights & Biases, or a folder of it with WANDB_MODE=offline."""
+
+    def __init__(self, args: argparse.Namespace, identity: str) -> None:
+        """Log in and start the W&B run.
 
         Raises:
             UserError: wandb is missing, no one is logged in, or its server does not answer within 20 s.
         """
-        self._run = None
-        if args.nowand or not enabled:
-            return
         try:
             import wandb
         except ImportError as error:
@@ -29,33 +80,94 @@ class WandbMirror:
                 "--nowand 0 needs the package wandb: pip install -r requirements.txt, or --nowand 1"
             ) from error
         # An explicit mode would beat WANDB_MODE, so it is left to the environment.
-        online = os.environ.get("WANDB_MODE", "online") == "online"
+        self._online = os.environ.get("WANDB_MODE", "online") == "online"
         ways_out = "WANDB_MODE=offline keeps the log here, --nowand 1 does without"
-        if online and not wandb.login(prompt=False, verify=False):
+        if self._online and not wandb.login(prompt=False, verify=False):
             # init() would prompt on a terminal, and a batch job would wait for ever.
             raise UserError(f"--nowand 0, but no one is logged in to Weights & Biases: run `wandb login`; {ways_out}")
+        teacher = getattr(args, "teacher", None)
+        parts = [Path(part).stem for part in (teacher, args.student, args.dataset) if part]
         try:
             self._run = wandb.init(
                 project=args.wandb_project,
                 entity=args.wandb_entity,
                 name=args.wandb_name or args.run_name,
+                group="/".join(parts),
+                job_type="distillation" if teacher else "adversarial training",
                 tags=args.wandb_tags,
-                config=vars(args),
                 id=identity,
-                resume="allow" if online else None,
+                resume="allow" if self._online else None,
                 settings=wandb.Settings(init_timeout=20, silent=True),
             )
         except (wandb.errors.Error, OSError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"Weights & Biases does not answer ({reason}); {ways_out}") from error
+        self._artifact = args.wandb_artifact
+        self._run.define_metric("epoch")
+        self._run.define_metric("*", step_metric="epoch")
+
+    def start(self, config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+        """Mirror config.json and the rows that are missing there; say where the run is."""
+        hashes = ("dataset_sha256", "teacher_sha256", "code_sha256")
+        about = {name: config[name] for name in ("method", "adds", "commit", "command", "device", *hashes)}
+        self._run.config.update({**config["settings"], **about}, allow_val_change=True)
+        names = [config["method"], config["adds"], *self._run.group.split("/")]
+        self._run.tags = tuple(dict.fromkeys([*(self._run.tags or ()), *(name[:64] for name in names if name)]))
+        # A killed process loses its last rows. Offline every start is a log of its own, which then holds all rows.
+        there = self._run.summary.get("epoch", 0) if self._online else 0
+        for row in rows:
+            if row["epoch"] > there:
+                self.log(row)
+        if self._online:
+            return f"Weights & Biases: {self._run.url}"
+        return f"Weights & Biases, offline: wandb sync {Path(self._run.dir).parent}"
 
     def log(self, row: dict[str, Any]) -> None:
-        """WandbMirror one row of metrics.jsonl."""
-        if self._run:
-            self._run.log(row, step=row["epoch"])
+        """Mirror one row of metrics.jsonl."""
+        self._run.log({"epoch": row["epoch"], **named_metrics(row)})
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """WandbMirror result.json and close."""
-        if self._run:
-            self._run.summary.update(result)
-            self._run.finish()
+    def finish(self, result: dict[str, Any], student: Path) -> None:
+        """Mirror the figures of result.json; with --wandb_artifact 1 the student's file too; close."""
+        self._run.summary.update({**named_results(result), "student_sha256": result["student_sha256"]})
+        if self._artifact:
+            self._run.log_artifact(str(student), name=f"student-{self._run.id}", type="model")
+        self._run.finish()
+
+
+class TensorBoard:
+    """Event files in the run folder, under the names that W&B gets."""
+
+    def __init__(self, folder: Path) -> None:
+        """Import TensorBoard.
+
+        Raises:
+            UserError: the package is missing.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "--tensorboard 1 needs the package tensorboard: pip install -r requirements.txt, or --tensorboard 0"
+            ) from error
+        self._folder, self._open = folder, SummaryWriter
+
+    def start(self, config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+        """Write config.json and all rows so far anew, so that none can be missing or doubled; say where."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._writer = self._open(str(self._folder))
+        self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```")
+        for row in rows:
+            self.log(row)
+        return f"TensorBoard: tensorboard --logdir {self._folder.parent}"
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Mirror one row of metrics.jsonl."""
+        for name, value in named_metrics(row).items():
+            self._writer.add_scalar(name, value, row["epoch"])
+        self._writer.flush()
+
+    def finish(self, result: dict[str, Any], student: Path) -> None:
+        """Mirror the figures of result.json, at the last epoch; close. The student's file lies beside."""
+        for name, value in named_results(result).items():
+            self._writer.add_scalar(name, value, result["epochs"])
+        self._writer.close()

@@ -1,0 +1,169 @@
+"""What comes out of a run: its networks saved and measured, as result.json has it."""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+from experiment import data, files
+from experiment.engine import Engine
+from experiment.evaluation import GRADIENT_DEFINITION, gradient_alignment, monitor
+from experiment.run.folder import FORMAT
+from experiment.run.state import Networks, State
+
+AutoAttack = Callable[..., dict[str, Any]]
+
+
+class StudentWriter:
+    """Writes networks of a run into its folder, each loadable alone."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace, method: str, num_classes: int) -> None:
+        self.folder = folder
+        settings = json.loads(json.dumps(vars(args)))  # plain types only
+        self._info = {"method": method, "run": folder.name, "settings": settings}
+        self._architecture, self._num_classes = args.student, num_classes
+
+    def write(self, name: str, model: nn.Module, more: dict[str, Any]) -> None:
+        """Write a network as `name`; `more` is said of it beside method, run and settings."""
+        info = {**self._info, **more}
+        files.save_student(self.folder / name, model, self._architecture, self._num_classes, info)
+
+
+def measure(
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    images: data.Data,
+    networks: Networks,
+    state: State,
+    engine: Engine,
+    writer: StudentWriter,
+    autoattack: AutoAttack,
+) -> dict[str, Any]:
+    """Save the student, hold its gradients against the teacher's, attack it; the same for the best and the mean one.
+
+    Every rank measures; rank 0 writes.
+
+    Returns:
+        What result.json holds.
+    """
+    began = time.monotonic()
+    if engine.main:
+        writer.write("student.pt", networks.student, {})
+    engine.barrier()
+    gradients = _gradients(networks, images)
+    attacked = _Attacks(args, images, writer.folder, autoattack)
+    attack = attacked("autoattack", networks.student) if args.aa_examples else None
+    last = {**state.rows[-1], "autoattack": attack}
+    best = _best(args, images, networks.student, state, last, attacked, writer.folder)
+    mean = _averaged(args, images, networks.averaged, engine, attacked, writer)
+    evaluation = state.seconds["evaluation"] + time.monotonic() - began - attacked.waited
+    return {
+        "format": FORMAT,
+        **{name: config[name] for name in ("script", "method", "adds")},
+        **{name: getattr(args, name, None) for name in ("teacher", "student", "dataset", "seed", "epochs")},
+        "clean": last["clean"],
+        "pgd20": last["pgd20"],
+        "test_examples": len(images.x_test),
+        "autoattack": attack,
+        "gradients": gradients,
+        **({"best": best} if best else {}),
+        **({"swa": mean} if mean else {}),
+        "seconds": {"train": state.seconds["train"], "evaluation": evaluation, "autoattack": attacked.seconds},
+        "student_sha256": files.state_sha256(networks.student),
+        "hardware": config["device"],
+        "processes": config["processes"],
+        "command": config["command"],
+        "changed": state.changed,  # between the run's start and its resumptions
+    }
+
+
+class _Attacks:
+    """AutoAttack on the first --aa_examples test images, for one network after another."""
+
+    def __init__(self, args: argparse.Namespace, images: data.Data, folder: Path, autoattack: AutoAttack) -> None:
+        self._x, self._y = images.x_test[: args.aa_examples], images.y_test[: args.aa_examples]
+        self._args, self._folder, self._autoattack = args, folder, autoattack
+        self.seconds = 0.0
+        """Of attacking, whenever and on whichever rank."""
+        self.waited = 0.0
+        """Of this process, for attacks that were not finished before."""
+
+    def __call__(self, name: str, model: nn.Module) -> dict[str, Any]:
+        args, began = self._args, time.monotonic()
+        where = {"folder": self._folder / name, "batch": args.aa_batch}
+        found = self._autoattack(model, self._x, self._y, args.epsilon, seed=args.seed, **where)
+        self.seconds += found["seconds"]
+        self.waited += time.monotonic() - began
+        return found
+
+
+def _gradients(networks: Networks, images: data.Data) -> dict[str, Any] | None:
+    """GD and GC of the student against its teacher on all test images; None for a run without a teacher."""
+    if networks.teacher is None:
+        return None
+    alignment = gradient_alignment(networks.student, networks.teacher, images.x_test, images.y_test)
+    return {**alignment, "examples": len(images.x_test), "definition": GRADIENT_DEFINITION}
+
+
+def _best(
+    args: argparse.Namespace,
+    images: data.Data,
+    student: nn.Module,
+    state: State,
+    last: dict[str, Any],
+    attacked: _Attacks,
+    folder: Path,
+) -> dict[str, Any] | None:
+    """Test accuracies of best.pt: the epoch that was best on the held-out images, and on nothing else."""
+    if state.best is None:
+        return None
+    attack = bool(args.aa_best and args.aa_examples)
+    if state.best["epoch"] == last["epoch"]:
+        found = {name: last[name] for name in ("clean", "pgd20")}
+        return {**state.best, **found, "autoattack": last["autoattack"] if attack else None}
+    best = copy.deepcopy(student)
+    best.load_state_dict(files.load(folder / "best.pt")["state_dict"])
+    return {**state.best, **_accuracies(best, args, images, attacked, "autoattack_best" if attack else None)}
+
+
+def _averaged(
+    args: argparse.Namespace,
+    images: data.Data,
+    averaged: AveragedModel | None,
+    engine: Engine,
+    attacked: _Attacks,
+    writer: StudentWriter,
+) -> dict[str, Any] | None:
+    """Test accuracies of swa.pt: the mean of the weights after the epochs that follow --swa_after.
+
+    Its BatchNorm statistics are estimated anew, on one epoch of augmented training images without an attack.
+
+    Source: Izmailov et al., UAI 2018.
+    """
+    if averaged is None:
+        return None
+
+    def inputs() -> Iterator[Tensor]:
+        # An epoch that no training has seen, whole on every rank: all get the same statistics.
+        yield from (x for x, *_ in images.batches(args.batch, args.seed, args.epochs + 1))
+
+    model = averaged.module
+    update_bn(inputs(), model)
+    if engine.main:
+        writer.write("swa.pt", model, {"averaged_epochs": int(averaged.n_averaged)})
+    attack = "autoattack_swa" if args.aa_best and args.aa_examples else None
+    return {"epochs": int(averaged.n_averaged), **_accuracies(model, args, images, attacked, attack)}
+
+
+def _accuracies(
+    model: nn.Module, args: argparse.Namespace, images: data.Data, attacked: _Attacks, attack: str | None
+) -> dict[str, Any]:
+    accuracies = monitor(model, images, args.epsilon)
+    found = {name: accuracies[name] for name in ("clean", "pgd20")}
+    return {**found, "autoattack": attacked(attack, model) if attack else None}
