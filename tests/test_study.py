@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiment import UserError
-from experiment.report import plan
+from experiment.report import costs, live, plan, slurm, study_main
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -120,6 +120,76 @@ def test_the_studies_of_the_project_resolve(path, tmp_path):
     assert len({run.folder for run in study.all_runs}) == len(study.all_runs)
 
 
+def test_a_dry_run_prints_commands_costs_and_published_figures(capsys, tmp_path):
+    study_main([str(ROOT / "studies" / "paper.toml"), "--dry_run", "1", "--run_dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert out.count("python ard_IGDM_cifar100.py --preset paper") == 6
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if " to do " in line}
+    assert len(rows) == 36
+    assert rows["adaad_IGDM_RES-18_BDM_seed0"][-3:] == ["64.44", "36.19", "30.32"]
+    # 129.8 GMAC per image (counted by hand elsewhere) x 50,000 x 200 x 2 at 300 TFLOP/s, and AutoAttack.
+    assert float(rows["adaad_IGDM_RES-18_BDM_seed0"][3]) == pytest.approx((2.596e18 + 3.4e16) / 300e12 / 3600, abs=0.01)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_operations_are_those_of_the_networks():
+    assert costs.forward_macs("RES-18") == pytest.approx(0.556e9, rel=0.002)
+    assert costs.forward_macs("BDM") == costs.forward_macs("WRN-28-10") == pytest.approx(5.243e9, rel=0.001)
+    assert costs.forward_macs("somewhere/teacher") is None
+
+
+def test_only_takes_some_runs_and_says_when_it_takes_none(capsys, tmp_path):
+    study_main([str(ROOT / "studies" / "paper.toml"), "--dry_run", "1", "--only", "ard_MN*", "rslad_MN-V2_BDM_seed0"])
+    assert capsys.readouterr().out.count(" to do ") == 4
+    with pytest.raises(UserError, match="--only nothing matches no run of paper"):
+        study_main([str(ROOT / "studies" / "paper.toml"), "--only", "nothing"])
+
+
+def test_the_live_table_shows_what_a_run_has_written(study_of):
+    run = study_of(
+        TINY.replace("epochs = 1\nbatch = 256\nsteps = 1\nstep", "epochs = 4\nbatch = 256\nsteps = 1\nstep")
+    ).runs[0]
+    assert live.progress_of(run) == ["adaad_seed0", "training", "0/4", "-", "-", "-"]
+    run.folder.mkdir(parents=True)
+    rows = '{"epoch": 1, "loss": 1.5, "seconds": 3600, "pgd20": 0.25}\n{"epoch": 2, "loss": 1.25, "seconds": 3602}\n'
+    (run.folder / "metrics.jsonl").write_text(rows)
+    assert live.progress_of(run) == ["adaad_seed0", "training", "2/4", "1.2500", "25.00", "02:00:02"]
+    assert live.duration(90061) == "1 d 01:01:01"
+
+
+def test_a_cluster_gets_the_runs_as_jobs_that_resume(study_of, tmp_path, capsys):
+    """With submitit's local executor, which starts real processes as SLURM would."""
+    study = study_of(TINY.replace("seed = [0, 1]", "seed = [0]"))
+    jobs = slurm.submit(study, cluster="local", jobs=2, options={"timeout_min": 10, "gpus_per_node": 0})
+    assert [job.result() for job in jobs] == [0, 0]
+    assert {run.state() for run in study.all_runs} == {plan.FINISHED}, "the teacher went ahead"
+    assert "adaad_seed0: job " in capsys.readouterr().out
+    again = slurm.submit(study, cluster="local", jobs=2, options={"gpus_per_node": 0})
+    assert again == [], "what is finished is not sent"
+    with pytest.raises(UserError, match="submitit refuses"):
+        slurm.submit(study, cluster="local", jobs=1, options={"partitoin": "gpu"})
+
+
+def test_a_preempted_job_lets_its_run_save_itself_and_is_queued_again(tmp_path):
+    mark = tmp_path / "saved"
+    code = f"""
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(mark)!r}).touch(), sys.exit(75)))
+print("ready", flush=True)
+time.sleep(60)
+"""
+    job = slurm.Job([sys.executable, "-c", code])
+    job._process = subprocess.Popen(job.command, stdout=subprocess.PIPE)
+    job._process.stdout.readline()
+    queued = job.checkpoint()
+    assert mark.exists()
+    assert queued.function.command == job.command
+    job._process.stdout.close()
+    failing = slurm.Job([sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(RuntimeError, match="exit status 3"):
+        failing()
+
+
 def command(path: Path, *arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "study.py"), str(path), "--run_dir", str(path.parent / "runs"), *arguments]
 
@@ -156,6 +226,7 @@ def test_a_study_is_stopped_and_goes_on_and_a_failed_run_stops_no_other(tmp_path
     again = subprocess.run(command(path), capture_output=True, text=True, env=environment, check=False)
     assert again.returncode == 0, again.stderr
     assert "4 of 5 runs finished" in again.stdout
+    assert "5 of 5 runs finished, 0 failed" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what is finished is skipped"
     assert (runs / "adaad_seed0" / "result.json").exists()
 

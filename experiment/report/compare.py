@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = {
         "csv": "a line per run, accuracies as fractions",
         "latex": "the table of results as a booktabs tabular",
+        "html": "one page with everything, that opens without network",
         "records": "the finished runs in one small file, which compare.py takes in their place",
     }
     for flag, what in files.items():
@@ -116,6 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         _write_text(args.csv, as_csv(comparison.groups, comparison.gains))
     if args.latex and comparison.groups:
         _write_text(args.latex, as_latex(comparison.groups, comparison.tables[0]))
+    if args.html:
+        from experiment.report.page import page
+
+        _write_text(args.html, page(comparison))
     if args.records:
         write_records(args.records, runs.folders)
     for flag in files:

@@ -49,6 +49,11 @@ class PlannedRun:
         """What starts or resumes it, as it would be typed."""
         return shlex.join(["python", str(self.script), *self.arguments])
 
+    @property
+    def method(self) -> str:
+        """The method, with what it adds."""
+        return "+".join(part for part in (self.recipe["method"], self.recipe.get("adds")) if part)
+
     def state(self) -> str:
         """finished, running (a process has its folder), unfinished or to do."""
         if (self.folder / "result.json").is_file():

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiment import UserError
 from experiment.files import read_json
-from experiment.report.plan import is_locked, read_study
+from experiment.report.plan import PlannedRun, is_locked, read_study
 from experiment.report.records import read_records
 from experiment.report.results import read_metrics, read_run
 from experiment.report.run_record import PendingRun, RunRecord
@@ -59,8 +59,7 @@ def read_sources(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
                 config = read_json(folder / "config.json")
                 runs.pending.append(_pending(folder.name, config, config.get("settings"), _progress(folder, config)))
             else:
-                run = planned[folder]
-                runs.pending.append(_pending(run.name, run.recipe, run.settings, run.state()))
+                runs.pending.append(pending_of(planned[folder]))
     return runs
 
 
@@ -73,6 +72,11 @@ def _run_folders(source: Path) -> list[Path]:
         if found:
             return found
     raise UserError(f"{source} is not a run folder and holds none: there is no config.json in it")
+
+
+def pending_of(run: PlannedRun) -> PendingRun:
+    """A run of a study that is not finished."""
+    return _pending(run.name, run.recipe, run.settings, run.state())
 
 
 def _pending(name: str, recipe: dict[str, Any], settings: Any, state: str) -> PendingRun:

@@ -1,52 +1,147 @@
 """The command line of a study: shows its grid, and runs what is not finished."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from experiment import UserError, cli
+from experiment.report.costs import EXPECTED, cost_of, counted
+from experiment.report.live import LiveTable
 from experiment.report.plan import FINISHED, Study, read_study
 from experiment.report.processes import Processes
+from experiment.report.published import published_cell
+from experiment.report.sources import pending_of
+from experiment.report.tables import as_text
+from experiment.report.text import points
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse FILE.toml and the flags, print the grid and run it."""
     parser = cli.Parser(prog="study.py", description="a grid of runs: what is finished is skipped, the rest goes on")
     parser.add_argument("file", type=Path, metavar="FILE.toml", help="the study, such as studies/digits.toml")
-    parser.add_argument("--jobs", type=cli.whole(1), default=1, metavar="N", help="runs side by side")
     parser.add_argument("--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="the study is a folder in it")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="only runs with these names; * stands for any text"
+    )
+    parser.add_argument(
+        "--dry_run", type=cli.switch, default=0, metavar="{0,1}", help="1 prints each command and what it would cost"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=cli.whole(1), default=1, metavar="N", help="runs side by side, threads divided")
+    where.add_argument("--devices", nargs="+", default=[], metavar="DEVICE", help="one run at a time on each: cuda:0 …")
+    parser.add_argument(
+        "--slurm",
+        type=cli.switch,
+        default=0,
+        metavar="{0,1}",
+        help="1 sends the runs to SLURM as an array, --jobs wide",
+    )
+    parser.add_argument(
+        "--slurm_cluster", choices=("slurm", "local", "debug"), default="slurm", help="local and debug try it out here"
+    )
+    parser.add_argument(
+        "--slurm_options",
+        nargs="+",
+        type=_option,
+        default=[],
+        metavar="KEY=VALUE",
+        help="parameters of submitit, such as slurm_partition=gpu timeout_min=600 gpus_per_node=1",
+    )
     args = parser.parse_args(argv)
     study = read_study(args.file, args.run_dir)
+    if args.only:
+        study = chosen(study, args.only)
+    if args.dry_run:
+        show_costs(study)
+        return
     show_grid(study)
-    run_study(study, jobs=args.jobs)
+    if args.slurm:
+        from experiment.report.slurm import submit
+
+        submit(study, cluster=args.slurm_cluster, jobs=args.jobs, options=dict(args.slurm_options))
+    else:
+        run_study(study, jobs=args.jobs, devices=args.devices)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    import argparse
+
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; KEY=VALUE")
+    return key, int(value) if value.isdecimal() else value
+
+
+def chosen(study: Study, names: Sequence[str]) -> Study:
+    """The study with only the runs whose names match.
+
+    Raises:
+        UserError: a name matches none.
+    """
+    for name in names:
+        if not any(fnmatch(run.name, name) for run in study.runs):
+            raise UserError(f"--only {name} matches no run of {study.name}, which has {study.runs[0].name}, …")
+    runs = tuple(run for run in study.runs if any(fnmatch(run.name, name) for name in names))
+    return Study(study.name, study.folder, study.teacher, runs)
 
 
 def show_grid(study: Study) -> None:
     """Print every run with its state."""
-    states = {run.name: run.state() for run in study.all_runs}
-    width = max(map(len, states))
-    for name, state in states.items():
-        print(f"  {name:<{width}}  {state}")
-    finished = sum(state == FINISHED for state in states.values())
-    print(f"{study.folder}: {finished} of {len(states)} runs finished", flush=True)
+    states = [[run.name, run.state()] for run in study.all_runs]
+    print(as_text([["run", "state"], *states]))
+    finished = sum(state == FINISHED for _, state in states)
+    print(f"\n{study.folder}: {finished} of {len(states)} runs finished", flush=True)
 
 
-def run_study(study: Study, *, jobs: int = 1) -> None:
+def show_costs(study: Study) -> None:
+    """Print each run's command and state, what it would cost, and what was published for it."""
+    table = [["run", "state", "hours", "from", "published clean", "PGD-20", "AutoAttack"]]
+    total = 0.0
+    for run in study.all_runs:
+        print(run.command)
+        cost, cell, state = cost_of(run, study), published_cell(pending_of(run)), run.state()
+        total += cost.hours if cost and state != FINISHED else 0.0
+        hours, source = (f"{cost.hours:.2f}", cost.source) if cost else ("-", "not known before its first epoch")
+        table.append([run.name, state, hours, source, *(points([cell[key]]) if cell else "-" for key in CELL)])
+    if all(row[4:] == ["-"] * 3 for row in table[1:]):
+        table = [row[:4] for row in table]
+    print("\n" + as_text(table))
+    print(f"\n{total:.1f} hours for what is not finished, one run at a time")
+    if any(row[3] == EXPECTED for row in table):
+        print(f"{EXPECTED}: operations counted, at the speed expected (not measured) of {counted()['expected']['on']}")
+
+
+CELL = ("clean", "pgd20", "autoattack")
+
+
+def run_study(study: Study, *, jobs: int = 1, devices: Sequence[str] = ()) -> None:
     """Run what is not finished, the teacher first.
 
     Raises:
         UserError: runs failed; all others have ended.
         RunStopped: a signal came; the runs at work have saved themselves.
     """
-    processes = Processes(study.folder / "logs", jobs, tell=lambda line: print(line, flush=True))
-    if study.teacher and study.teacher.state() != FINISHED:
-        processes.work([study.teacher])
-        if study.teacher.state() != FINISHED:
-            reason = processes.outcome.failed.get(study.teacher.name, "another process is training it")
-            raise UserError(f"the teacher {study.teacher.folder} is not finished: {reason}")
-    outcome = processes.work([run for run in study.runs if run.state() != FINISHED])
-    print(f"{study.folder}: {len(outcome.done)} runs done, {len(outcome.failed)} failed", flush=True)
-    if outcome.failed:
+    waiting = [run for run in study.runs if run.state() != FINISHED]
+    done = sum(run.state() == FINISHED for run in study.all_runs)
+    with LiveTable(len(study.all_runs), done) as table:
+        processes = Processes(study.folder / "logs", jobs, devices, tell=table.tell, watch=table.show)
+        if study.teacher and study.teacher.state() != FINISHED:
+            processes.work([study.teacher])
+            if study.teacher.state() != FINISHED:
+                reason = processes.outcome.failed.get(study.teacher.name, "another process is training it")
+                raise UserError(f"the teacher {study.teacher.folder} is not finished: {reason}")
+        outcome = processes.work(waiting)
+    _conclude(study, outcome.failed)
+
+
+def _conclude(study: Study, failed: Mapping[str, str]) -> None:
+    finished = sum(run.state() == FINISHED for run in study.all_runs)
+    print(f"{study.folder}: {finished} of {len(study.all_runs)} runs finished, {len(failed)} failed", flush=True)
+    if failed:
         raise UserError(
-            f"{len(outcome.failed)} of {len(study.runs)} runs failed: "
-            + "; ".join(f"{name}: {reason}" for name, reason in outcome.failed.items())
+            f"{len(failed)} of {len(study.runs)} runs failed: "
+            + "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         )
+    sys.stdout.flush()

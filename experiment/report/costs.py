@@ -1,0 +1,96 @@
+"""What a run would cost: from measured epochs where there are any, else from counted operations."""
+
+import functools
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from statistics import fmean
+from typing import Any
+
+from cifar100_models import build_model
+from experiment import UserError, cli
+from experiment.files import read_json
+from experiment.report.plan import PlannedRun, Study
+from experiment.report.results import read_metrics
+
+EXPECTED = "expected"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hours of one run from its start, and where the number comes from."""
+
+    hours: float
+    source: str
+
+
+@functools.cache
+def counted() -> dict[str, Any]:
+    """The content of costs.toml."""
+    return tomllib.loads(resources.files("experiment.report").joinpath("costs.toml").read_text(encoding="utf-8"))
+
+
+def cost_of(run: PlannedRun, study: Study) -> Cost | None:
+    """What a run takes; None if there is nothing yet to tell it from.
+
+    Measured: the mean epoch, evaluation and AutoAttack of the study's runs with the same script, networks and data.
+    Counted: operations of its passes, for networks and data whose size is known, at the expected speed of a GPU.
+    """
+    alike = ("teacher", "student", "dataset", "epochs", "batch", "steps", "aa_examples")
+    same = [
+        other
+        for other in study.all_runs
+        if other.script == run.script and all(other.settings.get(k) == run.settings.get(k) for k in alike)
+    ]
+    return _measured(run, same) or _counted(run)
+
+
+def _measured(run: PlannedRun, same: Sequence[PlannedRun]) -> Cost | None:
+    epochs, rest, speeds = [], [], []
+    for other in same:
+        path = other.folder / "metrics.jsonl"
+        rows = read_metrics(path) if path.is_file() else []
+        epochs += [row["seconds"] for row in rows if "seconds" in row]
+        speeds += [row["images_per_second"] for row in rows if "images_per_second" in row]
+        if (other.folder / "result.json").is_file():
+            seconds = read_json(other.folder / "result.json").get("seconds") or {}
+            rest.append(seconds.get("evaluation", 0.0) + seconds.get("autoattack", 0.0))
+    if not epochs:
+        return None
+    seconds = fmean(epochs) * run.settings["epochs"] + (fmean(rest) if rest else 0.0)
+    attack = "" if rest or not run.settings["aa_examples"] else ", AutoAttack not measured yet"
+    return Cost(seconds / 3600, f"measured, {fmean(speeds):.0f} images/s{attack}")
+
+
+def _counted(run: PlannedRun) -> Cost | None:
+    table, settings = counted(), run.settings
+    passes, images = table["passes"].get(run.method), table["training_images"].get(settings["dataset"])
+    student = forward_macs(settings["student"])
+    teacher = forward_macs(str(settings.get("teacher")))
+    if passes is None or images is None or student is None or teacher is None:
+        return None
+    of_student, of_teacher = passes[0] + passes[1] + 2 * passes[2], passes[3] + passes[4]
+    flops = 2 * (of_student * student + of_teacher * teacher) * images * settings["epochs"]
+    flops += table["autoattack"]["flops_per_image_and_mac"] * student * settings["aa_examples"]
+    return Cost(flops / table["expected"]["flops_per_second"] / 3600, EXPECTED)
+
+
+@functools.cache
+def forward_macs(name: str, side: int = 32) -> float | None:
+    """Multiply-accumulate operations of one forward pass of one image; None for a network that is not known.
+
+    RobustBench's names end with their architecture: Wang2023Better_WRN-28-10.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if found := re.search(r"WRN-?(\d+)[-_](\d+)$", cli.ALIASES.get(name, name)):
+        name = f"WRN-{found[1]}-{found[2]}"
+    try:
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+            build_model(name, 100).eval()(torch.empty(1, 3, side, side))
+    except (ValueError, UserError):
+        return None
+    return counter.get_total_flops() / 2

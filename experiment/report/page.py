@@ -1,0 +1,79 @@
+"""compare.py --html: one page that opens without network and is read without a script."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from experiment.report import figures
+from experiment.report.comparison import Comparison
+from experiment.report.groups import SeedGroup, unequal_settings
+from experiment.report.page_plots import page_figures
+from experiment.report.plots import all_figures
+from experiment.report.tables import TEXT_COLUMNS, labels_of
+
+ABOUT = {
+    "comparison": "PGD-20 and clean accuracy by epoch (bands: one standard deviation over seeds) and AutoAttack. "
+    "Dashed, hollow, hatched: a baseline. Solid: with its addition. Dotted: the teacher.",
+    "gains": "Gain over the baseline, with its 95 % interval and a dot per seed.",
+    "alignment": "Do alignment and robustness move together? Arrows lead from a baseline to its twin.",
+    "headroom": "Gain against what the teacher is ahead of the baseline.",
+    "losses": "Loss terms by epoch, means over seeds.",
+    "attacks": "What is left after each of AutoAttack's attacks.",
+    "gradients": "Distance (GD) and cosine (GC) between the input gradients of student and teacher.",
+    "epsilons": "Accuracy against the attack's budget, from the records of evaluate.py.",
+    "classes": "Accuracy by class, from the records of evaluate.py.",
+}
+"""What is read from each figure; also its text for those who do not see it."""
+
+
+def page(comparison: Comparison) -> str:
+    """The page: tables, notes, figures as SVG, settings that differ, commands, versions and hashes."""
+    from jinja2 import Environment
+
+    drawn = {**all_figures(comparison.groups, comparison.gains), **page_figures(comparison.groups)}
+    template = resources.files("experiment.report").joinpath("page.html").read_text(encoding="utf-8")
+    # Everything is escaped but the SVG, whose text matplotlib escapes.
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(
+        title=_title(comparison.groups),
+        tables=comparison.tables,
+        text_columns=TEXT_COLUMNS,
+        notes=comparison.notes,
+        figures=[
+            {"name": name, "about": ABOUT[name], "svg": _with_own_ids(figures.svg(figure), name)}
+            for name, figure in drawn.items()
+        ],
+        pictures=_gradient_pictures(comparison.groups),
+        differing=unequal_settings(comparison.groups),
+        runs=[
+            {"label": label, "run": run}
+            for group, label in zip(comparison.groups, labels_of(comparison.groups), strict=True)
+            for run in group.runs
+        ],
+    )
+
+
+def _title(groups: Sequence[SeedGroup]) -> str:
+    names = dict.fromkeys(group.name for group in groups)
+    return ", ".join(names) or "Runs that are not finished"
+
+
+def _with_own_ids(svg: str, name: str) -> str:
+    """Ids that no other figure of the page has."""
+    for attribute in ('id="', "url(#", 'xlink:href="#'):
+        svg = svg.replace(attribute, f"{attribute}{name}-")
+    return svg
+
+
+def _gradient_pictures(groups: Sequence[SeedGroup]) -> list[dict[str, Any]]:
+    """Figures of input gradients that evaluate.py left in the run folders, as data in the page."""
+    import base64
+
+    found = []
+    for group in groups:
+        for run in group.runs:
+            for path in sorted(Path(run.folder).glob("evaluations/*.png")):
+                data = base64.b64encode(path.read_bytes()).decode()
+                found.append({"name": f"{run.name}, seed {run.seed}: {path.stem}", "data": data})
+    return found

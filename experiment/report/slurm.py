@@ -1,0 +1,93 @@
+"""A study as a job array of a SLURM cluster, through submitit; a preempted job is queued again and its run resumes."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiment import UserError
+from experiment.report.plan import FINISHED, ROOT, PlannedRun, Study
+
+DEFAULTS = {"name": "study", "timeout_min": 24 * 60, "gpus_per_node": 1, "cpus_per_task": 8, "nodes": 1}
+"""submitit's parameters; --slurm_options beats them."""
+SECONDS_TO_SAVE = 60
+
+
+class Job:
+    """One run as a job: its command in a process of its own, so that what is stopped is stopped in order."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = list(command)
+        self._process: subprocess.Popen | None = None
+
+    def __call__(self) -> int:
+        """Run to the end; raise if it failed, so that the job fails too."""
+        self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, process_group=0)
+        if status := self._process.wait():
+            raise RuntimeError(f"exit status {status}: {' '.join(self.command)}")
+        return 0
+
+    def checkpoint(self) -> Any:
+        """Preempted, or out of time: let the run save itself, and ask to be queued again."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(SECONDS_TO_SAVE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        return DelayedSubmission(Job(self.command))
+
+
+def submit(study: Study, *, cluster: str, jobs: int, options: Mapping[str, Any]) -> list[Any]:
+    """Send what is not finished as one array, at most `jobs` at a time; a missing teacher goes ahead of it.
+
+    Args:
+        cluster: slurm, or submitit's local and debug executors, which run it here.
+        options: parameters of submitit's AutoExecutor, such as slurm_partition.
+
+    Returns:
+        submitit's jobs, the teacher's not among them.
+
+    Raises:
+        UserError: there is no SLURM here, or submitit does not know an option.
+    """
+    import submitit
+
+    folder = study.folder / "logs" / "slurm"
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        parallel = {"slurm_array_parallelism": jobs} if cluster == "slurm" else {}
+        executor.update_parameters(**{**DEFAULTS, **parallel, **options})
+    except (RuntimeError, NameError, TypeError, ValueError) as error:
+        raise UserError(f"submitit refuses: {' '.join(str(error).split())}") from error
+    # The jobs import this project wherever they start.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    if study.teacher and study.teacher.state() != FINISHED:
+        teacher = executor.submit(Job(_command(study.teacher)))
+        print(f"{study.teacher.name}: job {teacher.job_id}")
+        if cluster == "slurm":
+            executor.update_parameters(slurm_additional_parameters={"dependency": f"afterok:{teacher.job_id}"})
+        else:
+            teacher.result()
+    waiting = [run for run in study.runs if run.state() != FINISHED]
+    sent = _send(executor, waiting)
+    for run, job in zip(waiting, sent, strict=True):
+        print(f"{run.name}: job {job.job_id}")
+    print(f"what they print: {folder}")
+    return sent
+
+
+def _send(executor: Any, runs: Sequence[PlannedRun]) -> list[Any]:
+    if not runs:
+        return []
+    with executor.batch():
+        return [executor.submit(Job(_command(run))) for run in runs]
+
+
+def _command(run: PlannedRun) -> list[str]:
+    return [sys.executable, str(Path(run.script).resolve()), *run.arguments]

@@ -1,0 +1,85 @@
+"""compare.py --html: a page that is complete in itself, escaped, and readable without a script."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+from test_compare import flags_of, make_run
+
+from experiment import report
+
+
+class Outline(HTMLParser):
+    """Tags by name with their attributes, and text outside of style."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text, self._open = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self._open:
+            while self._open.pop() != tag:
+                pass
+
+    def handle_data(self, data):
+        if "style" not in self._open:
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def outline(tmp_path_factory):
+    """The page of two seeds of a pair, with everything that can be measured."""
+    folder = tmp_path_factory.mktemp("runs")
+    gradients = {"gd": 0.1, "gc": 0.7, "definition": "g = something"}
+    for seed in (0, 1):
+        for adds, fell in zip((None, "IGDM"), flags_of(20, 3), strict=True):
+            steps = {"attacks": dict.fromkeys(("apgd-ce", "apgd-t", "fab-t", "square"), 0.4)}
+            run = make_run(
+                folder / f"{adds}{seed}", adds, method="<b>A&B</b>", seed=seed, fell=fell, attack=steps,
+                result={"gradients": gradients, "seconds": {"train": 10.0}},
+            )  # fmt: skip
+            points = [{"epsilon": epsilon, "accuracy": 0.9 - 10 * epsilon} for epsilon in (0.0, 0.01, 0.02)]
+            classes = {"epsilon": 0.02, "attacks": {"pgd": [{"class": "a cat", "accuracy": 0.5}]}}
+            (run / "evaluations").mkdir()
+            record = {"accuracies": {"pgd": points}, "per_class": classes}
+            (run / "evaluations" / "one.json").write_text(json.dumps(record))
+    path = folder / "page.html"
+    report.compare_main([str(folder), "--html", str(path), "--out", str(folder / "out")])
+    outline = Outline()
+    outline.feed(path.read_text())
+    return outline
+
+
+def test_the_page_needs_nothing_else(outline):
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in outline.tags}
+    for tag, attributes in outline.tags:
+        for name in ("src", "href", "xlink:href"):
+            value = attributes.get(name) or "#"
+            assert value.startswith(("#", "data:")), (tag, value)
+
+
+def test_the_page_shows_all_that_was_measured(outline):
+    described = [attributes["aria-label"] for _, attributes in outline.tags if attributes.get("role") == "img"]
+    # Accuracies, gains, alignment; losses, attacks, gradients, epsilons, classes. The teacher's accuracy is not known.
+    assert len(described) == 8
+    text = " ".join(outline.text)
+    for part in ("<b>A&B</b>+IGDM", "a cat", "g = something", "bootstrap over seeds and images", "epsilon (of 255)"):
+        assert part in text, part
+    assert "python <b>a&b</b>_cifar100.py --seed 1" in text
+    assert "d" * 64 in text, "hashes"
+
+
+def test_names_are_text_and_ids_are_unique(outline):
+    assert "b" not in [tag for tag, _ in outline.tags], "a method's name is no markup"
+    ids = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_everything_that_scrolls_is_reached_by_keyboard(outline):
+    wide = [attributes for _, attributes in outline.tags if attributes.get("class") == "wide"]
+    assert wide
+    assert all(attributes.get("tabindex") == "0" and attributes.get("aria-label") for attributes in wide)
