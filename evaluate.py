@@ -1,8 +1,8 @@
-"""Evaluate any run folder or checkpoint again: clean, FGSM, PGD-20, C&W, AutoAttack, and gradient alignment (GD, GC).
+"""Measure a network: what it withstands (clean, FGSM, PGD, C&W, AutoAttack), and gradient alignment with a teacher.
 
-python evaluate.py RUN_DIR_OR_CHECKPOINT [--attacks clean pgd ...]; the settings of its run are the defaults. An
-unfinished run is evaluated as it is in its last.pt. Writes evaluation.json beside the checkpoint; result.json stays as
-the run left it.
+python evaluate.py RUN_DIR_OR_CHECKPOINT [--attacks clean pgd ...]; the settings of its run are the defaults, so that
+what the run measured is measured again as it was. An unfinished run is measured as it is in its last.pt. Every call
+writes a record of its own, evaluations/<time>_<what>.json beside the network; result.json stays as the run left it.
 """
 
 import shlex
@@ -13,34 +13,85 @@ from pathlib import Path
 from experiment import UserError, cli
 
 ATTACKS = ("clean", "fgsm", "pgd", "cw", "autoattack", "gradients")
-FROM_RUN = ("dataset", "data_dir", "teacher", "teacher_path", "epsilon", "aa_examples", "aa_batch", "seed")
+WHITE_BOX = ("fgsm", "pgd", "cw")
+FROM_RUN = ("dataset", "data_dir", "side", "teacher", "teacher_path", "epsilon", "aa_examples", "aa_batch")
+
+
+def build_parser():
+    """The parser, before a run's own settings become the defaults."""
+    parser = cli.Parser(prog="evaluate.py", description="Measure a run folder or a checkpoint.")
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="RUN_DIR_OR_CHECKPOINT", help="run folder or .pt file")
+    add("--attacks", nargs="+", choices=ATTACKS, default=None, help="what to measure; all that is possible")
+    add("--epsilon", **cli.METHOD_FLAGS["epsilon"], default=8 / 255)
+    add("--epsilons", type=cli.fraction, nargs="+", default=None, help="several budgets, for a curve per attack")
+    add("--steps", type=cli.positive_int, default=None, help="of PGD (20) and C&W (30); a step is epsilon / 4")
+    add("--restarts", type=cli.positive_int, default=1, help="of PGD and C&W: robust is what withstands all of them")
+    add("--examples", type=cli.positive_int, default=None, help="test images, the first ones; all")
+    add("--teacher", **cli.METHOD_FLAGS["teacher"], default=None)
+    add("--teacher_path", default=None, help="the downloaded RobustBench .pt file of --teacher")
+    switch = {"type": cli.switch, "metavar": "{0,1}", "default": 0}
+    add("--per_class", **switch, help="1 prints the accuracy of every class")
+    add("--torchattacks", **switch, help="1 sets torchattacks' FGSM and PGD beside ours")
+    add(
+        "--save_adversarial",
+        type=Path,
+        metavar="FILE.npz",
+        default=None,
+        help="x, x_adv, y, predictions; of one attack",
+    )
+    add("--figure", type=Path, metavar="FILE", default=None, help="input gradients as a .png, .pdf or .svg")
+    add("--beside", type=Path, nargs="+", metavar="RUN_DIR", default=[], help="further students in --figure")
+    add("--curve_figure", type=Path, metavar="FILE", default=None, help="accuracy over --epsilons as a picture")
+    add("--out", type=Path, metavar="FILE.json", default=None, help="the record, if not evaluations/<time>_<what>.json")
+    for name in ("dataset", "data_dir", "side", "aa_examples", "aa_batch", "device", "deterministic"):
+        add(f"--{name}", **cli.RUN_FLAGS[name])
+    seeds = "random starts (0, as in every run) and AutoAttack (the run's seed) draw from it"
+    add("--seed", type=cli.RUN_FLAGS["seed"]["type"], default=None, help=seeds)
+    add("--precision", choices=("fp32", "tf32"), default=None, help="of float32 products; default the run's, or tf32")
+    return parser
 
 
 def parse_args(argv=None):
     """The flags; those of FROM_RUN have the run's own settings as defaults (the teacher's only for a run folder)."""
-    parser = cli.Parser(prog="evaluate.py", description="Evaluate a run folder or a checkpoint.")
-    parser.add_argument("checkpoint", type=Path, metavar="RUN_DIR_OR_CHECKPOINT", help="run folder or .pt file")
-    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=None, help="what to measure; all")
-    parser.add_argument("--examples", type=cli.positive_int, default=None, help="test images, the first ones; all")
-    parser.add_argument("--teacher", **cli.METHOD_FLAGS["teacher"], default=None)
-    parser.add_argument("--teacher_path", default=None, help="the downloaded RobustBench .pt file of --teacher")
-    parser.add_argument("--epsilon", **cli.METHOD_FLAGS["epsilon"], default=8 / 255)
-    for name in ("dataset", "data_dir", "aa_examples", "aa_batch", "seed", "device", "precision", "deterministic"):
-        parser.add_argument(f"--{name}", **cli.RUN_FLAGS[name])
+    parser = build_parser()
     args = parser.parse_args(argv)
-    settings = settings_of(args.checkpoint)
+    if not args.checkpoint.exists():
+        parser.error(f"{args.checkpoint} does not exist; the folder of a run, or a checkpoint")
+    run = settings_of(args.checkpoint)
     # A file may have been moved away from its teacher: that is asked for, or not compared with.
     names = [name for name in FROM_RUN if args.checkpoint.is_dir() or not name.startswith("teacher")]
+    own = {name: run[name] for name in names if run.get(name) is not None}
+    if own.get("aa_examples") == 0:  # the run was not to be attacked at its end; now it is
+        del own["aa_examples"]
     # As text: argparse then checks a hand-edited value as it checks a flag.
-    parser.set_defaults(**{name: str(settings[name]) for name in names if settings.get(name) is not None})
+    parser.set_defaults(**{name: str(value) for name, value in own.items()})
     args = parser.parse_args(argv)
-    if args.attacks is None:
-        args.attacks = [name for name in ATTACKS if name != "gradients" or args.teacher]
-    elif "gradients" in args.attacks and not args.teacher:
-        parser.error("argument --attacks: gradients are compared with a teacher's: give --teacher")
+    possible = {"gradients": args.teacher is not None, "autoattack": args.aa_examples > 0}
+    asked, args.attacks = args.attacks, [name for name in args.attacks or ATTACKS if possible.get(name, True)]
+    needs = {"gradients": "give --teacher, whose gradients they are compared with", "autoattack": "give --aa_examples"}
+    for name, need in needs.items():
+        if asked and name in asked and not possible[name]:
+            parser.error(f"argument --attacks: {name} would measure nothing: {need}")
+    if args.save_adversarial and len(set(args.attacks) & set(WHITE_BOX)) != 1:
+        parser.error(f"argument --save_adversarial: saves one attack's images; give --attacks one of {WHITE_BOX}")
+    if args.figure and args.teacher is None:
+        parser.error("argument --figure: shows gradients beside a teacher's: give --teacher")
+    if args.curve_figure and not set(args.attacks) & {*WHITE_BOX, "autoattack"}:
+        parser.error("argument --curve_figure: shows attacks over --epsilons: name some in --attacks")
+    if args.beside and not args.figure:
+        parser.error("argument --beside: needs --figure, which shows the students")
+    args.epsilons = sorted(set(args.epsilons or [args.epsilon]))
     args.device = cli.resolve_device(parser, args.device)
-    args.precision = args.precision or ("tf32" if args.device.startswith("cuda") else "fp32")
-    args.compile, args.batch = 0, 1  # Engine's, for training
+    cuda = args.device.startswith("cuda")
+    if args.precision == "tf32" and not cuda:
+        parser.error("argument --precision: 'tf32' is not allowed on the CPU; fp32")
+    # Networks are measured in float32: of a bf16 run what is left is TF32.
+    args.precision = args.precision or ("tf32" if cuda and run.get("precision") != "fp32" else "fp32")
+    args.start_seed = args.seed or 0
+    args.seed = int(run.get("seed", 0)) if args.seed is None else args.seed
+    args.holdout = int(run.get("holdout") or 0) if args.dataset == run.get("dataset") else 0
+    args.compile, args.batch = int(run.get("compile", 0)), int(run.get("batch", 1))
     return args
 
 
@@ -48,7 +99,7 @@ def settings_of(path):
     """The settings of the run that a folder or checkpoint comes from, {} if it does not tell: a student.pt holds them
     itself, wherever it was put; a last.pt lies beside its run's config.json.
     """
-    from experiment.files import read_json, read_student
+    from experiment.files import read_student
 
     if path.is_file():
         entry = read_student(path, unfinished=True)
@@ -57,80 +108,159 @@ def settings_of(path):
             return info["settings"]
         if entry["epoch"] is None:
             return {}
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    return read_json(config).get("settings", {}) if config.is_file() else {}
+    return json_beside(path, "config.json").get("settings", {})
+
+
+def json_beside(path, name):
+    """A file of the run folder that a folder or checkpoint is of; {} if there is none."""
+    from experiment.files import read_json
+
+    file = (path if path.is_dir() else path.parent) / name
+    return read_json(file) if file.is_file() else {}
+
+
+def check_outputs(args, folder):
+    """Refuse, before any work, what could not be written or would overwrite something."""
+    from experiment import evaluation
+
+    evaluation.check_record_place(folder, args.out)
+    if args.save_adversarial:
+        evaluation.check_output(args.save_adversarial)
+    for figure in (args.figure, args.curve_figure):
+        if figure:
+            evaluation.check_figure_name(figure)
+
+
+def load_networks(args, data, device):
+    """The student with what its file says of it, the further students, and the teacher (None if nothing needs one)."""
+    from experiment import files
+    from experiment.teachers import load_teacher
+
+    students, facts = {}, {}
+    for path in (args.checkpoint, *args.beside):
+        facts[path] = files.read_student(path, unfinished=True)
+        if facts[path]["num_classes"] != data.num_classes:
+            raise UserError(
+                f"{path} has {facts[path]['num_classes']} classes but {args.dataset} has {data.num_classes}"
+            )
+        students[path] = files.load_student(path, unfinished=True).to(device)
+    claimed = json_beside(args.checkpoint, "result.json").get("student_sha256") if args.checkpoint.is_dir() else None
+    digest = files.state_sha256(students[args.checkpoint])
+    if claimed not in (None, digest):
+        said = f"was measured on another student (SHA-256 {claimed}, student.pt has {digest})"
+        raise UserError(f"{args.checkpoint / 'result.json'} {said}")
+    teacher = None
+    if "gradients" in args.attacks or args.figure:
+        teacher = load_teacher(args.teacher, data.num_classes, teacher_path=args.teacher_path, device=device)
+    return students, facts[args.checkpoint], digest, teacher
+
+
+def measure(args, data, student, fast, teacher, folder):
+    """All that was asked for, as entries of the record; and what the network says of the attacked images.
+
+    Args:
+        fast: the network as a run measures clean and PGD-20 with it; the student itself is attacked by AutoAttack.
+    """
+    from experiment import evaluation
+
+    x, y = data.x_test[: args.examples], data.y_test[: args.examples]
+    found, adversarial = {"accuracies": {}}, None
+    for name in (name for name in ("clean", *WHITE_BOX) if name in args.attacks):
+        epsilons = [0.0] if name == "clean" else args.epsilons
+        options = {"steps": args.steps, "restarts": args.restarts, "seed": args.start_seed, "progress": True}
+        keep = bool(args.save_adversarial) and name != "clean"
+        points, last = evaluation.accuracy_curve(fast, x, y, name, epsilons, keep=keep, **options)
+        found["accuracies"][name], adversarial = points, last if keep else adversarial
+    if "autoattack" in args.attacks:
+        x_aa, y_aa = x[: args.aa_examples], y[: args.aa_examples]
+        # Chunks of their own: a run's AutoAttack is measured again, not read.
+        options = {"folder": folder / "evaluations" / "autoattack", "batch": args.aa_batch, "seed": args.seed}
+        found["accuracies"]["autoattack"] = evaluation.autoattack_curve(student, x_aa, y_aa, args.epsilons, **options)
+    if len(args.epsilons) > 1 or args.restarts > 1:
+        found["reuse"] = evaluation.REUSE
+    if args.per_class and found["accuracies"]:
+        found["per_class"] = by_class(args, found["accuracies"], y, data)
+    if args.torchattacks:
+        options = {"steps": args.steps, "seed": args.start_seed, "progress": True}
+        found["torchattacks"] = evaluation.beside_torchattacks(student, x, y, args.epsilon, **options)
+    if "gradients" in args.attacks:
+        options = {"seed": args.start_seed, "progress": "gradients"}
+        found["gradients"] = evaluation.gradient_report(student, teacher, x, y, args.epsilon, **options)
+    return found, adversarial
+
+
+def by_class(args, accuracies, y, data):
+    """Every class's accuracy under every attack, at --epsilon where it is one of --epsilons, else at the largest."""
+    from experiment import evaluation
+
+    epsilon = args.epsilon if args.epsilon in args.epsilons else args.epsilons[-1]
+    names, rows = data.class_names or tuple(map(str, range(data.num_classes))), {}
+    for attack, points in accuracies.items():
+        (point,) = (point for point in points if point["epsilon"] == (0 if attack == "clean" else epsilon))
+        rows[attack] = evaluation.per_class(point["flags"], y[: point["examples"]], names)
+    return {"epsilon": epsilon, "attacks": rows}
 
 
 def main():
-    """Measure, print a table in per cent, write evaluation.json."""
+    """Measure, write a record, print it."""
     args = parse_args()
-    from experiment import evaluation, files
-    from experiment.data import load_data
+    from experiment import data, evaluation
     from experiment.engine import Engine
-    from experiment.teachers import load_teacher
+    from experiment.run import provenance
 
-    student = files.load_student(args.checkpoint, unfinished=True)
-    entry = files.read_student(args.checkpoint, unfinished=True)
-    engine = Engine(args)
-    student = student.to(engine.device)
-    data = load_data(args.dataset, args.data_dir, engine.device)
-    if entry["num_classes"] != data.num_classes:
-        raise UserError(
-            f"{args.checkpoint} has {entry['num_classes']} classes but {args.dataset} has {data.num_classes}"
-        )
-    digest = files.state_sha256(student)
-    claim = args.checkpoint / "result.json"
-    if claim.is_file() and (claimed := files.read_json(claim).get("student_sha256")) != digest:
-        raise UserError(f"{claim} was measured on another student (SHA-256 {claimed}, student.pt has {digest})")
-    teacher = None
-    if "gradients" in args.attacks:
-        teacher = load_teacher(args.teacher, data.num_classes, teacher_path=args.teacher_path, device=engine.device)
-    x, y = data.x_test[: args.examples], data.y_test[: args.examples]
     folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-    result = {
-        "format": 1,
+    check_outputs(args, folder)
+    engine = Engine(args)
+    images = data.load_data(args.dataset, args.data_dir, engine.device, side=args.side, holdout=args.holdout)
+    if "autoattack" in args.attacks and images.num_classes < 10:
+        raise UserError(f"AutoAttack needs 10 classes, {args.dataset} has {images.num_classes}; name other --attacks")
+    students, facts, digest, teacher = load_networks(args, images, engine.device)
+    student = students[args.checkpoint]
+    started = time.perf_counter()
+    found, adversarial = measure(args, images, student, engine.accelerate(student), teacher, folder)
+    x, y = images.x_test[: args.examples], images.y_test[: args.examples]
+    settings = (*FROM_RUN, "epsilons", "steps", "restarts", "seed", "start_seed", "deterministic")
+    record = {
         "checkpoint": str(args.checkpoint),
-        "student": entry["architecture"],
-        **{name: entry[name] for name in ("epoch", "step") if entry[name] is not None},  # of a last.pt
+        "student": facts["architecture"],
+        **{name: facts[name] for name in ("epoch", "step") if facts[name] is not None},  # of a last.pt
+        "measured": [*found["accuracies"], *(name for name in ("torchattacks", "gradients") if name in found)],
         "student_sha256": digest,
-        "settings": {name: getattr(args, name) for name in (*FROM_RUN, "precision")},
-        "dataset_sha256": data.sha256,
+        "dataset_sha256": images.sha256,
+        "teacher_sha256": getattr(teacher, "sha256", None),
+        "settings": {name: getattr(args, name) for name in settings},
+        "precision": args.precision,
         "test_examples": len(x),
+        **found,
+        "seconds": time.perf_counter() - started,
         "hardware": engine.hardware(),
+        **provenance(Path(__file__)),
         "command": shlex.join(["python", *sys.argv]),
     }
-    started = time.perf_counter()
-    budget = {"epsilon": args.epsilon, "seed": args.seed}
-    measures = {
-        "clean": ("clean", lambda: evaluation.accuracy(student, x, y)),
-        "fgsm": ("FGSM", lambda: evaluation.fgsm_accuracy(student, x, y, **budget)),
-        "pgd": ("PGD-20", lambda: evaluation.pgd_accuracy(student, x, y, **budget)),
-        "cw": ("C&W-30", lambda: evaluation.cw_accuracy(student, x, y, **budget)),
-    }
-    rows = []
-    for key in (key for key in measures if key in args.attacks):
-        label, measure = measures[key]
-        result[{"pgd": "pgd20", "cw": "cw30"}.get(key, key)] = accuracy = measure()
-        rows.append((label, f"{100 * accuracy:.2f} %"))
-    if "autoattack" in args.attacks and args.aa_examples:
-        x_aa, y_aa = x[: args.aa_examples], y[: args.aa_examples]
-        # Chunks of their own: a run's AutoAttack is measured again, not read.
-        chunks = folder / "evaluation" / f"epsilon{args.epsilon:.6f}_seed{args.seed}_batch{args.aa_batch}_of{len(x_aa)}"
-        attacked = evaluation.autoattack(student, x_aa, y_aa, folder=chunks, batch=args.aa_batch, **budget)
-        result["autoattack"] = attacked
-        rows.append(("AutoAttack", f"{100 * attacked['accuracy']:.2f} % of {len(x_aa)} images"))
-    if teacher is not None:
-        aligned = evaluation.gradient_alignment(student, teacher, x, y)
-        result["gradients"] = {**aligned, "definition": evaluation.GRADIENT_DEFINITION}
-        rows += [("GD", f"{aligned['gd']:.4f}"), ("GC", f"{aligned['gc']:.4f}")]
-        rows.append(("", evaluation.GRADIENT_DEFINITION))
-    result["seconds"] = time.perf_counter() - started
-    if engine.main:
-        files.write_json(folder / "evaluation.json", result)
-        state = "" if entry["epoch"] is None else f" (last.pt: epoch {entry['epoch']}, step {entry['step']})"
-        print(f"{args.checkpoint}{state}: {len(x)} test images of {args.dataset}, epsilon {args.epsilon:.6f}")
-        print("\n".join(f"  {label:<12}{value}" for label, value in rows))
-        print(f"written to {folder / 'evaluation.json'}")
+    run = {name: json_beside(args.checkpoint, f"{name}.json") for name in ("config", "result")}
+    record["differences"] = evaluation.differences(record, **run)
+    if not engine.main:
+        return
+    written = [evaluation.write_record(folder, record, args.out)]
+    if args.save_adversarial:
+        evaluation.save_adversarial(args.save_adversarial, x, y, adversarial)
+    if args.curve_figure:
+        points = {name: points for name, points in found["accuracies"].items() if name != "clean"}
+        curves = {evaluation.attack_label(name, args.steps, args.restarts): points[name] for name in points}
+        evaluation.curve_figure(args.curve_figure, curves, f"{args.checkpoint} on {args.dataset}")
+    if args.figure:
+        named = {path.stem if path.is_file() else path.resolve().name: model for path, model in students.items()}
+        names = images.class_names or tuple(map(str, range(images.num_classes)))
+        evaluation.alignment_figure(args.figure, teacher, named, x[:6], y[:6], args.epsilon, names)
+    state = f" (last.pt: epoch {facts['epoch']}, step {facts['step']})" if facts["epoch"] is not None else ""
+    print(
+        f"{args.checkpoint}{state}: {facts['architecture']}, {len(x)} test images of {args.dataset}, {args.precision}"
+    )
+    print(evaluation.record_text(record))
+    for line in record["differences"]:
+        print(f"note: {line}")
+    written += [path for path in (args.save_adversarial, args.curve_figure, args.figure) if path]
+    print(f"written to {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

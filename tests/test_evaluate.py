@@ -2,13 +2,16 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import evaluate
 from cifar100_models import build_model
-from experiment import cli, evaluation, files
+from experiment import cli, data, evaluation, files
+from experiment.engine import Engine
 
 
 @pytest.fixture
@@ -26,33 +29,148 @@ def run_folder(tmp_path):
 
 
 def evaluate_with(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--device", "cpu"])
     cli.guard(evaluate.main)
+
+
+def change_config(run_folder, settings=(), **entries):
+    config = files.read_json(run_folder / "config.json")
+    files.write_json(
+        run_folder / "config.json", {**config, **entries, "settings": {**config["settings"], **dict(settings)}}
+    )
 
 
 def test_evaluate_a_run_folder(quick_autoattack, run_folder, monkeypatch, capsys):
     before = (run_folder / "result.json").read_bytes()
-    evaluate_with(monkeypatch, run_folder, "--examples", "30", "--device", "cpu")
+    evaluate_with(monkeypatch, run_folder, "--examples", "30")
     printed = capsys.readouterr().out
-    written = files.read_json(run_folder / "evaluation.json")
+    (record,) = evaluation.records(run_folder)
     assert (run_folder / "result.json").read_bytes() == before
-    assert written["settings"]["epsilon"] == 0.1
-    assert written["autoattack"]["seed"] == 3
-    assert written["autoattack"]["examples"] == 6
-    assert written["test_examples"] == 30
-    for name in ("clean", "fgsm", "pgd20", "cw30"):
-        assert f"{100 * written[name]:.2f} %" in printed
-    assert f"{100 * written['autoattack']['accuracy']:.2f} % of 6 images" in printed
-    assert evaluation.GRADIENT_DEFINITION in printed
-    assert -1 <= written["gradients"]["gc"] <= 1
+    assert record["measured"] == ["clean", "fgsm", "pgd", "cw", "autoattack", "gradients"]
+    assert (record["test_examples"], record["settings"]["epsilon"]) == (30, 0.1)
+    attack = record["accuracies"]["autoattack"][0]
+    assert (attack["result"]["seed"], attack["examples"], attack["epsilon"]) == (3, 6, 0.1)
+    for (point,) in record["accuracies"].values():
+        low, high = (100 * end for end in point["interval"])
+        assert f"{100 * point['accuracy']:.2f} %   {low:5.2f} to {high:6.2f} %" in printed
+        assert point["flags"].count("1") == round(point["accuracy"] * point["examples"])
+    assert record["gradients"]["definition"] == evaluation.GRADIENT_DEFINITION
+    for scalar in record["gradients"]["scalars"].values():
+        assert f"f = {scalar['definition']}" in printed
+        assert f"{scalar['gd']:.4f}{scalar['gc']:>9.4f}" in printed
+    for name in ("versions", "commit", "code_sha256", "command", "hardware", "dataset_sha256", "teacher_sha256"):
+        assert record[name]
 
-    # Again, and something else: written anew; one file of another name in the same format is a checkpoint too.
-    (run_folder / "student.pt").rename(run_folder / "best.pt")
-    arguments = (run_folder / "best.pt", "--dataset", "digits", "--attacks", "clean", "--examples", "30")
-    evaluate_with(monkeypatch, *arguments, "--device", "cpu")
-    anew = files.read_json(run_folder / "evaluation.json")
-    assert anew["clean"] == written["clean"]
-    assert "pgd20" not in anew
+
+def test_evaluate_measures_what_the_run_measured(quick_autoattack, run_folder, monkeypatch, capsys):
+    """Clean and PGD-20 with the starts and the network of a run's monitor, AutoAttack with the run's seed."""
+    images = data.load_data("digits")
+    student = files.load_student(run_folder)
+    torch.manual_seed(0)
+    student.train()
+    optimizer = torch.optim.Adam(student.parameters(), 0.01)
+    for x, y, _, _ in images.batches(64, 0, 1):
+        optimizer.zero_grad()
+        F.cross_entropy(student(x), y).backward()
+        optimizer.step()
+    files.save_student(run_folder / "student.pt", student, "RES-8", 10, {})
+    student.eval()
+    settings = {"device": "cpu", "precision": "fp32", "compile": 0, "batch": 64, "deterministic": 0, "seed": 3}
+    fast = Engine(SimpleNamespace(**settings)).accelerate(student)
+    x, y = images.x_test, images.y_test
+    epsilon = 0.05
+    by_seed = {evaluation.pgd_accuracy(fast, x, y, epsilon, seed=seed) for seed in range(8)}
+    own = evaluation.monitor(fast, images, epsilon)
+    attack = evaluation.autoattack(student, x[:6], y[:6], epsilon, seed=3)
+    result = {"student_sha256": files.state_sha256(student), "test_examples": len(x), **own, "autoattack": attack}
+    files.write_json(run_folder / "result.json", result)
+    change_config(run_folder, {"epsilon": epsilon}, dataset_sha256=images.sha256)
+    evaluate_with(monkeypatch, run_folder, "--attacks", "clean", "pgd", "autoattack")
+    (record,) = evaluation.records(run_folder)
+    assert record["accuracies"]["clean"][0]["accuracy"] == own["clean"]
+    assert record["accuracies"]["pgd"][0]["accuracy"] == own["pgd20"]
+    found = record["accuracies"]["autoattack"][0]["result"]
+    assert (found["flags"], found["seed"]) == (attack["flags"], 3)
+    assert record["differences"] == []
+    assert "note" not in capsys.readouterr().out
+
+    files.write_json(run_folder / "result.json", {**result, "pgd20": own["pgd20"] + 0.01})
+    evaluate_with(monkeypatch, run_folder, "--attacks", "pgd")
+    assert f"note: PGD-20 is {100 * own['pgd20']:.2f} % here and" in capsys.readouterr().out
+    evaluate_with(monkeypatch, run_folder, "--attacks", "pgd", "--seed", "5")  # asked for: no difference to speak of
+    assert "note" not in capsys.readouterr().out
+    assert len(by_seed) > 1, "the test needs images that fall to some starts only"
+
+
+def test_evaluate_says_that_data_and_teacher_are_not_the_runs(run_folder, monkeypatch, capsys):
+    change_config(run_folder, dataset_sha256="a" * 64, teacher_sha256="b" * 64)
+    evaluate_with(monkeypatch, run_folder, "--attacks", "gradients", "--examples", "4")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    (record,) = evaluation.records(run_folder)
+    assert said == [f"note: {difference}" for difference in record["differences"]]
+    assert [line.partition(":")[0] for line in record["differences"]] == [
+        "the data is not the run's",
+        "the teacher is not the run's",
+    ]
+
+
+def test_evaluate_records_the_precision_it_computes_in(run_folder, monkeypatch):
+    change_config(run_folder, {"precision": "bf16"})
+    evaluate_with(monkeypatch, run_folder, "--attacks", "clean", "--examples", "4")
+    assert [record["precision"] for record in evaluation.records(run_folder)] == ["fp32"]
+
+
+def test_evaluate_attacks_a_run_that_was_not_attacked(quick_autoattack, run_folder, monkeypatch):
+    change_config(run_folder, {"aa_examples": 0})
+    evaluate_with(monkeypatch, run_folder, "--attacks", "autoattack", "--examples", "5")
+    (record,) = evaluation.records(run_folder)
+    assert record["accuracies"]["autoattack"][0]["examples"] == 5
+
+
+def test_no_evaluation_overwrites_another(quick_autoattack, run_folder, monkeypatch):
+    """Nor is a second checkpoint of the same folder refused because of the first one's AutoAttack chunks."""
+    torch.manual_seed(7)
+    settings = files.read_json(run_folder / "config.json")["settings"]
+    files.save_student(run_folder / "other.pt", build_model("RES-8", 10), "RES-8", 10, {"settings": settings})
+    arguments = ("--attacks", "autoattack", "--aa_examples", "4")
+    for path in (run_folder, run_folder / "other.pt", run_folder):
+        evaluate_with(monkeypatch, path, *arguments)
+    evaluate_with(monkeypatch, run_folder, "--attacks", "clean", "--out", run_folder / "mine.json")
+    records = evaluation.records(run_folder)
+    assert len(records) == 3
+    assert len({record["student_sha256"] for record in records}) == 2
+    assert {name: evaluation.newest_records(run_folder)[name]["file"] for name in ("autoattack",)} == {
+        "autoattack": records[-1]["file"]
+    }
+    assert files.read_json(run_folder / "mine.json")["measured"] == ["clean"]
+    with pytest.raises(SystemExit):
+        evaluate_with(monkeypatch, run_folder, "--attacks", "clean", "--out", run_folder / "mine.json")
+
+
+def test_a_curve_by_class_with_pictures_and_adversarial_images(run_folder, monkeypatch, capsys, tmp_path):
+    import numpy as np
+
+    kept, figures = tmp_path / "kept.npz", [tmp_path / "gradients.svg", tmp_path / "curve.svg"]
+    arguments = ("--attacks", "clean", "pgd", "--epsilons", "0", "0.002", "0.1", "--steps", "3", "--restarts", "2")
+    pictures = ("--figure", figures[0], "--beside", run_folder.parent / "teacher", "--curve_figure", figures[1])
+    evaluate_with(monkeypatch, run_folder, *arguments, "--per_class", "1", "--save_adversarial", kept, *pictures)
+    printed = capsys.readouterr().out
+    (record,) = evaluation.records(run_folder)
+    points = record["accuracies"]["pgd"]
+    assert [point["epsilon"] for point in points] == [0, 0.002, 0.1]
+    assert record["reuse"] == evaluation.REUSE
+    assert "PGD-3, 2 starts" in printed
+    assert "by class at epsilon 0.1" in printed
+    assert sum(row["examples"] for row in record["per_class"]["attacks"]["pgd"]) == 360
+    with np.load(kept) as saved:
+        x, x_adv, y, predictions = (saved[name] for name in ("x", "x_adv", "y", "predictions"))
+    assert np.abs(x_adv - x).max() <= 0.1 + 1e-6
+    assert "".join("01"[int(hit)] for hit in (predictions == y)) == points[-1]["flags"]
+    network = files.load_student(run_folder)
+    with torch.no_grad():
+        assert (network(torch.from_numpy(x_adv)).argmax(dim=1).numpy() == predictions).mean() > 0.99  # rounding
+    for figure in figures:
+        assert "<svg" in figure.read_text()
 
 
 @pytest.mark.parametrize(
@@ -64,16 +182,24 @@ def test_evaluate_a_run_folder(quick_autoattack, run_folder, monkeypatch, capsys
         (["--dataset", "nothing"], "'nothing'"),
         (["--teacher", "nobody"], "'nobody'"),
         (["--examples", "0"], "'0' is not allowed"),
+        (["--precision", "bf16"], "'bf16'"),
+        (["--attacks", "autoattack", "--aa_examples", "0"], "autoattack would measure nothing"),
+        (["--figure", "gradients.gif"], ".png, .pdf, .svg"),
+        (["--figure", "nowhere/gradients.png"], "there is no folder nowhere"),
+        (["--out", "nowhere/record.json"], "there is no folder nowhere"),
+        (["--save_adversarial", "kept.npz"], "give --attacks one of"),
+        (["--beside", "other"], "needs --figure"),
+        (["--restarts", "0"], "'0' is not allowed"),
     ],
 )
 def test_evaluate_refuses_in_one_line(run_folder, monkeypatch, capsys, arguments, said):
     with pytest.raises(SystemExit) as stopped:
-        evaluate_with(monkeypatch, run_folder, *arguments, "--device", "cpu")
+        evaluate_with(monkeypatch, run_folder, *arguments)
     assert stopped.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ")
     assert said in line
-    assert not (run_folder / "evaluation.json").exists()
+    assert evaluation.records(run_folder) == []
 
 
 def test_evaluate_refuses_what_does_not_go_together(run_folder, monkeypatch, capsys):
@@ -96,13 +222,13 @@ def test_evaluate_refuses_what_does_not_go_together(run_folder, monkeypatch, cap
 
 def test_evaluate_a_file_with_the_settings_of_its_run(run_folder, monkeypatch, tmp_path):
     """A student.pt tells them itself, wherever it lies; a last.pt lies beside its run's config.json."""
-    arguments = ("--attacks", "clean", "--examples", "20", "--device", "cpu")
+    arguments = ("--attacks", "clean", "--examples", "20")
     model = build_model("RES-8", 10)
     (tmp_path / "away").mkdir()
     info = {"settings": {"dataset": "digits", "epsilon": 0.2, "teacher": None}}
     files.save_student(tmp_path / "away" / "student.pt", model, "RES-8", 10, info)
     evaluate_with(monkeypatch, tmp_path / "away" / "student.pt", *arguments)
-    moved = files.read_json(tmp_path / "away" / "evaluation.json")
+    (moved,) = evaluation.records(tmp_path / "away")
     assert (moved["settings"]["dataset"], moved["settings"]["epsilon"]) == ("digits", 0.2)
     assert "epoch" not in moved
 
@@ -112,16 +238,15 @@ def test_evaluate_a_file_with_the_settings_of_its_run(run_folder, monkeypatch, t
     files.save(run_folder / "last.pt", {**last, "step": 5})
     for path in (run_folder, run_folder / "last.pt"):
         evaluate_with(monkeypatch, path, *arguments)
-        found = files.read_json(run_folder / "evaluation.json")
+        found = evaluation.newest_records(run_folder)["clean"]
         assert (found["epoch"], found["step"], found["settings"]["epsilon"]) == (2, 5, 0.1)
-        assert found["clean"] == moved["clean"]
+        assert found["accuracies"]["clean"][0]["flags"] == moved["accuracies"]["clean"][0]["flags"]
         assert found["student_sha256"] == moved["student_sha256"]
-        (run_folder / "evaluation.json").unlink()
 
 
 def test_evaluate_refuses_a_student_that_was_swapped(run_folder, monkeypatch, capsys):
     files.save_student(run_folder / "student.pt", build_model("RES-8", 10), "RES-8", 10, {})
     with pytest.raises(SystemExit) as stopped:
-        evaluate_with(monkeypatch, run_folder, "--device", "cpu")
+        evaluate_with(monkeypatch, run_folder)
     assert stopped.value.code == 2
     assert "was measured on another student" in capsys.readouterr().err

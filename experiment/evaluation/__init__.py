@@ -14,24 +14,39 @@ from experiment.evaluation.accuracy import accuracy, cw_accuracy, fgsm_accuracy,
 from experiment.evaluation.alignment import GRADIENT_DEFINITION, gradient_alignment, gradient_report
 from experiment.evaluation.autoattack_files import AUTOATTACK
 from experiment.evaluation.autoattack_run import autoattack
-from experiment.evaluation.curve import accuracy_curve, autoattack_curve, per_class
+from experiment.evaluation.curve import REUSE, accuracy_curve, autoattack_curve, per_class
+from experiment.evaluation.differences import differences
 from experiment.evaluation.figures import alignment_figure, check_figure_name, curve_figure
 from experiment.evaluation.flags import wilson_interval
-from experiment.evaluation.record_files import newest_records, records, write_record
+from experiment.evaluation.record_files import (
+    check_output,
+    check_record_place,
+    newest_records,
+    records,
+    save_adversarial,
+    write_record,
+)
+from experiment.evaluation.record_text import attack_label, budget, record_text
 from experiment.evaluation.second_opinion import beside_torchattacks
 
 __all__ = [
     "AUTOATTACK",
     "GRADIENT_DEFINITION",
+    "REUSE",
     "accuracy",
     "accuracy_curve",
     "alignment_figure",
+    "attack_label",
     "autoattack",
     "autoattack_curve",
     "beside_torchattacks",
+    "budget",
     "check_figure_name",
+    "check_output",
+    "check_record_place",
     "curve_figure",
     "cw_accuracy",
+    "differences",
     "fgsm_accuracy",
     "gradient_alignment",
     "gradient_report",
@@ -39,7 +54,9 @@ __all__ = [
     "newest_records",
     "per_class",
     "pgd_accuracy",
+    "record_text",
     "records",
+    "save_adversarial",
     "wilson_interval",
     "write_record",
 ]

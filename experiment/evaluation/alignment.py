@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from experiment.evaluation.accuracy import attack_of
 from experiment.evaluation.batches import per_image
 
-GRADIENT_DEFINITION = (
-    "g = gradient of softmax(logits)[true class] with respect to the input (0 to 1 scale); means over images of "
+_MEASURES = (
+    "with respect to the input (0 to 1 scale); means over images of "
     "GD = ||g_student - g_teacher||_2 and GC = cos(g_student, g_teacher), which counts as 0 for a zero gradient"
 )
+
+GRADIENT_DEFINITION = f"g = gradient of softmax(logits)[true class] {_MEASURES}"
 """To be printed beside GD and GC: the paper does not say of which scalar it takes the gradient."""
 
 SCALARS: dict[str, str] = {
@@ -94,7 +96,7 @@ def gradient_report(
     Returns:
         Plain types: ``gd`` and ``gc`` of the probability and their ``definition``, as a run's result.json has them;
         ``scalars``: for each scalar ``gd``, ``gc``, ``remainder_student``, ``remainder_teacher``, ``definition``;
-        ``remainder_definition``, ``examples``, ``epsilon``, ``seed``.
+        ``alignment_definition``, ``remainder_definition``, ``examples``, ``epsilon``, ``seed``.
     """
     names = tuple(SCALARS)
     perturb: Callable[..., Tensor] = attack_of("pgd", student, epsilon)
@@ -127,6 +129,7 @@ def gradient_report(
         **{name: scalars["probability"][name] for name in ("gd", "gc")},
         "definition": GRADIENT_DEFINITION,
         "scalars": scalars,
+        "alignment_definition": f"g = gradient of f {_MEASURES}",
         "remainder_definition": REMAINDER_DEFINITION,
         "examples": len(x),
         "epsilon": epsilon,

@@ -1,7 +1,7 @@
 """What a network withstands: accuracy under an attack over several epsilons and restarts, one flag per image."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,17 +149,17 @@ def _accuracy_of(flags: str) -> dict[str, Any]:
     return {"accuracy": correct / examples, "interval": interval, "examples": examples, "flags": flags}
 
 
-def per_class(flags: str, y: Tensor, names: Callable[[int], str]) -> list[dict[str, Any]]:
+def per_class(flags: str, y: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     """Accuracy of every class that has images, the worst first: ``class``, ``accuracy``, ``interval``, ``examples``.
 
     Args:
         flags: one character per image, as of ``accuracy_curve``.
-        names: from a label to its class name.
+        names: one per label.
     """
     by_class: dict[int, list[str]] = {}
     for flag, label in zip(flags, y.tolist(), strict=True):
         by_class.setdefault(label, []).append(flag)
-    rows = [{"class": names(label), **_accuracy_of("".join(each))} for label, each in sorted(by_class.items())]
+    rows = [{"class": names[label], **_accuracy_of("".join(each))} for label, each in sorted(by_class.items())]
     for row in rows:
         del row["flags"]
     return sorted(rows, key=lambda row: row["accuracy"])

@@ -11,6 +11,7 @@ from experiment import UserError
 from experiment.evaluation.accuracy import attack_of
 from experiment.evaluation.alignment import input_gradients
 from experiment.evaluation.batches import as_pixels, device_of, measuring
+from experiment.evaluation.record_files import check_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +32,8 @@ def curve_figure(path: Path, curves: dict[str, list[dict[str, Any]]], title: str
     for name, points in curves.items():
         epsilons = [255 * point["epsilon"] for point in points]
         low, high = ([100 * point["interval"][end] for point in points] for end in (0, 1))
-        (line,) = axes.plot(epsilons, [100 * point["accuracy"] for point in points], marker="o", ms=4, label=name)
+        label = f"{name}, {points[0]['examples']} images"
+        (line,) = axes.plot(epsilons, [100 * point["accuracy"] for point in points], marker="o", ms=4, label=label)
         axes.fill_between(epsilons, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="epsilon × 255", ylabel="accuracy, %", title=title, ylim=(0, 100))
     axes.grid(alpha=0.3)
@@ -76,13 +78,13 @@ def alignment_figure(
     figure = Figure(figsize=(1.7 * len(columns), 1.8 * len(x) + 0.6), layout="constrained")
     grid = figure.subplots(len(x), len(columns), squeeze=False)
     for i, row in enumerate(grid):
-        row[0].imshow(clean[i].cpu().permute(1, 2, 0), interpolation="nearest")
+        row[0].imshow(clean[i].cpu().permute(1, 2, 0).numpy(), interpolation="nearest")
         row[0].set_ylabel(class_names[int(y[i])], fontsize=8)
-        row[1].imshow(0.5 + delta[i].permute(1, 2, 0) / (2 * epsilon), interpolation="nearest")
+        row[1].imshow((0.5 + delta[i] / (2 * epsilon)).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
         for axes, (name, of_images) in zip(row[2:], gradients.items(), strict=True):
             gradient = of_images[i].sum(dim=0)
             largest = max(float(gradient.abs().max()), 1e-30)
-            axes.imshow(gradient, cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
+            axes.imshow(gradient.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
             if name != "teacher":
                 pair = (of_images[i].flatten(), gradients["teacher"][i].flatten())
                 axes.set_xlabel(f"cos {torch.cosine_similarity(*pair, dim=0):.2f}", fontsize=8)
@@ -94,11 +96,10 @@ def alignment_figure(
 
 
 def check_figure_name(path: Path) -> None:
-    """Refuse, before any work, a figure that could not be written."""
+    """Refuse, before any work, a figure that could not be written, or would overwrite a file."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path} is not allowed for a figure; a name that ends in {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}")
+    check_output(path)
 
 
 def _save(figure: "Figure", path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ from experiment.evaluation.flags import flags_text
 
 
 def beside_torchattacks(
-    model: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, steps: int | None = None, seed: int = 0
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Accuracy under FGSM and PGD, ours and torchattacks', on the same images with the same budget, step and steps.
 
@@ -20,9 +28,9 @@ def beside_torchattacks(
     AutoAttack is not the standard one.
 
     Returns:
-        A row per attack: ``attack``, ``ours``, ``torchattacks`` (fractions), ``flags`` of both, ``only_ours`` and
-        ``only_theirs`` (images that fell to one of them alone), ``p`` (of so uneven a split, or a more uneven one, by
-        chance) and ``beyond_noise`` (p below 0.05).
+        A row per attack: ``attack``, ``steps`` (None for FGSM), ``epsilon``, ``ours``, ``torchattacks`` (fractions),
+        ``flags`` of both, ``only_ours`` and ``only_theirs`` (images that fell to one of them alone), ``p`` (of so
+        uneven a split, or a more uneven one, by chance) and ``beyond_noise`` (p below 0.05).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # requests 2.25.1, which torchattacks pins, complains about its neighbours
@@ -34,17 +42,20 @@ def beside_torchattacks(
     rows = []
     for name, attack in theirs.items():
 
-        def run(x_batch: Tensor, y_batch: Tensor, attack: torchattacks.attack.Attack = attack) -> Tensor:
+        def run(x_batch: Tensor, y_batch: Tensor, attack: Callable[..., Tensor] = attack) -> Tensor:
             with torch.enable_grad():
                 return attack(x_batch, y_batch)
 
-        ours = attacked(model, x, y, attack_of(name, model, epsilon, steps), seed=seed).correct
-        other = attacked(model, x, y, run, seed=seed).correct
+        bar = f"{name}, ours and torchattacks'" if progress else None
+        ours = attacked(model, x, y, attack_of(name, model, epsilon, steps), seed=seed, progress=bar).correct
+        other = attacked(model, x, y, run, seed=seed, progress=bar).correct
         only_ours, only_theirs = int((other & ~ours).sum()), int((ours & ~other).sum())
         p = sign_test(only_ours, only_theirs)
         rows.append(
             {
                 "attack": name,
+                "steps": steps if name == "pgd" else None,
+                "epsilon": epsilon,
                 "ours": ours.double().mean().item(),
                 "torchattacks": other.double().mean().item(),
                 "flags": {"ours": flags_text(ours), "torchattacks": flags_text(other)},
