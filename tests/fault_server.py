@@ -170,7 +170,8 @@ def result_of(folder: Path) -> dict:
     result = untimed(json.loads((folder / "result.json").read_text()))
     student = files.load_student(folder)
     assert files.state_sha256(student) == result["student_sha256"]
-    return {"rows": rows, **{k: result[k] for k in ("clean", "pgd20", "autoattack", "gradients", "student_sha256")}}
+    names = ("clean", "pgd20", "autoattack", "gradients", "best", "swa", "student_sha256")
+    return {"rows": rows, **{name: result.get(name) for name in names}}
 
 
 def tree(folder: Path) -> dict[str, str]:

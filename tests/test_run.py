@@ -1,5 +1,6 @@
 """The run folder: stopping, resuming, refusing. Real runs of seconds, in forks (see fault_server.py)."""
 
+import argparse
 import json
 import os
 import random
@@ -9,15 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fault_files import small_npz
 from fault_kills import POINTS
 from fault_server import ROOT, SCRIPTS, SMALL, result_of, stopped_run
 
-from experiment import data, evaluation, files
-from experiment.run import provenance
-from experiment.run.health import fault_of
+from experiment import UserError, data, evaluation, files
+from experiment.run import checks, provenance
+from experiment.run.estimate import Estimate, duration
+from experiment.run.health import fault_of, predicts_one_class
+from experiment.run.progress import epoch_line
+from experiment.run.state import State
 
 
 def command(name, *flags):
@@ -202,6 +208,16 @@ def test_a_finished_run_without_autoattack_can_be_attacked(small):
     assert "holds a finished run" in small.server.run(SCRIPTS[0], flags, small.home).expect(0).out
 
 
+def test_one_class_for_every_image():
+    y = torch.arange(8) % 3
+    logits = torch.zeros(8, 5)
+    logits[:, 2] = 1
+    assert predicts_one_class(logits, y)
+    assert not predicts_one_class(logits, torch.full((8,), 2))  # nothing else is there to be predicted
+    logits[0, 1] = 2
+    assert not predicts_one_class(logits, y)
+
+
 def test_rows_and_seconds(small):
     folder = small.home / "runs" / f"{SCRIPTS[1]}_whole"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -244,3 +260,147 @@ def test_the_commit_of_a_script_that_git_does_not_know_is_dirty(tmp_path):
     edited = provenance(script)
     assert edited["commit"] == f"{clean['commit']}-dirty"
     assert edited["code_sha256"] != clean["code_sha256"]
+
+
+# Refused before the first step, or brought to an end after the last
+
+
+def test_autoattack_with_epsilon_0_is_refused_before_training(small):
+    flags = [*SMALL, "--epsilon", "0", "--run_name", "epsilon 0"]
+    outcome = small.server.run(SCRIPTS[0], flags, small.home)
+    outcome.expect(2, "error: --epsilon 0 is not allowed with AutoAttack; above 0, or --aa_examples 0")
+    assert not (small.home / "runs" / "epsilon 0").exists()
+
+
+def test_too_few_classes_for_autoattack_are_refused_before_training(small):
+    labels = {"y_train": torch.arange(40).numpy() % 4, "y_test": torch.arange(20).numpy() % 4}
+    path = small_npz(small.home / "four.npz", **labels)
+    flags = ["--dataset", path, "--model", "RES-8", "--batch", "20", "--epochs", "1", "--aa_examples", "4"]
+    outcome = small.server.run("train_teacher", [*flags, "--run_name", "four"], small.home)
+    outcome.expect(2, "AutoAttack needs 10 classes, .* has 4; give --aa_examples 0")
+
+
+def test_a_missing_pyautoattack_is_refused_before_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"AutoAttack cannot be imported .*, or give --aa_examples 0"):
+        checks.check_names(argparse.Namespace(dataset="digits", aa_examples=4, epsilon=0.1))
+    checks.check_names(argparse.Namespace(dataset="digits", aa_examples=0, epsilon=0.1))
+
+
+def test_a_trained_run_comes_to_a_result_without_its_autoattack(small):
+    """Whatever kept AutoAttack from ending: --aa_examples 0 ends the run, and a number attacks it later."""
+    name, folder = "unattackable", small.home / "runs" / "unattackable"
+    flags = [*SMALL, "--run_name", name]
+    small.server.run(SCRIPTS[0], flags, small.home, faults=[("autoattack", 2, "kill")])
+    assert not (folder / "result.json").exists()
+    small.server.run(SCRIPTS[0], [*flags, "--aa_examples", "0"], small.home).expect(0)
+    result, config = (json.loads((folder / f"{name}.json").read_text()) for name in ("result", "config"))
+    assert result["autoattack"] is None
+    assert config["settings"]["aa_examples"] == 0
+    small.server.run(SCRIPTS[0], flags, small.home).expect(0)
+    assert result_of(folder) == small.expected[SCRIPTS[0]]
+
+
+def test_the_command_names_torchrun_and_its_processes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["adaad_cifar100.py", "--seed", "1"])
+    assert provenance(ROOT / "adaad_cifar100.py")["command"] == "python adaad_cifar100.py --seed 1"
+    for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    found = provenance(ROOT / "adaad_cifar100.py")
+    assert found["command"] == "torchrun --nnodes=2 --nproc_per_node=4 adaad_cifar100.py --seed 1"
+    assert found["processes"] == 8
+
+
+# Best epoch, mean weights
+
+
+@pytest.fixture(scope="module")
+def kept(small):
+    """Flags of a run that keeps its best epoch and the mean of its weights, and that run, uninterrupted."""
+    flags = [*SMALL, "--epochs", "4", "--eval_after", "1", "--aa_examples", "4", "--aa_batch", "4", "--aa_best", "1"]
+    flags += ["--holdout", "100", "--swa_after", "2"]
+    small.server.run(SCRIPTS[0], [*flags, "--run_name", "kept"], small.home).expect(0)
+    return flags, result_of(small.home / "runs" / "kept")
+
+
+def test_the_best_epoch_is_that_of_the_held_out_images(small, kept):
+    _, result = kept
+    accuracies = {row["epoch"]: row["holdout_pgd10"] for row in result["rows"] if "holdout_pgd10" in row}
+    assert list(accuracies) == [2, 3, 4]
+    best = max(accuracies, key=accuracies.get)
+    assert result["best"]["epoch"] == best
+    assert result["best"]["holdout_pgd10"] == accuracies[best]
+    row = result["rows"][best - 1]
+    assert (result["best"]["clean"], result["best"]["pgd20"]) == (row["clean"], row["pgd20"])
+    assert result["best"]["autoattack"]["examples"] == 4
+    student = files.load_student(small.home / "runs" / "kept" / "best.pt")
+    images = data.load_data("digits", holdout=100)
+    assert evaluation.accuracy(student, images.x_test, images.y_test) == row["clean"]
+
+
+def test_the_mean_weights_are_those_of_the_last_epochs(small, kept):
+    """Against the mean taken by hand of last.pt after epochs 3 and 4; and the student itself does not move."""
+    flags, result = kept
+    weights = []
+    for epoch in (3, 4):
+        name = f"mean_{epoch}"
+        fault = ("evaluation", 2 * epoch - 3, "SIGTERM")  # two PGD accuracies from epoch 2 on
+        small.server.run(SCRIPTS[0], [*flags, "--run_name", name], small.home, faults=[fault]).expect(75)
+        weights.append(files.load(small.home / "runs" / name / "last.pt")["model"])
+    mean = torch.load(small.home / "runs" / "kept" / "swa.pt", weights_only=True)["state_dict"]
+    for name, _ in files.load_student(small.home / "runs" / "kept").named_parameters():
+        torch.testing.assert_close(mean[name], (weights[0][name] + weights[1][name]) / 2)
+    assert result["swa"]["epochs"] == 2
+    student = files.load_student(small.home / "runs" / "kept" / "swa.pt")
+    images = data.load_data("digits", holdout=100)
+    # Running statistics are estimated anew: with those of the last epoch the accuracy would be another network's.
+    found = evaluation.accuracy(student, images.x_test, images.y_test)
+    assert found == result["swa"]["clean"]
+    plain = [*flags, "--swa_after", "0", "--aa_examples", "0", "--aa_best", "0", "--run_name", "no mean"]
+    small.server.run(SCRIPTS[0], plain, small.home).expect(0)
+    assert result_of(small.home / "runs" / "no mean")["student_sha256"] == result["student_sha256"]
+
+
+@pytest.mark.parametrize(
+    "fault", [("step", 21, "kill"), ("evaluation", 3, "SIGTERM"), ("write:best.pt", 40_000, "kill")]
+)
+def test_a_run_that_keeps_best_and_mean_goes_on_bit_for_bit(small, kept, fault):
+    flags, result = kept
+    name = f"kept_{fault[0].replace(':', '_')}"
+    assert small.server.run(SCRIPTS[0], [*flags, "--run_name", name], small.home, faults=[fault]).status != 0
+    small.server.run(SCRIPTS[0], [*flags, "--run_name", name], small.home).expect(0)
+    assert result_of(small.home / "runs" / name) == result
+
+
+# What it says about time
+
+
+def test_the_time_left_counts_evaluation_and_autoattack():
+    args = argparse.Namespace(epochs=10, eval_after=8, steps=10, aa_examples=1000)
+    images = SimpleNamespace(x_train=range(50_000), x_test=range(10_000))
+    estimate = Estimate(args, images, steps=391)
+    rows = [{"epoch": epoch, "seconds": 100.0} for epoch in range(1, 9)]
+    training, _ = estimate.left(State(epoch=8, rows=rows, seconds={"train": 800.0, "evaluation": 0.0}))
+    assert training > 2 * 100  # two epochs, each with an evaluation, whose time is guessed from the steps'
+    rows.append({"epoch": 9, "seconds": 100.0, "clean": 0.6, "pgd20": 0.5})
+    state = State(epoch=9, rows=rows, seconds={"train": 900.0, "evaluation": 21.0})
+    training, attack = estimate.left(state)
+    assert training == pytest.approx(100 + 21)
+    # A pass over one image takes 21 s / 21 passes / 10,000 images; 100 passes if it falls, 4000 if it does not.
+    assert attack == pytest.approx(1000 * 1e-4 * (0.5 * 100 + 0.5 * 4000))
+    args.aa_examples = 0
+    assert estimate.left(state)[1] == 0
+    line = epoch_line({**rows[-1], "lr": 0.1, "loss": 1.0, "images_per_second": 500.0}, 10, 121.0, 205.0)
+    assert line.endswith("about 5:26 min left, of it AutoAttack 3:25 min")
+
+
+def test_the_length_of_a_run_is_measured_once():
+    estimate = Estimate(argparse.Namespace(epochs=10), SimpleNamespace(x_train=range(10), x_test=range(10)), steps=100)
+    told = [estimate.after_step(State(step=step, epoch_seconds=60 + 2.0 * step)) for step in range(1, 12)]
+    assert [line for line in told if line] == [
+        "measured 2 s a step: 3:20 min an epoch, 33:20 min for 10 epochs of training"
+    ]
+
+
+def test_durations():
+    assert [duration(s) for s in (3.4, 187, 19_200, 187_200)] == ["3 s", "3:07 min", "5:20 h", "2 d 4 h"]

@@ -86,7 +86,7 @@ class Wandb:
             # init() would prompt on a terminal, and a batch job would wait for ever.
             raise UserError(f"--nowand 0, but no one is logged in to Weights & Biases: run `wandb login`; {ways_out}")
         teacher = getattr(args, "teacher", None)
-        parts = [Path(part).stem for part in (teacher, args.student, args.dataset) if part]
+        parts = [_short(part) for part in (teacher, args.student, args.dataset) if part]
         try:
             self._run = wandb.init(
                 project=args.wandb_project,
@@ -132,6 +132,12 @@ class Wandb:
         if self._artifact:
             self._run.log_artifact(str(student), name=f"student-{self._run.id}", type="model")
         self._run.finish()
+
+
+def _short(name_or_path: str) -> str:
+    """A name, or what a path is called: its file, or for a run's student.pt the run."""
+    path = Path(name_or_path)
+    return path.parent.name if path.name == "student.pt" and path.parent.name else path.stem
 
 
 class TensorBoard:
