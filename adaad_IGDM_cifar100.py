@@ -58,7 +58,7 @@ def main():
     args = cli.parse_args(__file__, RECIPE)
     run = Run(args, __file__, RECIPE)
     images = data.load_data(args.dataset, args.data_dir, run.device, **data.selection(args))
-    teacher = teachers.load_teacher(args.teacher, images.num_classes, teacher_path=args.teacher_path, device=run.device)
+    teacher = teachers.load_teacher(args.teacher, images.num_classes, args.teacher_path, images.name, device=run.device)
     student = build_model(args.student, images.num_classes).to(run.device)
     optimizer = optim.sgd(student, args)
     run.start(images, student, optimizer, teacher)

@@ -4,7 +4,7 @@ import re
 
 from torch import nn
 
-from cifar100_models import mobilenet_v2, resnet, wide_resnet
+from cifar100_models import from_file, mobilenet_v2, resnet, wide_resnet
 
 MODELS = {
     "RES-18": resnet.resnet18,
@@ -19,11 +19,14 @@ _WIDE = re.compile(r"WRN-(\d{1,3})-(\d{1,2})")
 
 def check_model_name(name: str) -> None:
     """Raise the ValueError that ``build_model`` would raise for this name, without building anything."""
+    if from_file.split(name):
+        from_file.check(name)
+        return
     wide = _WIDE.fullmatch(name)
     if name not in MODELS and not (wide and wide_resnet.allowed(int(wide[1]), int(wide[2]))):
         raise ValueError(
             f"model {name!r} is not known; choose from {', '.join(MODELS)} or WRN-d-w with d = 10, 16, 22, 28, ... "
-            "and w from 1 to 20, such as WRN-28-10"
+            "and w from 1 to 20, such as WRN-28-10, or give a network of your own as FILE.py:function"
         )
 
 
@@ -31,18 +34,21 @@ def build_model(name: str, num_classes: int = 100) -> nn.Module:
     """Build a freshly initialised network (random weights from torch's global generator).
 
     Args:
-        name: ``RES-18``, ``RES-20``, ``RES-8``, ``MN-V2`` or ``WRN-d-w``.
+        name: ``RES-18``, ``RES-20``, ``RES-8``, ``MN-V2``, ``WRN-d-w``, or ``FILE.py:function`` for a function of the
+            user's that is called with num_classes.
         num_classes: >= 2.
 
     Returns:
         A module in train mode that maps (N, 3, H, W) in [0, 1], H and W >= 8, to logits (N, num_classes).
 
     Raises:
-        ValueError: the name is not known, or num_classes < 2.
+        ValueError: the name is not known, the user's function fails, or num_classes < 2.
     """
     check_model_name(name)
     if num_classes < 2:
         raise ValueError(f"num_classes {num_classes} is not allowed; at least 2")
+    if from_file.split(name):
+        return from_file.build(name, num_classes)
     wide = _WIDE.fullmatch(name)
     if wide:
         return wide_resnet.WideResNet(int(wide[1]), int(wide[2]), num_classes)

@@ -88,7 +88,7 @@ def import_robustbench() -> ModuleType:
                 sys.modules["autoattack"] = _import_quietly("pyautoattack")
                 sys.modules["autoattack.state"] = _import_quietly("pyautoattack.state")
         robustbench = _import_quietly("robustbench")
-        names = cifar100_linf(robustbench)
+        names = linf_models(robustbench, "cifar100")
     except (ImportError, AttributeError, KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"robustbench cannot be imported ({reason}); run {REINSTALL}") from error
@@ -101,7 +101,11 @@ def import_robustbench() -> ModuleType:
     return robustbench
 
 
-def cifar100_linf(robustbench: ModuleType) -> dict:
-    """RobustBench's registry of CIFAR-100 Linf models: name -> {"model": factory, "gdrive_id": id, ids or None}."""
+def linf_models(robustbench: ModuleType, dataset: str) -> dict:
+    """RobustBench's registry of Linf models of ``cifar10`` or ``cifar100``.
+
+    Returns:
+        name -> {"model": factory, "gdrive_id": id, ids or None}.
+    """
     zoo = robustbench.model_zoo
-    return zoo.model_dicts[zoo.enums.BenchmarkDataset.cifar_100][zoo.enums.ThreatModel.Linf]
+    return zoo.model_dicts[zoo.enums.BenchmarkDataset(dataset)][zoo.enums.ThreatModel.Linf]

@@ -149,20 +149,23 @@ def save_student(path: Path, model: nn.Module, architecture: str, num_classes: i
     """Write a network that ``load_student``, ``--teacher PATH`` and ``evaluate.py`` can load without anything else.
 
     Args:
-        architecture: a name that ``build_model`` knows.
+        architecture: a name that ``build_model`` knows; of FILE.py:function the file's path and hash are stored.
         info: plain types that say where the network comes from.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save(
-        path,
-        {
-            "format": STUDENT_FORMAT,
-            "architecture": architecture,
-            "num_classes": num_classes,
-            "state_dict": state,
-            "info": info,
-        },
-    )
+    content = {
+        "format": STUDENT_FORMAT,
+        "architecture": architecture,
+        "num_classes": num_classes,
+        "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
+        "info": info,
+    }
+    save(path, content | source_file(model))
+
+
+def source_file(model: nn.Module) -> dict[str, Any]:
+    """The entry of a checkpoint that says from which file the user's own network was built; {} for any other."""
+    source = getattr(model, "source_file", None)
+    return {"source_file": source} if source else {}
 
 
 def load_student(path: Path, *, unfinished: bool = False) -> nn.Module:
@@ -172,25 +175,35 @@ def load_student(path: Path, *, unfinished: bool = False) -> nn.Module:
         unfinished: also take a run's ``last.pt``, and that of a run folder that has no ``student.pt`` yet.
 
     Returns:
-        The network, on the CPU, in eval mode.
+        The network, on the CPU, in eval mode. The global random generators are left as they were.
 
     Raises:
-        UserError: as ``load``; not a student checkpoint; unknown architecture; weights that do not fit it.
+        UserError: as ``load``; not a student checkpoint; unknown architecture; weights that do not fit it; the file
+            of a FILE.py:function is not there or not the one that the checkpoint was made with.
     """
-    path, content = _read_student(Path(path), unfinished)
+    path, content = _read(path, unfinished=unfinished)
     try:
         state, classes = content["state_dict"], content["num_classes"]
         if not (isinstance(classes, int) and 2 <= classes <= MOST_CLASSES):
             raise ValueError(f"num_classes {classes!r:.40} is not allowed; 2 up to {MOST_CLASSES}")
-        # On no device first: a name and a number alone must not fill the memory.
-        with torch.device("meta"):
-            model = build_model(content["architecture"], classes)
-        needed = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        if {name: tensor.shape for name, tensor in state.items()} != needed:
-            raise ValueError(f"its weights are not those of {content['architecture']} with {classes} classes")
+        name = content["architecture"]
+        if "source_file" in content:
+            with torch.random.fork_rng(devices=[]):
+                model = build_model(_find_source(path, **content["source_file"]), classes)
+        else:
+            # On no device first: a name and a number alone must not fill the memory.
+            with torch.device("meta"):
+                model = build_model(name, classes)
+        needed = {key: tensor.shape for key, tensor in model.state_dict().items()}
+        if {key: tensor.shape for key, tensor in state.items()} != needed:
+            raise ValueError(f"its weights are not those of {name} with {classes} classes")
         if sum(tensor.nbytes for tensor in state.values()) > path.stat().st_size:
             raise ValueError("its weights are larger than the file")
-        model.to_empty(device="cpu").load_state_dict(state)
+        if "source_file" not in content:
+            model.to_empty(device="cpu")
+        model.load_state_dict(state)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path} does not hold a network that can be rebuilt: {reason}") from error
@@ -198,16 +211,26 @@ def load_student(path: Path, *, unfinished: bool = False) -> nn.Module:
 
 
 def read_student(path: Path, *, unfinished: bool = False) -> dict[str, Any]:
-    """What a checkpoint says about its network: architecture, num_classes, info; epoch and step of a ``last.pt``.
+    """What a student checkpoint says of its network: all of its entries but the weights, None where it lacks one.
 
-    Args and Raises as ``load_student``; the weights are not looked at.
+    Args:
+        path, unfinished: as for ``load_student``.
+
+    Returns:
+        ``architecture``, ``num_classes``, ``info``, ``source_file``; ``epoch`` and ``step`` of a ``last.pt``; and
+        ``path``, the file that was read.
+
+    Raises:
+        UserError: as ``load``; not a student checkpoint.
     """
-    _, content = _read_student(Path(path), unfinished)
-    return {key: content.get(key) for key in ("architecture", "num_classes", "info", "epoch", "step")}
+    path, content = _read(path, unfinished=unfinished)
+    names = ("architecture", "num_classes", "info", "source_file", "epoch", "step")
+    return {name: content.get(name) for name in names} | {"path": path}
 
 
-def _read_student(path: Path, unfinished: bool) -> tuple[Path, dict[str, Any]]:
-    """The file that `path` means, and its content."""
+def _read(path: Path, *, unfinished: bool) -> tuple[Path, dict[str, Any]]:
+    """The file of a student checkpoint or run folder, and what it holds."""
+    path = Path(path)
     if path.is_dir():
         names = ["student.pt", *(["last.pt"] if unfinished else [])]
         found = [path / name for name in names if (path / name).exists()]
@@ -221,3 +244,18 @@ def _read_student(path: Path, unfinished: bool) -> tuple[Path, dict[str, Any]]:
     if not isinstance(content, dict) or content.get("format") != STUDENT_FORMAT:
         raise UserError(f"{path} is not a student checkpoint of this project (format {STUDENT_FORMAT})")
     return path, content
+
+
+def _find_source(checkpoint: Path, path: str, sha256: str, function: str) -> str:
+    """FILE.py:function of a checkpoint, where it was or beside the checkpoint; only a file with its hash is run."""
+    file, beside = Path(path), checkpoint.parent / Path(path).name
+    found = [place for place in dict.fromkeys((file, beside)) if place.is_file()]
+    for place in found:
+        if file_sha256(place) == sha256:
+            return f"{place}:{function}"
+    need = f"{checkpoint} needs {file.name} with the function {function}, as it was (SHA-256 {sha256[:12]}...)"
+    if found:
+        raise UserError(
+            f"{need}; {found[0]} has been changed since: give it back its content, or put a copy at {beside}"
+        )
+    raise UserError(f"{need}; it is neither at {file} nor beside the checkpoint: put it at {beside}")

@@ -191,3 +191,37 @@ def test_names_of_the_widely_copied_resnet18():
     for key in ("conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer2.0.shortcut.0.weight"):
         assert key in keys
     assert keys["linear.weight"].shape == (100, 512)
+
+
+@pytest.mark.parametrize(
+    ("text", "function", "reason"),
+    [
+        ("", "make", "it has no function make"),
+        ("make = 3", "make", "it has no function make"),
+        ("def make(n): return n", "make", "is a int; make must return a torch.nn.Module"),
+        ("def make(n):\n    return 1 / 0", "make", "ZeroDivisionError: division by zero, line 2"),
+        ("import no_such_package", "make", "ModuleNotFoundError: No module named 'no_such_package', line 1"),
+        ("def make(:", "make", "SyntaxError"),
+        ("", "a b", "'a b' is not the name of a function"),
+    ],
+)
+def test_a_file_of_ones_own_that_is_none_is_refused_in_a_line(tmp_path, text, function, reason):
+    file = tmp_path / "net.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        build_model(f"{file}:{function}", 10)
+    with pytest.raises(ValueError, match=r"there is no file .*absent\.py"):
+        check_model_name(f"{tmp_path / 'absent.py'}:{function}")
+
+
+def test_a_network_of_ones_own_file(tmp_path):
+    file = tmp_path / "net.py"
+    file.write_text(
+        "from torch import nn\ndef make(n):\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(n)).eval()"
+    )
+    check_model_name(f"{file}:make")
+    model = build_model(f"{file}:make", 7)
+    assert model.training
+    assert model(images(2, 3, 8, 8)).shape == (2, 7)
+    assert model.source_file["path"] == str(file)
+    assert list(tmp_path.iterdir()) == [file]  # no __pycache__

@@ -17,7 +17,7 @@ from torch import nn
 from cifar100_models import build_model
 from experiment import UserError, cli, compat, files
 from experiment.teachers import __main__ as command
-from experiment.teachers import check_teacher_name, download, load_teacher, zoo
+from experiment.teachers import check_teacher_name, download, load_network, load_teacher, zoo
 
 SMALL = "Addepalli2022Efficient_RN18"  # RobustBench's smallest CIFAR-100 architecture, for the many faults
 PARAMETERS = {"BDM": 36_536_884, "DEC": 36_536_884, "LTD": 48_320_276}
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def registry():
-    return compat.cifar100_linf(compat.import_robustbench())
+    return compat.linf_models(compat.import_robustbench(), "cifar100")
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_normalisation_constants_may_be_missing_from_the_file(registry, tmp_path
 
 def test_transformer_teacher_from_a_plain_timm_state_dict(tmp_path, x):
     name = "Debenedetti2022Light_XCiT-S12"
-    original = zoo.source_of(name, name).build().eval()
+    original = zoo.source_of(name, name, "cifar100").build().eval()
     torch.save({"state_dict": half(original.model)}, tmp_path / "a.pt")
     teacher = load_teacher(name, teacher_path=tmp_path / "a.pt")
     # float16 rounds the weights to 3 digits; a wrong file gives logits that differ in the first.
@@ -166,9 +166,9 @@ def test_own_checkpoint_and_run_folder(tmp_path):
         load_teacher(str(folder), 100)
 
 
-def refusal(*args, **kwargs):
+def refusal(*args, load=load_teacher, **kwargs):
     with pytest.raises(UserError) as caught:
-        load_teacher(*args, **kwargs)
+        load(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -184,6 +184,131 @@ def test_wrong_names_and_combinations(tmp_path):
     assert "no such file" in refusal("BDM", teacher_path=tmp_path / "absent.pt")
     assert "no student.pt" in refusal(str(tmp_path))
     assert "--teacher BDM" in refusal(str(tmp_path), teacher_path=tmp_path)
+
+
+# The zoo of CIFAR-10, bare weights, and architectures of the user's own
+
+
+@pytest.mark.parametrize("name", ["LTD", SMALL])
+def test_a_name_means_the_network_of_the_datas_zoo(name, tmp_path, x):
+    ten = compat.linf_models(compat.import_robustbench(), "cifar10")
+    full = cli.ALIASES.get(name, name)
+    original = random_network(ten, full)
+    target = tmp_path / "cifar10" / "Linf" / f"{full}.pt"
+    target.parent.mkdir(parents=True)
+    torch.save(half(original, "module."), target)
+    by_data = load_teacher(name, 10, None, "cifar10", model_dir=tmp_path)
+    by_classes = load_network(name, num_classes=10, dataset="my.npz", model_dir=tmp_path)
+    by_hand = load_network(name, num_classes=10, dataset="cifar10", weights=target, model_dir=tmp_path / "none")
+    with torch.no_grad():
+        for network in (by_data, by_classes.model, by_hand.model):
+            assert torch.equal(network(x), original(x))
+    assert (by_classes.num_classes, by_classes.architecture, by_classes.path) == (10, full, target)
+    target.unlink()  # 100 MB that pytest would keep for three runs
+
+
+def test_a_name_of_the_other_zoo_is_refused_with_the_right_one():
+    message = refusal("Carmon2019Unlabeled", 100)
+    assert "'Carmon2019Unlabeled' is a cifar10 network of RobustBench: give --dataset cifar10" in message
+    message = refusal("Bai2023Improving_trades", 10, None, "cifar10")
+    assert "is a cifar100 network of RobustBench: give --dataset cifar100" in message
+    for dataset, classes in (("digits", 10), ("svhn", 10), ("my.npz", 7)):
+        assert f"not for {dataset}: give the path" in refusal("BDM", classes, None, dataset)
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Tiny(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.linear(self.norm(self.conv(x)).mean(dim=(2, 3)))
+
+def tiny(num_classes):
+    return Tiny(num_classes)
+
+def no_network(num_classes):
+    return num_classes
+
+def broken(num_classes):
+    return undefined
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "net.py").write_text(OWN)
+    return f"{tmp_path / 'net.py'}:tiny"
+
+
+def test_bare_weights_with_an_architecture(own, tmp_path, x):
+    from safetensors.torch import save_file
+
+    for arch in ("RES-8", own):
+        model = build_model(arch, 10).eval()
+        torch.save(
+            {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "a.pt"
+        )
+        save_file(model.state_dict(), tmp_path / "a.safetensors")
+        for file in (tmp_path / "a.pt", tmp_path / "a.safetensors"):
+            network = load_network(file, arch=arch, num_classes=10, dataset="digits")
+            teacher = load_teacher(arch, 10, file)
+            assert not network.model.training
+            assert (network.architecture, network.path, network.info) == (arch, file, {})
+            with torch.no_grad():
+                assert torch.equal(network.model(x), model(x))
+                assert torch.equal(teacher(x), model(x))
+
+
+def test_bare_weights_that_do_not_fit_or_are_none(own, tmp_path):
+    torch.save(build_model("RES-8", 10).state_dict(), tmp_path / "a.pt")
+
+    def message(what, **more):
+        return refusal(tmp_path / what, load=load_network, num_classes=10, **more)
+
+    assert "does not fit" in message("a.pt", arch=own)
+    assert "choose from RES-18" in message("a.pt", arch="RES-9")
+    assert "there is no file" in message("a.pt", arch="absent.py:tiny")
+    assert "no such file" in message("absent.pt", arch="RES-8")
+    assert "--arch NAME" in message("a.pt")
+    (tmp_path / "b.safetensors").write_bytes(b"nothing")
+    assert "truncated or damaged" in message("b.safetensors", arch="RES-8")
+    assert "--arch NAME" in message("b.safetensors")
+    assert "give its weights with --teacher_path" in refusal("RES-8", 10)
+
+
+def test_a_student_of_an_architecture_of_ones_own(own, tmp_path, x):
+    """Its file is found where it was or beside the checkpoint, and only as it was."""
+    model = build_model(own, 10).eval()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    files.save_student(folder / "student.pt", model, own, 10, {})
+    state = torch.get_rng_state()
+    loaded = files.load_student(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+        assert torch.equal(load_network(folder).model(x), model(x))
+    source = tmp_path / "net.py"
+    told = files.read_student(folder)
+    assert (told["architecture"], told["num_classes"]) == (own, 10)
+    assert told["source_file"] == {"path": str(source), "sha256": files.file_sha256(source), "function": "tiny"}
+    source.write_text(f"{OWN}\n")
+    assert f"{source} has been changed since" in refusal(folder, load=files.load_student)
+    source.unlink()
+    message = refusal(folder, load=files.load_student)
+    assert "needs net.py with the function tiny, as it was (SHA-256 " in message
+    assert f"put it at {folder / 'net.py'}" in message
+    (folder / "net.py").write_text(OWN)
+    with torch.no_grad():
+        assert torch.equal(files.load_student(folder)(x), model(x))
 
 
 class Runs:
@@ -375,7 +500,7 @@ heavy = {"robustbench", "torchvision", "autoattack", "pyautoattack", "timm", "re
 assert not heavy, heavy
 from experiment import compat
 attack = compat.import_autoattack()
-zoo = compat.cifar100_linf(compat.import_robustbench())
+zoo = compat.linf_models(compat.import_robustbench(), "cifar100")
 assert len(zoo) > 30
 import autoattack, torchvision.datasets
 assert autoattack.AutoAttack is attack

@@ -36,6 +36,7 @@ class Checkpoints:
             "id": self._identity,
             "architecture": self._args.student,
             "num_classes": num_classes,
+            **files.source_file(networks.student),
             # The rate of an epoch follows from these: the schedule has no further state.
             "schedule": {"lr": self._args.lr, "lr_milestones": self._args.lr_milestones},
             **to_checkpoint(state, networks, random),

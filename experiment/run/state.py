@@ -100,6 +100,9 @@ def from_checkpoint(
         raise ValueError(f"there is no epoch {state.epoch}, step {state.step}")
     if [row["epoch"] for row in state.rows] != list(range(1, state.epoch + 1)):
         raise ValueError("its rows are not those of its epochs")
+    source = getattr(networks.student, "source_file", None)  # of a network of the user's own file
+    if source and source["sha256"] != content["source_file"]["sha256"]:
+        raise ValueError(f"{source['path']} has been changed since: give it back its content")
     networks.student.load_state_dict(content["model"])
     networks.optimizer.load_state_dict(content["optimizer"])
     if networks.averaged is not None:

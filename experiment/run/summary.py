@@ -30,7 +30,8 @@ def header(
     lines = [
         f"{config['method']}{'+' + config['adds'] if config['adds'] else ''}: {folder}{resumed}",
         f"  student  {settings['student']}, {size(student)}, {images.num_classes} classes",
-        f"  data     {images.name}: {len(images.x_train)} training and {len(images.x_test)} test images",
+        f"  data     {images.name}: {len(images.x_train)} training and {len(images.x_test)} test images, {images.test_order}",
+        f"  schedule {settings['epochs']} epochs, lr {settings['lr']:g}{_drops(settings['lr_milestones'])}",
         f"  device   {config['device']}, {settings['precision']}, torch {torch.__version__}",
     ]
     reach = settings["steps"] * settings["step_size"]
@@ -50,6 +51,10 @@ def header(
         lines.insert(1, f"  teacher  {settings['teacher']}, {size(teacher)}, SHA-256 {digest}")
     lines += [f"  rows     {where}" for where in trackers]
     return "\n".join(lines)
+
+
+def _drops(milestones: list[int]) -> str:
+    return f", divided by 10 after {', '.join(map(str, milestones))}" if milestones else ", not lowered"
 
 
 def _short(value: Any) -> str:

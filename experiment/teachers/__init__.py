@@ -1,5 +1,6 @@
-"""Teachers: RobustBench's CIFAR-100 Linf models from a local file or a download, and networks of our own."""
+"""Networks of others and of our own: RobustBench's Linf zoos, checkpoints, bare weights; teachers are frozen ones."""
 
 from experiment.teachers.loader import FrozenTeacher, check_teacher_name, load_teacher
+from experiment.teachers.networks import Network, load_network
 
-__all__ = ["FrozenTeacher", "check_teacher_name", "load_teacher"]
+__all__ = ["FrozenTeacher", "Network", "check_teacher_name", "load_network", "load_teacher"]

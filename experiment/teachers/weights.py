@@ -15,13 +15,13 @@ _OPTIONAL = ("mu", "sigma", "mean", "std", "num_batches_tracked")
 def read_weights(path: Path, name: str, build: Callable[[], nn.Module]) -> nn.Module:
     """Build the architecture and fill it from the file.
 
-    Takes a bare state dict or {"state_dict": ...}, keys with or without "module." and "model." in front, any float
-    type.
+    Takes .safetensors, or a bare state dict or {"state_dict": ...}; keys with or without "module." and "model." in
+    front, any float type.
 
     Raises:
         UserError: as files.load; no state dict; keys or shapes that do not fit; values that are not finite.
     """
-    content = files.load(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else files.load(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state dict")
@@ -43,6 +43,18 @@ def read_weights(path: Path, name: str, build: Callable[[], nn.Module]) -> nn.Mo
     model.load_state_dict(state, strict=False)  # copies into float32 parameters, whatever the file's type
     check_finite(model, path)
     return model
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError  # few users need it
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or damaged ({' '.join(str(error).split())[:120]})") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _bare(key: str, expected: dict[str, Tensor]) -> str:
