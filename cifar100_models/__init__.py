@@ -5,6 +5,9 @@ import re
 from torch import nn
 
 from cifar100_models import from_file, mobilenet_v2, resnet, wide_resnet
+from cifar100_models.from_file import ModelError
+
+__all__ = ["MODELS", "ModelError", "build_model", "check_model_name"]
 
 MODELS = {
     "RES-18": resnet.resnet18,
@@ -42,7 +45,8 @@ def build_model(name: str, num_classes: int = 100) -> nn.Module:
         A module in train mode that maps (N, 3, H, W) in [0, 1], H and W >= 8, to logits (N, num_classes).
 
     Raises:
-        ValueError: the name is not known, the user's function fails, or num_classes < 2.
+        ValueError: the name is not known, or num_classes < 2.
+        ModelError: the user's file or function fails.
     """
     check_model_name(name)
     if num_classes < 2:

@@ -11,6 +11,10 @@ from pathlib import Path
 from torch import nn
 
 
+class ModelError(ValueError):
+    """The user's file cannot be built from; one line that says why."""
+
+
 def split(name: str) -> tuple[Path, str] | None:
     """File and function of ``FILE.py:function``, or None if the name is not of that form."""
     file, colon, function = name.rpartition(":")
@@ -18,12 +22,12 @@ def split(name: str) -> tuple[Path, str] | None:
 
 
 def check(name: str) -> None:
-    """Raise the ValueError of a file that is not there or a function that cannot be one; nothing is run."""
+    """Raise the ModelError of a file that is not there or a function that cannot be one; nothing is run."""
     path, function = split(name)
     if not path.is_file():
-        raise ValueError(f"model {name!r}: there is no file {path}")
+        raise ModelError(f"model {name!r}: there is no file {path}")
     if not function.isidentifier():
-        raise ValueError(f"model {name!r}: {function!r} is not the name of a function; FILE.py:function is needed")
+        raise ModelError(f"model {name!r}: {function!r} is not the name of a function; FILE.py:function is needed")
 
 
 def build(name: str, num_classes: int) -> nn.Module:
@@ -33,7 +37,7 @@ def build(name: str, num_classes: int) -> nn.Module:
         The network, in train mode, with an attribute ``source_file``: {"path", "sha256", "function"} of what was run.
 
     Raises:
-        ValueError: there is no such file or function, it fails, or what it returns is no network.
+        ModelError: there is no such file or function, it fails, or what it returns is no network.
     """
     check(name)
     path, function = split(name)
@@ -49,9 +53,9 @@ def build(name: str, num_classes: int) -> nn.Module:
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f", line {lines[-1]}" if lines else ""
-        raise ValueError(f"model {name!r} cannot be built: {type(error).__name__}: {error}{where}") from error
+        raise ModelError(f"model {name!r} cannot be built: {type(error).__name__}: {error}{where}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model {name!r} is a {type(model).__name__}; {function} must return a torch.nn.Module")
+        raise ModelError(f"model {name!r} is a {type(model).__name__}; {function} must return a torch.nn.Module")
     digest = hashlib.sha256(content).hexdigest()
     model.source_file = {"path": str(path.resolve()), "sha256": digest, "function": function}
     return model.train()

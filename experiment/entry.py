@@ -22,6 +22,12 @@ def guard(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _leave(f"error: {error}", 2)
+    except ValueError as error:
+        from cifar100_models import ModelError  # imports torch
+
+        if not isinstance(error, ModelError):
+            raise
+        _leave(f"error: {error}", 2)
     except RunStopped as stop:
         _leave(str(stop), stop.status)
     except KeyboardInterrupt:  # before a run takes over signals, or where there is none

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import attacks
+from cifar100_models import ModelError
 from experiment import RunStopped, UserError, cli, optim
 
 ROOT = Path(__file__).parent.parent
@@ -551,6 +552,7 @@ def test_the_attack_choices_are_those_of_perturb(capsys):
     ("error", "status", "line"),
     [
         (UserError("no such\n  file"), 2, "error: no such file\n"),
+        (ModelError("model 'a.py:b' cannot be built"), 2, "error: model 'a.py:b' cannot be built\n"),
         (RunStopped("stopped after epoch 3", RunStopped.INTERRUPTED), 75, "stopped after epoch 3\n"),
         (RunStopped("loss is nan", RunStopped.DIVERGED), 3, "loss is nan\n"),
     ],

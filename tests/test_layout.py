@@ -32,6 +32,7 @@ ALLOWED = {
     "engine": {"attacks"},  # frozen(), and every rank draws its rows of a start
     "run": {"attacks"},  # a network that has diverged is probed with frozen parameters
     "files": {"cifar100_models"},  # load_student builds the network that a file names
+    "entry": {"cifar100_models"},  # a mistake in the user's own network is a line
     "teachers": {"cifar100_models"},  # bare weights need their architecture
     "cli": {"cifar100_models", "attacks"},  # --student is checked before anything is built; --attack's choices
     "report": {"cifar100_models"},  # a dry run counts the operations of the networks

@@ -44,6 +44,6 @@ def _compact(value: Any) -> str:
         return "-".join(map(str, value)) or "-none"
     if isinstance(value, float):
         parts = 255 * value
-        whole = math.isclose(round(parts), parts) and not value.is_integer()
-        return f"{parts:.0f}-255" if whole else f"{value:g}"
+        levels = f"{parts:.0f}-255" if math.isclose(round(parts), parts) else f"{value:g}"
+        return min(f"{value:g}", levels, key=len)
     return f"-{value}" if isinstance(value, str) else str(value)

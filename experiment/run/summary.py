@@ -30,7 +30,8 @@ def header(
     lines = [
         f"{config['method']}{'+' + config['adds'] if config['adds'] else ''}: {folder}{resumed}",
         f"  student  {settings['student']}, {size(student)}, {images.num_classes} classes",
-        f"  data     {images.name}: {len(images.x_train)} training and {len(images.x_test)} test images, {images.test_order}",
+        f"  data     {images.name}: {len(images.x_train)} training and {len(images.x_test)} test images "
+        f"({images.test_order})",
         f"  schedule {settings['epochs']} epochs, lr {settings['lr']:g}{_drops(settings['lr_milestones'])}",
         f"  device   {config['device']}, {settings['precision']}, torch {torch.__version__}",
     ]
