@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -613,3 +614,20 @@ def test_script(pair, tmp_path):
     bad = run(pair[0], "none")
     assert bad.returncode == 2
     assert bad.stderr == "error: none is not a folder; give folders of runs, or folders that hold them\n"
+
+
+@pytest.mark.parametrize("document", ["docs/results.md", "README.md"])
+def test_committed_tables_are_those_of_the_committed_records(document, tmp_path):
+    text = (ROOT / document).read_text()
+    # A study that has no records stands with its published figures alone.
+    sources = {
+        path.stem: path
+        for folder, kind in (("studies", "toml"), ("docs/results", "json"))
+        for path in sorted((ROOT / folder).glob(f"*.{kind}"))
+    }
+    filled = re.findall(r"<!-- begin (\w+)(?: table)? -->\n(?!<!-- end)", text)
+    # README's demo table stays until records of a demo are committed; whoever commits them has them tested.
+    marks = {mark for mark in filled if mark != "demo" or mark in sources}
+    (tmp_path / "made.md").write_text(text)
+    inserted.insert(tmp_path / "made.md", [sources[mark] for mark in sorted(marks)], tmp_path)
+    assert (tmp_path / "made.md").read_text() == text

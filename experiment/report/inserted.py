@@ -13,7 +13,7 @@ TABLE_ONLY = " table"
 """A mark that ends so gets the first table without the notes, for a README."""
 
 
-def insert(path: Path, sources: Sequence[Path]) -> list[str]:
+def insert(path: Path, sources: Sequence[Path], run_dir: Path = Path("runs")) -> list[str]:
     """Put each source's tables between its marks (``<!-- begin NAME -->``, ``<!-- end NAME -->``) in a document.
 
     NAME is the file's name without its ending; ``NAME table`` gets the first table alone.
@@ -30,7 +30,7 @@ def insert(path: Path, sources: Sequence[Path]) -> list[str]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     said = []
     for source in sources:
-        comparison, found = comparison_of(read_sources([source])), False
+        comparison, found = comparison_of(read_sources([source], run_dir)), False
         for mark, part in ((source.stem, described), (source.stem + TABLE_ONLY, first_table)):
             begin, end = f"<!-- begin {mark} -->\n", f"<!-- end {mark} -->"
             before, opened, rest = text.partition(begin)
@@ -47,8 +47,8 @@ def insert(path: Path, sources: Sequence[Path]) -> list[str]:
 def described(comparison: Comparison) -> str:
     """Tables, notes, and by what, where and in how long they were made."""
     runs = [run for group in comparison.groups for run in group.runs]
-    if not runs:
-        return comparison.markdown()
+    if not runs:  # published figures, waiting for ours
+        return first_table(comparison)
     hours = sum(sum(run.seconds.values()) for run in runs) / 3600
     hardware = ", ".join(dict.fromkeys(run.environment["hardware"] for run in runs))
     commits = ", ".join(dict.fromkeys(run.environment["commit"][:12] for run in runs))

@@ -29,7 +29,7 @@ def losses_figure(groups: Sequence[SeedGroup]) -> Any:
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure = figures.new_figure(5.0 * columns, 3.0 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (group, label) in zip(panels, shown, strict=False):
         for style, term in zip(("-", "--", ":", "-."), _terms(group), strict=False):
             curves = [run.curves.get(term, {}) for run in group.runs]
@@ -41,7 +41,7 @@ def losses_figure(groups: Sequence[SeedGroup]) -> Any:
         axes.set_xlabel("epoch")
         axes.legend(frameon=False, fontsize=9)
         figures.tidy(axes)
-    for axes in list(panels)[len(shown) :]:
+    for axes in panels[len(shown) :]:
         axes.set_axis_off()
     return figure
 
@@ -53,7 +53,7 @@ def _terms(group: SeedGroup) -> list[str]:
 
 
 def attacks_figure(groups: Sequence[SeedGroup]) -> Any:
-    """Accuracy on clean images and after each of AutoAttack's attacks, the mean over seeds."""
+    """Accuracy after each of AutoAttack's attacks, the mean over seeds."""
     shown = [(group, label) for group, label in _labelled(groups) if group.first.attack.get("attacks")]
     if not shown:
         return None

@@ -144,7 +144,7 @@ def _draw_bars(axes: Any, groups: Sequence[SeedGroup], labels: Sequence[str], st
         end = (100 * (mean + high), position)
         axes.annotate(f"{100 * mean:.2f}", end, (4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(positions, labels, fontsize=9)
-    axes.tick_params(axis="y", length=0, pad=26)
+    axes.tick_params(axis="y", length=0, pad=32)
     # A few bars stay bars and do not fill the panel.
     margin = max(0.8, (4 - positions[-1]) / 2)
     axes.set_ylim(positions[-1] + margin, -margin)
