@@ -89,7 +89,8 @@ def robustbench_loop(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon
     """AutoAttack as robustbench.eval.benchmark runs it, after it has loaded its data.
 
     Clean accuracy, the package's standard run over all images, accuracy of what it returns. Written out, because
-    `benchmark` itself loads CIFAR and calls AutoAttack with arguments that the published package does not have.
+    `benchmark` itself loads CIFAR and calls AutoAttack with arguments that the published package does not have. The
+    network is not frozen, as robustbench hands it over: the attacks that call backward() pay for weight gradients too.
     """
     import_robustbench()
     from robustbench.utils import clean_accuracy

@@ -74,12 +74,14 @@ def machine(args: argparse.Namespace) -> Rows:
         yield "ceilings", row
 
 
-SHORT_SET = "float64 or losses_near or out_of_memory or deterministic or (every_script and adaad_IGDM)"
+ARITHMETIC = "float64 or losses_near"
+SHORT_SET = f"{ARITHMETIC} or out_of_memory or deterministic or (every_script and adaad_IGDM)"
 
 
 def tests(args: argparse.Namespace) -> Rows:
     """The GPU tests that matter most, each with its outcome."""
-    command = [sys.executable, "-m", "pytest", "-W", "default", "-m", "gpu", "-k", SHORT_SET, "-v", "--tb=short"]
+    chosen = ARITHMETIC if args.rehearse else SHORT_SET
+    command = [sys.executable, "-m", "pytest", "-W", "default", "-m", "gpu", "-k", chosen, "-v", "--tb=short"]
     command += ["-o", "addopts=", "-p", "no:cacheprovider", "tests/test_gpu.py"]
     environment = {**os.environ, "GPU_TESTS_DEVICE": args.device}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:

@@ -251,6 +251,7 @@ def test_every_trick_runs_and_is_finite(monkeypatch):
     rows = list(training_step.trick_rows("adaad_IGDM", networks, TOPS, torch.device("cpu"), args))
     assert [row.get("error") for row in rows] == [None] * len(TRICKS)
     assert [row["trick"] for row in rows] == list(TRICKS)
+    assert rows[0]["ratio"] == 1
     for row in rows:
         check_speed(row, 2)
     torch.compiler.reset()
