@@ -15,7 +15,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiment import UserError, report
-from experiment.report import comparison, exports, groups, inserted, results, run_record, sources, statistics, tables
+from experiment.report import (
+    comparison,
+    exports,
+    figures,
+    groups,
+    inserted,
+    results,
+    run_record,
+    sources,
+    statistics,
+    tables,
+)
 
 ROOT = Path(__file__).parents[1]
 ADDED = {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200}
@@ -366,6 +377,18 @@ def test_other_hardware_and_versions_are_noted(tmp_path):
     assert "hardware Some CPU and Some GPU; torch version 2.13.0 and 2.12.0" in printed
     assert "python version" not in printed
     assert "AdaAD+IGDM, seed 0, AutoAttack warned: gradients may be masked" in printed
+
+
+def test_a_method_keeps_its_colour_and_a_baseline_its_line(pair, tmp_path):
+    other = make_run(tmp_path / "other", method="Of one's own")
+    few = groups.group_by_seed(sources.read_sources(pair).finished)
+    more = groups.group_by_seed(sources.read_sources([other, *pair]).finished)
+    own, *same = figures.styles_of(more)
+    assert same == figures.styles_of(few), "whatever else is shown"
+    base, twin = same
+    assert base["color"] == twin["color"] != own["color"]
+    assert (base["linestyle"], twin["linestyle"]) == ("--", "-")
+    assert base["markerfacecolor"] == "white"
 
 
 def test_many_rows_are_drawn(tmp_path):
