@@ -12,6 +12,8 @@ from evaluation_cases import EPSILON, Masked, labelled, replace_run, tiny_networ
 import attacks
 from experiment import UserError, compat, evaluation, files
 from experiment.evaluation.autoattack_files import write_chunk
+from experiment.evaluation.autoattack_progress import AutoAttackProgress
+from experiment.evaluation.ranks import SharedWork
 
 ROOT = Path(__file__).parents[1]
 
@@ -181,7 +183,7 @@ network = tiny_network()
 x, y = labelled(network, 11, 1)
 print(evaluation.pgd_accuracy(network, x, y, EPSILON, steps=3, batch=4))
 print(evaluation.accuracy(network, x, y))  # one batch: the second rank has none
-result = evaluation.autoattack(network, x, y, EPSILON, folder={folder!r}, batch=3, show_progress=False)
+result = evaluation.autoattack(network, x, y, EPSILON, folder={folder!r}, batch=3)
 print({{name: value for name, value in result.items() if "seconds" not in name}})
 dist.destroy_process_group()
 """
@@ -193,13 +195,57 @@ def test_two_ranks_share_the_work_and_agree_with_one(quick_autoattack, tmp_path)
     script = tmp_path / "rank.py"
     names = {"root": str(ROOT), "tests": str(ROOT / "tests"), "shared": tmp_path / "shared"}
     script.write_text(TWO_RANKS.format(**names, folder=str(tmp_path / "chunks")))
-    ranks = [
-        subprocess.Popen([sys.executable, str(script), str(rank)], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-        for rank in range(2)
-    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([sys.executable, str(script), str(rank)], cwd=tmp_path, **pipes) for rank in range(2)]
     expected = (
         f"{evaluation.pgd_accuracy(network, x, y, EPSILON, steps=3, batch=4)}\n{evaluation.accuracy(network, x, y)}\n"
         f"{without_seconds(evaluation.autoattack(network, x, y, EPSILON, batch=3, show_progress=False))}\n"
     )
-    assert [process.communicate(timeout=100)[0] for process in ranks] == [expected, expected]
+    found = [process.communicate(timeout=200) for process in ranks]
+    assert [out for out, _ in found] == [expected, expected], found
+    assert "AutoAttack: 11 of 11 images" in found[0][1]  # all ranks' images, on rank 0 only
+    assert "AutoAttack" not in found[1][1]
     assert len(list((tmp_path / "chunks").iterdir())) == 4
+
+
+def test_the_progress_line_counts_the_images_of_all_ranks(capsys):
+    work = SharedWork([0, 1, 2], None)
+    progress = AutoAttackProgress(12, [], work, show=True)
+    work.count("images", 6)  # another rank's
+    work.count("robust", 3)
+    progress.finish({"images": 3, "flags": {"square": "100"}})
+    progress.close()
+    assert capsys.readouterr().err == "AutoAttack: 9 of 12 images, robust 44.44 %\n"
+
+
+SLOW_RANK = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+sys.path.insert(0, {root!r})
+from experiment.evaluation.ranks import SharedWork
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{shared}", rank=rank, world_size=2)
+dist.barrier()
+dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
+work, done = SharedWork([4, 5], Path({folder!r})), []
+for task in work.mine():
+    done.append(task)
+    time.sleep(5 * (task == 5))
+work.wait(lambda: None)
+print(done, list(Path({folder!r}).iterdir()))
+dist.destroy_process_group()
+"""
+
+
+def test_a_rank_that_is_done_waits_longer_than_the_groups_timeout(tmp_path):
+    """Whoever is free takes the next chunk; nobody dies at a barrier while another rank is at work."""
+    script, folder = tmp_path / "rank.py", tmp_path / "work"
+    folder.mkdir()
+    script.write_text(SLOW_RANK.format(root=str(ROOT), shared=tmp_path / "shared", folder=str(folder)))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([sys.executable, str(script), str(rank)], cwd=tmp_path, **pipes) for rank in range(2)]
+    found = [process.communicate(timeout=200) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], found
+    assert sorted(out.partition("]")[0] for out, _ in found) in (["[4", "[5"], ["[", "[4, 5"]), found

@@ -26,6 +26,7 @@ class AutoAttackProgress:
 
         self._show, self._total, self._work = show, images, work
         self._images_before, self._robust_before = map(sum, zip((0, 0), *map(_counts, done), strict=True))
+        self._said = self._images_before
         shown = show and sys.stderr.isatty()
         self._bar = tqdm(total=images, unit="image", desc="AutoAttack", disable=not shown, dynamic_ncols=True)
         self.look()
@@ -47,13 +48,14 @@ class AutoAttackProgress:
         for counter, count in zip(("images", "robust"), _counts(record), strict=True):
             self._work.count(counter, count)
         self.look()
-        if self._bar.disable:
-            images, robust = self._so_far()
-            self.say(f"AutoAttack: {images} of {self._total} images, robust {100 * robust / images:.2f} %")
 
     def look(self) -> None:
-        """Bring the bar up to what all ranks have done."""
-        self._bar.update(self._so_far()[0] - self._bar.n)
+        """Bring what is shown up to what all ranks have done."""
+        images, robust = self._so_far()
+        self._bar.update(images - self._bar.n)
+        if self._bar.disable and images > self._said:
+            self._said = images
+            self.say(f"AutoAttack: {images} of {self._total} images, robust {100 * robust / images:.2f} %")
 
     def _so_far(self) -> tuple[int, int]:
         images, robust = (self._work.counted(counter) for counter in ("images", "robust"))

@@ -61,7 +61,10 @@ class SharedWork:
         self._store.add("failed", 1)
 
     def wait(self, meanwhile: Callable[[], None]) -> None:
-        """Wait until all tasks of all ranks are done, however long that takes.
+        """Wait until all tasks of all ranks are done, however long that takes; the counters end with this.
+
+        Args:
+            meanwhile: called now and then, and once at the end.
 
         Raises:
             UserError: a task of another rank failed.
@@ -69,6 +72,7 @@ class SharedWork:
         while self._goes_on() and self.counted("done") < len(self.tasks):
             meanwhile()
             time.sleep(_LOOK_AGAIN)
+        meanwhile()
         if self._file is not None:
             dist.barrier()  # everyone has seen the end: a short wait
             if self._remove:
