@@ -571,14 +571,15 @@ def test_a_missing_file_and_a_folder(tmp_path):
 @pytest.mark.parametrize("name", ["cifar", "CIFAR100", "", "imagenet", "images.npy", "digits "])
 def test_unknown_names_are_refused(name):
     line = refusal(name)
-    assert line == f"--dataset {name!r} is not allowed; cifar100, cifar10, digits or the path of an .npz file"
+    allowed = "cifar100, cifar10, svhn, digits, the path of an .npz file, or a folder of images"
+    assert line == f"--dataset {name!r} is not allowed; {allowed}"
     with pytest.raises(UserError) as caught:
         data.check_dataset(name)
     assert str(caught.value) == line
 
 
 def test_known_names_pass_the_check(tmp_path):
-    for name in ("cifar100", "cifar10", "digits", str(npz(tmp_path, arrays()))):
+    for name in ("cifar100", "cifar10", "svhn", "digits", str(npz(tmp_path, arrays()))):
         data.check_dataset(name)
 
 
@@ -705,6 +706,8 @@ def test_cifar_files_of_the_real_format(dataset, tmp_path, monkeypatch):
     source.check(loaded)
     assert (loaded.name, loaded.pad, loaded.flip) == (dataset, 4, True)
     assert loaded.num_classes == (100 if dataset == "cifar100" else 10)
+    assert loaded.class_names == tuple(f"class {i}" for i in range(loaded.num_classes))
+    assert loaded.test_order == "as stored"
     assert loaded.x_train.dtype == torch.uint8
     assert loaded.y_test.dtype == torch.int64
 
@@ -732,6 +735,33 @@ def test_download(source, tmp_path, monkeypatch, capsys):
         )
     assert socket.getdefaulttimeout() == before
     source.check(load_data("cifar100", str(tmp_path / "deep" / "data")))  # and not once more
+
+
+def test_what_a_killed_download_left_does_not_stop_the_next(source, tmp_path, monkeypatch):
+    left = tmp_path / ".cifar100.part"
+    left.mkdir()
+    (left / source.kind.filename).write_bytes(source.archive[:100])
+    (left / source.kind.base_folder).mkdir()
+    with served(source, monkeypatch, lambda handler: reply(handler, source.archive)):
+        source.check(load_data("cifar100", str(tmp_path)))
+    assert not left.exists()
+
+
+def test_several_processes_download_once(source, tmp_path, monkeypatch, capsys):
+    """Threads here: the lock is held per open file. Every one gets the whole set, and one of them fetches it."""
+    found = []
+    with served(source, monkeypatch, lambda handler: reply(handler, source.archive)):
+        threads = [
+            threading.Thread(target=lambda: found.append(load_data("cifar100", str(tmp_path)))) for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert capsys.readouterr().out.count("downloading") == 1
+    assert len(found) == 3
+    for loaded in found:
+        source.check(loaded)
 
 
 def check_no_download(source, folder):
@@ -793,3 +823,113 @@ def test_a_data_dir_that_is_a_file(source, tmp_path):
     line = refusal("cifar100", str(tmp_path / "data"))
     assert str(tmp_path / "data") in line
     assert (tmp_path / "data").read_text() == "no folder"
+
+
+# SVHN
+
+
+@pytest.fixture
+def svhn(tmp_path, monkeypatch):
+    """Files of SVHN's format: images (32, 32, 3, N), labels (N, 1) from 1 to 10, where 10 is the digit 0."""
+    from scipy.io import savemat
+
+    kind = compat.import_torchvision().datasets.SVHN
+    generator, entries, parts = np.random.default_rng(0), {}, {}
+    for split, n in (("train", 20), ("test", 12)):
+        x, y = generator.integers(0, 256, (32, 32, 3, n), dtype=np.uint8), np.arange(n)[:, None] % 10 + 1
+        name = f"{split}_32x32.mat"
+        savemat(tmp_path / name, {"X": x, "y": y.astype(np.uint8)})
+        digest = hashlib.md5((tmp_path / name).read_bytes(), usedforsecurity=False).hexdigest()
+        entries[split] = [f"http://127.0.0.1:{closed_port()}/{name}", name, digest]
+        parts[split] = (x.transpose(3, 2, 0, 1), y[:, 0] % 10)
+    monkeypatch.setattr(kind, "split_list", entries)
+    return parts
+
+
+def test_svhn_files_of_the_real_format(svhn, tmp_path):
+    loaded = load_data("svhn", str(tmp_path))
+    (x, y), (x_test, y_test) = svhn["train"], svhn["test"]
+    order = np.random.RandomState(0).permutation(len(y_test))
+    assert torch.equal(loaded.x_train, torch.from_numpy(x))
+    assert loaded.y_train.tolist() == y.tolist()
+    assert torch.equal(loaded.x_test, torch.from_numpy(x_test[order]))
+    assert loaded.y_test.tolist() == y_test[order].tolist()
+    assert (loaded.num_classes, loaded.flip, loaded.pad, loaded.class_names[9]) == (10, False, 4, "9")
+
+
+def test_svhn_that_is_damaged_or_absent(svhn, tmp_path):
+    file = tmp_path / "test_32x32.mat"
+    file.write_bytes(file.read_bytes()[:-10])
+    assert f"{file} is damaged or incomplete" in refusal("svhn", str(tmp_path))
+    file.unlink()
+    line = refusal("svhn", str(tmp_path))
+    assert "svhn could not be downloaded (" in line
+    assert line.endswith(f"put it at {file}")
+    assert [path.name for path in tmp_path.glob("*.mat")] == ["train_32x32.mat"]
+
+
+# Folders of images
+
+
+def image(path, value, size=(8, 8), mode="RGB"):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes; PNG, for which the pixels are the file's."""
+    for split, n in (("train", 3), ("val", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(n):
+                image(tmp_path / "set" / split / name / f"{i}.png", (100 * label + i, n, 7))
+    return tmp_path / "set"
+
+
+def test_a_folder_of_images(folder):
+    loaded = load_data(str(folder))
+    assert loaded.class_names == ("cat", "dog")
+    assert loaded.y_train.tolist() == [0, 0, 0, 1, 1, 1]
+    assert loaded.x_train[:, :, 3, 3].tolist() == [[100 * label + i, 3, 7] for label in (0, 1) for i in range(3)]
+    assert sorted(loaded.x_test[:, 0, 0, 0].tolist()) == [0, 1, 100, 101]
+    assert torch.equal(loaded.y_test, loaded.x_test[:, 0, 0, 0] // 100)
+    assert (loaded.test_order, loaded.pad, loaded.flip) == ("shuffled", 4, True)
+    (folder / "val").rename(folder / "test")
+    image(folder / "train" / "cat" / "0.png", 5, mode="L")  # grey
+    assert load_data(str(folder)).x_train[0, :, 0, 0].tolist() == [5, 5, 5]
+
+
+def test_tiny_imagenets_layout(tmp_path):
+    for label, name in enumerate(("n01", "n02")):
+        for i in range(2):
+            image(tmp_path / "train" / name / "images" / f"{name}_{i}.JPEG", 100 * label + 40, (64, 64), "L")
+    rows = [("val_0.JPEG", "n02", 140), ("val_1.JPEG", "n01", 40), ("val_2.JPEG", "n02", 140)]
+    for name, _, value in rows:
+        image(tmp_path / "val" / "images" / name, value, (64, 64), "L")
+    table = "".join(f"{name}\t{label}\t0\t0\t62\t62\n" for name, label, _ in rows)
+    (tmp_path / "val" / "val_annotations.txt").write_text(table)
+    (tmp_path / "train" / "n01" / "n01_boxes.txt").write_text("")
+    loaded = load_data(str(tmp_path), side=32)
+    assert loaded.x_train.shape == (4, 3, 32, 32)
+    assert loaded.y_train.tolist() == [0, 0, 1, 1]
+    assert ((loaded.x_test[:, 0, 5, 5] > 90).long()).tolist() == loaded.y_test.tolist()
+
+
+def test_folders_that_are_no_data_set(folder, tmp_path):
+    def line():
+        return refusal(str(folder))
+
+    (tmp_path / "empty").mkdir()
+    assert "needs train/ and test/ or val/" in refusal(str(tmp_path / "empty"))
+    image(folder / "val" / "dog" / "2.png", 0, (8, 9))
+    assert "2.png is (9, 8), others are (8, 8); equal sizes are needed" in line()
+    (folder / "val" / "dog" / "2.png").write_bytes(b"no image")
+    assert "2.png cannot be read as an image (UnidentifiedImageError)" in line()
+    (folder / "val" / "dog" / "2.png").unlink()
+    image(folder / "val" / "fox" / "0.png", 0)
+    assert "has the class 'fox', which" in line()
+    (folder / "val" / "fox" / "0.png").rename(folder / "train" / "cat" / "9.png")
+    (folder / "train" / "ant").mkdir()
+    assert f"{folder / 'train' / 'ant'} holds no image; each class needs one" in line()

@@ -13,7 +13,9 @@ ALIASES = {
 """The papers' short names of RobustBench models, of CIFAR-100 and of CIFAR-10."""
 
 METHOD_FLAGS: dict[str, dict[str, Any]] = {
-    "teacher": {"help": "BDM, DEC, LTD, any RobustBench CIFAR-100 Linf name, or a path to a checkpoint or run folder"},
+    "teacher": {
+        "help": "BDM, DEC, LTD, any RobustBench Linf name for the data, a checkpoint, run folder or architecture"
+    },
     "student": {"type": model_name, "help": "RES-18, MN-V2, RES-20, RES-8, WRN-d-w, or FILE.py:function"},
     "epochs": {"type": positive_int, "help": "number of epochs"},
     "batch": {"type": positive_int, "help": "images per optimizer step, over all GPUs together"},
@@ -46,8 +48,11 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
 """Flags of the scripts whose RECIPE has the key; the default is the recipe's."""
 
 RUN_FLAGS: dict[str, dict[str, Any]] = {
-    "dataset": {"default": "cifar100", "help": "cifar100, cifar10, digits (ships with scikit-learn), or an .npz file"},
-    "data_dir": {"default": "data", "help": "where CIFAR lies or is downloaded to"},
+    "dataset": {
+        "default": "cifar100",
+        "help": "cifar100, cifar10, svhn, digits (in scikit-learn), an .npz file, or a folder of images",
+    },
+    "data_dir": {"default": "data", "help": "where CIFAR and SVHN lie or are downloaded to"},
     "side": {
         "type": whole(0),
         "default": 0,

@@ -15,7 +15,11 @@ from experiment import UserError
 from experiment.data.arrays import Arrays, draw_training, hold_out, reduce_side, shuffle_test
 from experiment.data.augmentation import as_float, augment
 from experiment.data.cifar import read_cifar
+from experiment.data.image_folder import check_image_folder, read_image_folder
 from experiment.data.npz import read_npz
+from experiment.data.svhn import read_svhn
+
+NAMED = ("cifar100", "cifar10", "svhn", "digits")
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,12 @@ def load_data(
 
     Args:
         dataset: ``cifar100`` or ``cifar10`` (torchvision's files under data_dir, downloaded if absent, checked),
-            ``digits`` (the 1,797 8x8 digits inside scikit-learn, grey repeated to three channels), or the path of an
-            .npz with x_train, y_train, x_test, y_test: uint8 NHWC images, integer labels; where it also has
-            class_names, their number is the number of classes, otherwise the highest label tells. CIFAR's test images
+            ``svhn`` (the same), ``digits`` (the 1,797 8x8 digits inside scikit-learn, grey repeated to three channels),
+            the path of an .npz with x_train, y_train, x_test, y_test: uint8 NHWC images, integer labels; where it also
+            has class_names, their number is the number of classes, otherwise the highest label tells; or a folder of
+            images, train/ and test/ or val/ with a folder per class. CIFAR's test images
             keep their order (RobustBench's convention); any others are shuffled once, with a fixed seed.
-        data_dir: folder of the CIFAR archives.
+        data_dir: folder of CIFAR's and SVHN's files.
         side: reduce the images to side x side pixels, each the mean of a block; 0 leaves them as they are.
         train_examples: train on so many of the training images, in the classes' shares, always the same; 0: all.
         holdout: number of these to set aside, in the classes' shares, drawn with a fixed seed.
@@ -119,8 +124,12 @@ def load_data(
         arrays = read_cifar(dataset, Path(data_dir))
     elif dataset == "digits":
         arrays = _digits()
-    else:
+    elif dataset == "svhn":
+        arrays = shuffle_test(read_svhn(Path(data_dir)))
+    elif dataset.endswith(".npz"):
         arrays = shuffle_test(read_npz(Path(dataset)))
+    else:
+        arrays = shuffle_test(read_image_folder(Path(dataset)))
     if side:
         arrays = reduce_side(arrays, side)
     if train_examples:
@@ -137,7 +146,7 @@ def load_data(
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     # A mirrored digit is no digit, and half of an 8x8 image is no crop.
-    pad, flip = (1, False) if dataset == "digits" else (4, True)
+    pad, flip = 1 if dataset == "digits" else 4, dataset not in ("digits", "svhn")
     return Data(
         name=dataset,
         **{name: tensor(getattr(arrays, name)) for name in names},
@@ -155,8 +164,12 @@ def check_dataset(dataset: str) -> None:
     if dataset.endswith(".npz"):
         if not os.path.isfile(dataset):  # Path's raises for a name that is too long
             raise UserError(f"--dataset {dataset}: no such file")
-    elif dataset not in ("cifar100", "cifar10", "digits"):
-        raise UserError(f"--dataset {dataset!r} is not allowed; cifar100, cifar10, digits or the path of an .npz file")
+    elif dataset not in NAMED and os.path.isdir(dataset):
+        check_image_folder(Path(dataset))
+    elif dataset not in NAMED:
+        raise UserError(
+            f"--dataset {dataset!r} is not allowed; {', '.join(NAMED)}, the path of an .npz file, or a folder of images"
+        )
 
 
 def _digits() -> Arrays:
