@@ -1,8 +1,9 @@
 """Measure a network: what it withstands (clean, FGSM, PGD, C&W, AutoAttack), and gradient alignment with a teacher.
 
-python evaluate.py RUN_DIR_OR_CHECKPOINT [--attacks clean pgd ...]; the settings of its run are the defaults, so that
-what the run measured is measured again as it was. An unfinished run is measured as it is in its last.pt. Every call
-writes a record of its own, evaluations/<time>_<what>.json beside the network; result.json stays as the run left it.
+python evaluate.py WHAT [--attacks clean pgd ...]; WHAT is a run folder, a checkpoint, a RobustBench name, or a file of
+bare weights with --arch. The settings of its run are the defaults: what the run measured is measured again as it was.
+An unfinished run is measured as it is in its last.pt. Every call writes a record of its own beside the network,
+evaluations/<time>_<what>.json; result.json stays as the run left it.
 """
 
 import shlex
@@ -19,9 +20,11 @@ FROM_RUN = ("dataset", "data_dir", "side", "teacher", "teacher_path", "epsilon",
 
 def build_parser():
     """The parser, before a run's own settings become the defaults."""
-    parser = cli.Parser(prog="evaluate.py", description="Measure a run folder or a checkpoint.")
+    parser = cli.Parser(prog="evaluate.py", description="Measure any network.")
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="RUN_DIR_OR_CHECKPOINT", help="run folder or .pt file")
+    add("what", metavar="WHAT", help="run folder, checkpoint, RobustBench name, or weights file with --arch")
+    add("--arch", default=None, help="architecture of bare weights: RES-18, ..., or FILE.py:function")
+    add("--weights", default=None, help="the downloaded file of a RobustBench name")
     add("--attacks", nargs="+", choices=ATTACKS, default=None, help="what to measure; all that is possible")
     add("--epsilon", **cli.METHOD_FLAGS["epsilon"], default=8 / 255)
     add("--epsilons", type=cli.fraction, nargs="+", default=None, help="several budgets, for a curve per attack")
@@ -41,7 +44,7 @@ def build_parser():
         help="x, x_adv, y, predictions; of one attack",
     )
     add("--figure", type=Path, metavar="FILE", default=None, help="input gradients as a .png, .pdf or .svg")
-    add("--beside", type=Path, nargs="+", metavar="RUN_DIR", default=[], help="further students in --figure")
+    add("--beside", nargs="+", metavar="WHAT", default=[], help="further students in --figure")
     add("--curve_figure", type=Path, metavar="FILE", default=None, help="accuracy over --epsilons as a picture")
     add("--out", type=Path, metavar="FILE.json", default=None, help="the record, if not evaluations/<time>_<what>.json")
     for name in ("dataset", "data_dir", "side", "aa_examples", "aa_batch", "device", "deterministic"):
@@ -56,11 +59,9 @@ def parse_args(argv=None):
     """The flags; those of FROM_RUN have the run's own settings as defaults (the teacher's only for a run folder)."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not args.checkpoint.exists():
-        parser.error(f"{args.checkpoint} does not exist; the folder of a run, or a checkpoint")
-    run = settings_of(args.checkpoint)
+    run = settings_of(args)
     # A file may have been moved away from its teacher: that is asked for, or not compared with.
-    names = [name for name in FROM_RUN if args.checkpoint.is_dir() or not name.startswith("teacher")]
+    names = [name for name in FROM_RUN if Path(args.what).is_dir() or not name.startswith("teacher")]
     own = {name: run[name] for name in names if run.get(name) is not None}
     if own.get("aa_examples") == 0:  # the run was not to be attacked at its end; now it is
         del own["aa_examples"]
@@ -95,28 +96,43 @@ def parse_args(argv=None):
     return args
 
 
-def settings_of(path):
-    """The settings of the run that a folder or checkpoint comes from, {} if it does not tell: a student.pt holds them
-    itself, wherever it was put; a last.pt lies beside its run's config.json.
+def settings_of(args):
+    """The settings of the run that the network comes from, {} if it does not tell: a student.pt holds them itself,
+    wherever it was put; a last.pt lies beside its run's config.json.
     """
     from experiment.files import read_student
+    from experiment.teachers import check_teacher_name
 
+    path = Path(args.what)
+    if not path.exists():
+        check_teacher_name(args.what, args.weights)
+    if args.arch or not path.exists():
+        return {}
     if path.is_file():
-        entry = read_student(path, unfinished=True)
+        try:
+            entry = read_student(path, unfinished=True)
+        except UserError as error:
+            raise UserError(f"{error}; bare weights are measured with --arch") from error
         info = entry["info"] if isinstance(entry["info"], dict) else {}
         if isinstance(info.get("settings"), dict):
             return info["settings"]
         if entry["epoch"] is None:
             return {}
-    return json_beside(path, "config.json").get("settings", {})
+    return json_beside(args, "config.json").get("settings", {})
 
 
-def json_beside(path, name):
-    """A file of the run folder that a folder or checkpoint is of; {} if there is none."""
+def folder_of(args):
+    """Where records go: the run folder, the folder of a file, or this one for a RobustBench name."""
+    path = Path(args.what)
+    return path if path.is_dir() else path.parent if path.exists() else Path()
+
+
+def json_beside(args, name):
+    """A file of the run that the network is of; {} if there is none."""
     from experiment.files import read_json
 
-    file = (path if path.is_dir() else path.parent) / name
-    return read_json(file) if file.is_file() else {}
+    file = folder_of(args) / name
+    return read_json(file) if Path(args.what).exists() and file.is_file() else {}
 
 
 def check_outputs(args, folder):
@@ -132,27 +148,21 @@ def check_outputs(args, folder):
 
 
 def load_networks(args, data, device):
-    """The student with what its file says of it, the further students, and the teacher (None if nothing needs one)."""
+    """The network that is measured, those beside it, and the teacher (None if nothing needs one)."""
     from experiment import files
-    from experiment.teachers import load_teacher
+    from experiment.teachers import load_network, load_teacher
 
-    students, facts = {}, {}
-    for path in (args.checkpoint, *args.beside):
-        facts[path] = files.read_student(path, unfinished=True)
-        if facts[path]["num_classes"] != data.num_classes:
-            raise UserError(
-                f"{path} has {facts[path]['num_classes']} classes but {args.dataset} has {data.num_classes}"
-            )
-        students[path] = files.load_student(path, unfinished=True).to(device)
-    claimed = json_beside(args.checkpoint, "result.json").get("student_sha256") if args.checkpoint.is_dir() else None
-    digest = files.state_sha256(students[args.checkpoint])
+    place = {"num_classes": data.num_classes, "dataset": args.dataset, "device": device}
+    network = load_network(args.what, arch=args.arch, weights=args.weights, **place)
+    digest = files.state_sha256(network.model)
+    claimed = json_beside(args, "result.json").get("student_sha256") if Path(args.what).is_dir() else None
     if claimed not in (None, digest):
-        said = f"was measured on another student (SHA-256 {claimed}, student.pt has {digest})"
-        raise UserError(f"{args.checkpoint / 'result.json'} {said}")
+        said = f"was measured on another student (SHA-256 {claimed}, {network.path.name} has {digest})"
+        raise UserError(f"{folder_of(args) / 'result.json'} {said}")
     teacher = None
     if "gradients" in args.attacks or args.figure:
-        teacher = load_teacher(args.teacher, data.num_classes, teacher_path=args.teacher_path, device=device)
-    return students, facts[args.checkpoint], digest, teacher
+        teacher = load_teacher(args.teacher, data.num_classes, args.teacher_path, args.dataset, device=device)
+    return network, digest, [load_network(what, **place) for what in args.beside], teacher
 
 
 def measure(args, data, student, fast, teacher, folder):
@@ -208,22 +218,26 @@ def main():
     from experiment.engine import Engine
     from experiment.run import provenance
 
-    folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+    folder = folder_of(args)
     check_outputs(args, folder)
     engine = Engine(args)
     images = data.load_data(args.dataset, args.data_dir, engine.device, side=args.side, holdout=args.holdout)
     if "autoattack" in args.attacks and images.num_classes < 10:
         raise UserError(f"AutoAttack needs 10 classes, {args.dataset} has {images.num_classes}; name other --attacks")
-    students, facts, digest, teacher = load_networks(args, images, engine.device)
-    student = students[args.checkpoint]
+    network, digest, beside, teacher = load_networks(args, images, engine.device)
+    student = network.model
     started = time.perf_counter()
     found, adversarial = measure(args, images, student, engine.accelerate(student), teacher, folder)
     x, y = images.x_test[: args.examples], images.y_test[: args.examples]
     settings = (*FROM_RUN, "epsilons", "steps", "restarts", "seed", "start_seed", "deterministic")
     record = {
-        "checkpoint": str(args.checkpoint),
-        "student": facts["architecture"],
-        **{name: facts[name] for name in ("epoch", "step") if facts[name] is not None},  # of a last.pt
+        "network": args.what,
+        "weights": str(network.path),
+        "weights_sha256": network.sha256,
+        "architecture": network.architecture,
+        **{
+            name: network.info[name] for name in ("epoch", "step") if network.info.get(name) is not None
+        },  # of a last.pt
         "measured": [*found["accuracies"], *(name for name in ("torchattacks", "gradients") if name in found)],
         "student_sha256": digest,
         "dataset_sha256": images.sha256,
@@ -237,7 +251,7 @@ def main():
         **provenance(Path(__file__)),
         "command": shlex.join(["python", *sys.argv]),
     }
-    run = {name: json_beside(args.checkpoint, f"{name}.json") for name in ("config", "result")}
+    run = {name: json_beside(args, f"{name}.json") for name in ("config", "result")}
     record["differences"] = evaluation.differences(record, **run)
     if not engine.main:
         return
@@ -247,15 +261,13 @@ def main():
     if args.curve_figure:
         points = {name: points for name, points in found["accuracies"].items() if name != "clean"}
         curves = {evaluation.attack_label(name, args.steps, args.restarts): points[name] for name in points}
-        evaluation.curve_figure(args.curve_figure, curves, f"{args.checkpoint} on {args.dataset}")
+        evaluation.curve_figure(args.curve_figure, curves, f"{args.what} on {args.dataset}")
     if args.figure:
-        named = {path.stem if path.is_file() else path.resolve().name: model for path, model in students.items()}
+        named = {Path(each.name).resolve().name: each.model for each in (network, *beside)}
         names = images.class_names or tuple(map(str, range(images.num_classes)))
         evaluation.alignment_figure(args.figure, teacher, named, x[:6], y[:6], args.epsilon, names)
-    state = f" (last.pt: epoch {facts['epoch']}, step {facts['step']})" if facts["epoch"] is not None else ""
-    print(
-        f"{args.checkpoint}{state}: {facts['architecture']}, {len(x)} test images of {args.dataset}, {args.precision}"
-    )
+    state = f" (last.pt: epoch {record['epoch']}, step {record['step']})" if "epoch" in record else ""
+    print(f"{args.what}{state}, {network.architecture}: {len(x)} images of {args.dataset}, {args.precision}")
     print(evaluation.record_text(record))
     for line in record["differences"]:
         print(f"note: {line}")

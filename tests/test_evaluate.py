@@ -173,6 +173,31 @@ def test_a_curve_by_class_with_pictures_and_adversarial_images(run_folder, monke
         assert "<svg" in figure.read_text()
 
 
+def test_evaluate_bare_weights_and_what_is_no_network(run_folder, monkeypatch, capsys, tmp_path):
+    """A state dict in either format gives the figures of the checkpoint that it was taken from."""
+    from safetensors.torch import save_file
+
+    state = files.load_student(run_folder).state_dict()
+    torch.save(state, tmp_path / "bare.pt")
+    save_file(state, tmp_path / "bare.safetensors")
+    arguments = ("--dataset", "digits", "--attacks", "clean", "pgd", "--epsilon", "0.1", "--examples", "30")
+    evaluate_with(monkeypatch, run_folder, *arguments)
+    for name in ("bare.pt", "bare.safetensors"):
+        evaluate_with(monkeypatch, tmp_path / name, "--arch", "RES-8", *arguments)
+        with pytest.raises(SystemExit):
+            evaluate_with(monkeypatch, tmp_path / name, *arguments)
+        assert "--arch" in capsys.readouterr().err.splitlines()[-1]
+    (own,), bare = evaluation.records(run_folder), evaluation.records(tmp_path)
+    assert len(bare) == 2
+    for record in bare:
+        assert record["student_sha256"] == own["student_sha256"]
+        for name, (point,) in record["accuracies"].items():
+            assert point["flags"] == own["accuracies"][name][0]["flags"]
+    with pytest.raises(SystemExit):
+        evaluate_with(monkeypatch, "Nobody2020Nothing", *arguments)
+    assert "Nobody2020Nothing" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -209,7 +234,7 @@ def test_evaluate_refuses_what_does_not_go_together(run_folder, monkeypatch, cap
     config["settings"]["epsilon"] = "lots"
     (run_folder / "config.json").write_text(json.dumps(config))
     for arguments, said in [
-        ((other, "--dataset", "digits"), "has 7 classes but digits has 10"),
+        ((other, "--dataset", "digits"), "has 7 classes but the data has 10"),
         ((other, "--dataset", "digits", "--attacks", "gradients"), "give --teacher"),
         ((run_folder,), "'lots' is not allowed"),
         ((run_folder.parent / "nowhere",), "nowhere"),
