@@ -138,6 +138,15 @@ def test_pair_is_printed_written_and_drawn(pair, tmp_path):
     assert str(tmp_path) not in text, "the Markdown can be moved together with its plots"
 
 
+def test_a_narrow_terminal_is_told_once_what_all_rows_share(pair):
+    (table,) = comparison.comparison_of(sources.read_sources(pair)).tables
+    lines = tables.as_text(table, 80).splitlines()
+    assert lines[0] == "all: dataset digits, AutoAttack images 100, n seeds 1"
+    assert max(map(len, lines)) <= 80
+    assert cells("\n".join(lines), "AdaAD+IGDM") == ["AdaAD+IGDM", "BDM", "RES-18", "80.00", "40.00", "41.00", "+3.00"]
+    assert tables.as_text(table, 300) == tables.as_text(table)
+
+
 def test_loss_of_accuracy_is_a_negative_gain(tmp_path):
     folders = [make_run(tmp_path / "base"), make_run(tmp_path / "twin", "IGDM", robust=0.375)]
     assert cells(compare(*folders), "AdaAD+IGDM")[7] == "-0.50"

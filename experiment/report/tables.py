@@ -97,7 +97,12 @@ def _rows(columns: dict[str, list[str]]) -> Table:
 
 
 def as_text(table: Table, width: int | None = None) -> str:
-    """A table for the terminal, `width` characters wide at most (long cells are folded), figures to the right."""
+    """A table for the terminal, figures to the right.
+
+    Args:
+        width: of the terminal: a wider table says in a line above it what is the same in all rows, and folds names.
+            Without it nothing is moved or folded, whatever takes the text.
+    """
     import io
 
     from rich.box import SIMPLE_HEAD
@@ -105,12 +110,30 @@ def as_text(table: Table, width: int | None = None) -> str:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for head in table[0]:
-        drawn.add_column(Text(head), justify="left" if head in TEXT_COLUMNS else "right", overflow="fold")
+    shared, table = _narrowed(table, width) if width else ([], table)
+    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, width=width and width - 1)  # rich is one off
+    for head, *cells in zip(*table, strict=True):
+        # A name keeps room for its longest word; where it is tight, figures break before their ±.
+        words = [len(word) for cell in (head, *cells) for word in cell.split()]
+        side = "left" if head in TEXT_COLUMNS else "right"
+        drawn.add_column(Text(head), justify=side, overflow="fold", min_width=min(10, max(words)))
     for row in table[1:]:
         drawn.add_row(*map(Text, row))
-    # Without a limit on the width no cell is folded, whatever takes the text.
     output = io.StringIO()
-    Console(file=output, width=width or 10_000, color_system=None, legacy_windows=False).print(drawn)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
+    Console(file=output, width=10_000, color_system=None, legacy_windows=False).print(drawn)
+    lines = [line.rstrip() for line in output.getvalue().splitlines()]
+    return "\n".join([f"all: {', '.join(shared)}"] * bool(shared) + lines)
+
+
+def _narrowed(table: Table, width: int) -> tuple[list[str], Table]:
+    """Move columns with one value only out of a table that is too wide: what they say, and the table without them."""
+    shared = []
+    for head in ("dataset", "AutoAttack images", "n seeds", "student", "teacher"):
+        widths = [max(map(len, column)) + 3 for column in zip(*table, strict=True)]
+        if sum(widths) <= width or head not in table[0]:
+            continue
+        at = table[0].index(head)
+        if len({row[at] for row in table[1:]}) == 1:
+            shared.append(f"{head} {table[1][at]}")
+            table = [row[:at] + row[at + 1 :] for row in table]
+    return shared, table
