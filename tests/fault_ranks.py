@@ -61,6 +61,12 @@ class Torchrun:
                     found |= {int(rank[1]): pid} if rank else {}
         return found
 
+    def wait_for_header(self) -> None:
+        """Wait until rank 0 says what it is about to do: from there on, signals are the run's on every rank."""
+        while not any("attack   epsilon" in path.read_text() for path in self.logs.glob("**/0/stdout.log")):
+            assert self.agent.poll() is None, self.said(0) + self.said(1)
+            time.sleep(0.05)
+
     def send(self, number: int, whom: str) -> None:
         """Signal the agent, both workers, or one of them."""
         workers = self.workers()
@@ -103,9 +109,7 @@ def stop(script: str, flags: list[str], home: Path, folder: Path, number: int, w
     import torch
 
     run = Torchrun(script, flags, home)
-    while not (folder / "config.json").exists():  # from here on, signals are the run's
-        assert run.agent.poll() is None, run.said(0) + run.said(1)
-        time.sleep(0.05)
+    run.wait_for_header()
     time.sleep(seconds)
     if (folder / "result.json").exists():
         run.wait()
@@ -132,9 +136,7 @@ def stop(script: str, flags: list[str], home: Path, folder: Path, number: int, w
 def kill(script: str, flags: list[str], home: Path, folder: Path, whom: str, seconds: float) -> bool:
     """SIGKILL the agent and both workers, or one worker, after so many seconds. False: it was over."""
     run = Torchrun(script, flags, home)
-    while not (folder / "config.json").exists():
-        assert run.agent.poll() is None, run.said(0) + run.said(1)
-        time.sleep(0.05)
+    run.wait_for_header()
     time.sleep(seconds)
     if (folder / "result.json").exists():
         run.wait()

@@ -15,7 +15,7 @@ from fault_files import crafted_files, damaged_checkpoints, fuzz_files
 from fault_inputs import broken_teachers, fuzz_flags, numerical, odd_paths
 from fault_kills import POINTS, clock_jumps, interrupt, kill_at_points, kill_at_random, two_processes
 from fault_ranks import stopped_ranks
-from fault_server import ROOT, SCRIPTS, SMALL, Server, prepare
+from fault_server import ROOT, SCRIPTS, SMALL, Server, prepare, prepare_teacher
 from fault_storage import real_mounts, storage
 
 
@@ -60,7 +60,7 @@ def everything(home: Path) -> Iterator[tuple[str, int, str]]:
         yield "SIGKILL at a random moment", *kill_at_random(server, home, expected, 60)
         yield from kill_at_points(server, home, expected, 4, list(POINTS))
         yield "SIGTERM, Ctrl-C, hang-up, SIGUSR1", *interrupt(server, home, expected, 24)
-        yield from stopped_ranks(home, 6)
+        yield from stopped_ranks(home, 3)
         yield from storage(server, home, expected, 3)
         yield from real_mounts(server, home, expected)
         yield from damaged_checkpoints(server, home, expected, 10)
@@ -77,9 +77,20 @@ def everything(home: Path) -> Iterator[tuple[str, int, str]]:
         server.close()
 
 
+def ranks_only(home: Path) -> Iterator[tuple[str, int, str]]:
+    """The faults of several processes alone."""
+    server = Server()
+    try:
+        prepare_teacher(server, home)
+    finally:
+        server.close()
+    yield from stopped_ranks(home, 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="also write the table to this Markdown file")
+    parser.add_argument("--part", choices=("all", "ranks"), default="all", help="ranks: of that file only these rows")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -87,24 +98,38 @@ def main() -> None:
     lines = ["| fault | times | what happened |", "|---|---|---|"]
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as place:
-        for fault, times, outcome in everything(Path(place)):
+        faults = everything if args.part == "all" else ranks_only
+        for fault, times, outcome in faults(Path(place)):
             lines.append(f"| {fault} | {times} | {outcome} |")
             print(lines[-1], flush=True)
-        measured = threads(Path(place))
+        measured = threads(Path(place)) if args.part == "all" else ""
     minutes = (time.monotonic() - began) / 60
-    import torch
-
-    from experiment.engine import cpu_name
-
-    machine = f"{cpu_name()}, torch {torch.__version__}"
-    footer = f"{measured}\n\nPrinted by `make test-faults` in {minutes:.0f} minutes: {machine}."
-    print(f"\n{footer}")
-    if args.write:
+    if args.write and args.part == "ranks":
+        args.write.write_text(with_rows(args.write.read_text(), lines[2:], minutes))
+    elif args.write:
         text = (
             "# Reliability\n\nEvery fault that was tried on real runs (AdaAD and AdaAD+IGDM, RES-8 on digits, on the "
         )
         text += "CPU), how often, and what happened. A row is printed only after its assertions held.\n\n"
+        footer = f"{measured}\n\nPrinted by `make test-faults` in {minutes:.0f} minutes: {machine()}."
         args.write.write_text(text + "\n".join(lines) + f"\n\n{footer}\n")
+
+
+def machine() -> str:
+    import torch
+
+    from experiment.engine import cpu_name
+
+    return f"{cpu_name()}, torch {torch.__version__}"
+
+
+def with_rows(page: str, rows: list[str], minutes: float) -> str:
+    """The page with these rows in place of its rows of torchrun, and a line that says where they come from."""
+    kept = [line for line in page.splitlines() if not line.startswith(("| torchrun", "The rows of torchrun"))]
+    last = max(i for i, line in enumerate(kept) if line.startswith("|"))
+    note = f"The rows of torchrun were printed by `python tests/fault_run.py --part ranks` in {minutes:.0f} minutes: "
+    kept[last + 1 : last + 1] = rows
+    return "\n".join([*kept, "", f"{note}{machine()}."]).rstrip() + "\n"
 
 
 if __name__ == "__main__":

@@ -189,9 +189,14 @@ def reproduces(server: Server, script: str, home: Path, name: str, expected: dic
     assert result_of(home / "runs" / name) == expected, (script, name)
 
 
+def prepare_teacher(server: Server, home: Path) -> None:
+    """A small robust teacher in home/teacher."""
+    server.run("train_teacher", TEACHER, home).expect(0)
+
+
 def prepare(server: Server, home: Path) -> dict[str, dict]:
     """A small robust teacher in home/teacher and the uninterrupted runs; result by script."""
-    server.run("train_teacher", TEACHER, home).expect(0)
+    prepare_teacher(server, home)
     expected = {}
     for script in SCRIPTS:
         server.run(script, [*SMALL, "--run_name", f"{script}_whole"], home).expect(0)
