@@ -3,7 +3,7 @@
 import argparse
 import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import attacks
+from experiment import UserError
 from experiment.engine.accelerated import DEFAULT, Accelerated, FastPath
 from experiment.engine.attack_step import AttackStep
 from experiment.engine.requests import StepRequests
@@ -115,6 +116,21 @@ class Engine:
         faults: list[str | None] = [None] * self.world
         dist.all_gather_object(faults, fault)
         return next((fault for fault in faults if fault is not None), None)
+
+    def refuse_together(self, check: Callable[[], None]) -> None:
+        """Make a check on every rank; what one refuses, all refuse.
+
+        Raises:
+            UserError: the first rank's that refused.
+        """
+        fault = None
+        try:
+            check()
+        except UserError as error:
+            fault = str(error)
+        fault = self.first_fault(fault)
+        if fault is not None:
+            raise UserError(fault)
 
     def begin_batch(self, first: int, local_batch: int, total: int) -> None:
         """Say which rows of the global batch of `total` images this rank computes on from now on."""

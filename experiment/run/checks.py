@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiment import RunStopped, UserError, data, teachers
+from experiment import RunStopped, UserError, data, files, teachers
 from experiment.compat import import_autoattack
 from experiment.run.health import fault_of
 
@@ -79,3 +79,19 @@ def check_teacher(name: str, teacher: nn.Module, images: data.Data) -> None:
         fault = fault_of(teacher(data.as_float(images.x_test[:64])))
     if fault:
         raise RunStopped(f"teacher {name}: its logits are {fault} on {images.name}", RunStopped.DIVERGED)
+
+
+def check_finished_student(folder: Path, student: nn.Module, *, trained: bool) -> None:
+    """A finished run that is attacked now: what was restored must be the student of its result.json.
+
+    Raises:
+        UserError: it is not.
+    """
+    path = folder / "result.json"
+    if not path.exists():
+        return
+    if not trained or files.state_sha256(student) != files.read_json(path).get("student_sha256"):
+        raise UserError(
+            f"{folder} is finished, but its last.pt does not hold the student of its result.json; attack its "
+            "student.pt with evaluate.py --attacks autoattack"
+        )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from attacks import frozen
-from experiment import UserError, data, files
+from experiment import data, files
 from experiment.engine import Engine
 from experiment.run import checks, config, folder, health, outcome
 from experiment.run.checkpoints import Checkpoints
@@ -96,12 +96,14 @@ class Run:
         self._networks = Networks(student, optimizer, teacher, AveragedModel(student) if args.swa_after else None)
         here = config.describe(args, self.script, self.recipe, self._id, self.engine, images, teacher)
         self._config, self._config_at_end = here, None
-        self._refuse_together(lambda: checks.check_feasible(args, images, student, self.folder, self.engine.world))
+        self.engine.refuse_together(
+            lambda: checks.check_feasible(args, images, student, self.folder, self.engine.world)
+        )
         if teacher is not None:
             checks.check_teacher(args.teacher, teacher, images)
         changed = config.changes(self._there, here) if self._there else []
         if self._there:
-            self._refuse_together(lambda: config.check_same_inputs(self.folder, self._there, here))
+            self.engine.refuse_together(lambda: config.check_same_inputs(self.folder, self._there, here))
             self._config, self._config_at_end = config.resumed_config(self._there, here)
             if changed and self.engine.main:
                 print(f"warning: {' and '.join(changed)} changed since the run began: not bit for bit the same run")
@@ -109,7 +111,8 @@ class Run:
             config.write(self.folder, here)
         self.engine.distribute(student, optimizer)
         resumed = self._restore(changed)
-        self._refuse_together(self._check_finished_student)
+        trained = self._state.epoch == args.epochs
+        self.engine.refuse_together(lambda: checks.check_finished_student(self.folder, student, trained=trained))
         if self.engine.main:
             where = self._trackers.start(self._config, self._state.rows)
             print(header(self._config, str(self.folder), resumed, images, student, teacher, where), flush=True)
@@ -117,17 +120,6 @@ class Run:
         self._bar = Progress(args.epochs * self._steps, done, show=self.engine.main)
         self._estimate = Estimate(args, images, steps=self._steps)
         self._saved_at = time.monotonic()
-
-    def _refuse_together(self, check: Callable[[], None]) -> None:
-        """Make a check on every rank; what one refuses, all refuse."""
-        fault = None
-        try:
-            check()
-        except UserError as error:
-            fault = str(error)
-        fault = self.engine.first_fault(fault)
-        if fault is not None:
-            raise UserError(fault)
 
     def _restore(self, changed: list[str]) -> str:
         """Go on from the run's checkpoint if there is one; what to say about it."""
@@ -140,18 +132,6 @@ class Run:
         self._state, self._saved = state, (state.epoch, state.step)
         self._write_metrics()
         return f"\n  resumed  {state.position(self.args.epochs, self._steps)}{note}"
-
-    def _check_finished_student(self) -> None:
-        """A finished run that is attacked now: what was restored must be the student of its result.json."""
-        path = self.folder / "result.json"
-        if not path.exists():
-            return
-        digest = files.read_json(path).get("student_sha256")
-        if self._state.epoch != self.args.epochs or files.state_sha256(self._networks.student) != digest:
-            raise UserError(
-                f"{self.folder} is finished, but its last.pt does not hold the student of its result.json; attack its "
-                "student.pt with evaluate.py --attacks autoattack"
-            )
 
     def _save(self) -> None:
         """Write last.pt; only a state with finite losses and weights is saved."""
