@@ -34,6 +34,10 @@ BLOCKED_SECONDS = 10
 """After so many, a rank whose main thread is stuck in a collective is ended by its watching thread."""
 
 
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    pass
+
+
 class Stopping:
     """Takes over the signals of a run.
 
@@ -123,8 +127,12 @@ class Stopping:
 
     @staticmethod
     def _ignore_signals() -> None:
+        """From here on the process ends by itself, whatever else arrives."""
+        # SIG_IGN at once would make Python complain of a signal that has arrived but was not handled yet; a function
+        # of ours, on the other hand, is taken away a moment before the interpreter has ended.
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, _do_nothing)
+            atexit.register(signal.signal, number, signal.SIG_IGN)
 
     # -- the other ranks ----------------------------------------------------------------------------------------------
 
