@@ -111,7 +111,9 @@ def as_text(table: Table, width: int | None = None) -> str:
     from rich.text import Text
 
     shared, table = _narrowed(table, width) if width else ([], table)
-    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, width=width and width - 1)  # rich is one off
+    # rich is one off, and fills a width that it is given.
+    limit = width - 1 if width and _natural_width(table) > width else None
+    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, width=limit)
     for head, *cells in zip(*table, strict=True):
         # A name keeps room for its longest word; where it is tight, figures break before their ±.
         words = [len(word) for cell in (head, *cells) for word in cell.split()]
@@ -125,12 +127,16 @@ def as_text(table: Table, width: int | None = None) -> str:
     return "\n".join([f"all: {', '.join(shared)}"] * bool(shared) + lines)
 
 
+def _natural_width(table: Table) -> int:
+    """Of the table with nothing folded."""
+    return sum(max(map(len, column)) + 3 for column in zip(*table, strict=True))
+
+
 def _narrowed(table: Table, width: int) -> tuple[list[str], Table]:
     """Move columns with one value only out of a table that is too wide: what they say, and the table without them."""
     shared = []
     for head in ("dataset", "AutoAttack images", "n seeds", "student", "teacher"):
-        widths = [max(map(len, column)) + 3 for column in zip(*table, strict=True)]
-        if sum(widths) <= width or head not in table[0]:
+        if _natural_width(table) <= width or head not in table[0]:
             continue
         at = table[0].index(head)
         if len({row[at] for row in table[1:]}) == 1:
