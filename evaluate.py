@@ -263,7 +263,8 @@ def main():
         curves = {evaluation.attack_label(name, args.steps, args.restarts): points[name] for name in points}
         evaluation.curve_figure(args.curve_figure, curves, f"{args.what} on {args.dataset}")
     if args.figure:
-        named = {Path(each.name).resolve().name: each.model for each in (network, *beside)}
+        last = [Path(each.name).resolve().name for each in (network, *beside)]
+        named = {s if last.count(s) == 1 else n.name: n.model for s, n in zip(last, (network, *beside), strict=True)}
         names = images.class_names or tuple(map(str, range(images.num_classes)))
         evaluation.alignment_figure(args.figure, teacher, named, x[:6], y[:6], args.epsilon, names)
     state = f" (last.pt: epoch {record['epoch']}, step {record['step']})" if "epoch" in record else ""

@@ -55,7 +55,7 @@ def alignment_figure(
     """Some images in rows: x, the first student's PGD-20 perturbation, then every network's input gradient.
 
     Gradients are of the true class's probability, summed over the colours, each scaled to its own largest value: the
-    figure shows where they point, GD says how long they are. Above a student's gradient stands its cosine with the
+    figure shows where they point, GD says how long they are. Under a student's gradient stands its cosine with the
     teacher's.
 
     Args:
