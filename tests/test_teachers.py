@@ -200,8 +200,9 @@ def test_a_name_means_the_network_of_the_datas_zoo(name, tmp_path, x):
     by_data = load_teacher(name, 10, None, "cifar10", model_dir=tmp_path)
     by_classes = load_network(name, num_classes=10, dataset="my.npz", model_dir=tmp_path)
     by_hand = load_network(name, num_classes=10, dataset="cifar10", weights=target, model_dir=tmp_path / "none")
+    by_arch = load_network(target, arch=name, num_classes=10, dataset="cifar10")
     with torch.no_grad():
-        for network in (by_data, by_classes.model, by_hand.model):
+        for network in (by_data, by_classes.model, by_hand.model, by_arch.model):
             assert torch.equal(network(x), original(x))
     assert (by_classes.num_classes, by_classes.architecture, by_classes.path) == (10, full, target)
     target.unlink()  # 100 MB that pytest would keep for three runs

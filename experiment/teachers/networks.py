@@ -67,7 +67,8 @@ def load_network(
         what: a run folder; a checkpoint of this project; BDM, DEC, LTD or any RobustBench Linf name of the data's zoo
             (CIFAR-10's or CIFAR-100's), read from ``<model_dir>/<zoo>/Linf/<name>.pt`` or downloaded there; or, with
             `arch`, a file of bare weights.
-        arch: architecture of bare weights (a state dict in a .pt, or .safetensors): what ``build_model`` takes.
+        arch: architecture of bare weights (a state dict in a .pt, or .safetensors): what ``build_model`` takes, or a
+            RobustBench name.
         num_classes: that of the data; None accepts any.
         dataset: the data's name, which tells the zoo.
         weights: a file that was downloaded by hand, for a RobustBench name.
@@ -79,7 +80,9 @@ def load_network(
             itself are never changed or deleted.
     """
     what = os.fspath(what)
-    name = None if arch is not None else robustbench_name(what)
+    name = robustbench_name(what if arch is None else arch)
+    if arch is not None and name is not None:
+        what, weights = arch, what
     # Building draws initial weights that are thrown away: a run's own random stream must not depend on them.
     with torch.random.fork_rng(devices=[]):
         if name is not None:
