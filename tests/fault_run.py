@@ -129,7 +129,7 @@ def with_rows(page: str, rows: list[str], minutes: float) -> str:
     last = max(i for i, line in enumerate(kept) if line.startswith("|"))
     note = f"The rows of torchrun were printed by `python tests/fault_run.py --part ranks` in {minutes:.0f} minutes: "
     kept[last + 1 : last + 1] = rows
-    return "\n".join([*kept, "", f"{note}{machine()}."]).rstrip() + "\n"
+    return "\n".join(kept).rstrip() + f"\n\n{note}{machine()}.\n"
 
 
 if __name__ == "__main__":

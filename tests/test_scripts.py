@@ -90,8 +90,11 @@ def test_evaluate_agrees_with_the_run(finished, home):
     folder = finished("adaad_cifar100")
     done = run(home, "evaluate", folder, "--attacks", "clean", "pgd")
     assert done.returncode == 0, done.stderr
-    result, again = (json.loads((folder / f"{name}.json").read_text()) for name in ("result", "evaluation"))
-    assert (again["clean"], again["pgd20"]) == (result["clean"], result["pgd20"])
+    result = json.loads((folder / "result.json").read_text())
+    again = json.loads(next((folder / "evaluations").glob("*_clean-pgd.json")).read_text())
+    for name, kind in (("clean", "clean"), ("pgd20", "pgd")):
+        (found,) = again["accuracies"][kind]
+        assert found["accuracy"] == result[name]
     assert again["student_sha256"] == result["student_sha256"]
 
 
