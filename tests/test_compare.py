@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiment import UserError, report
+from experiment import UserError, cli, report
 from experiment.report import (
     comparison,
     exports,
@@ -282,6 +282,7 @@ def test_a_gain_is_weighed_against_its_uncertainty(tmp_path, examples, verdict):
     [
         ({"lr": 0.05}, "lr 0.1 and 0.05"),
         ({"wd": 2e-4}, "wd absent and 0.0002"),
+        ({"train_examples": 9}, "train_examples 0 and 9"),
         ({"config": {"dataset_sha256": "f" * 64}}, "dataset_sha256 dddddddddddd... and ffffffffffff..."),
         ({"config": {"teacher_sha256": "f" * 64}}, "teacher_sha256 eeeeeeeeeeee... and ffffffffffff..."),
         ({"config": {"num_classes": 20}}, "num_classes 10 and 20"),
@@ -322,6 +323,13 @@ def test_settings_that_do_not_make_the_experiment_may_differ(tmp_path):
         make_run(tmp_path / "twin", "IGDM", **there, checkpoint_minutes=2.0, robust=0.41),
     ]
     assert cells(compare(*folders), "AdaAD+IGDM")[7] == "+3.00"
+
+
+def test_a_run_from_before_a_flag_did_what_the_flags_default_does(tmp_path):
+    folders = [make_run(tmp_path / "base"), make_run(tmp_path / "twin", "IGDM", robust=0.41, **cli.LATER_SETTINGS)]
+    printed = compare(*folders)
+    assert cells(printed, "AdaAD+IGDM")[7] == "+3.00"
+    assert "not trained and measured alike" not in printed
 
 
 def test_different_methods_are_listed_and_not_subtracted(tmp_path):

@@ -1,6 +1,6 @@
 """The command line: one table of flags for all scripts, and what a script's RECIPE makes of it."""
 
-from experiment.cli.flags import ALIASES, METHOD_FLAGS, RUN_FLAGS
+from experiment.cli.flags import ALIASES, LATER_SETTINGS, METHOD_FLAGS, RUN_FLAGS
 from experiment.cli.parser import Parser, parse_args, resolve_device
 from experiment.cli.presets import by_teacher_and_student
 from experiment.cli.values import fraction, number, positive_int, switch, whole
@@ -8,6 +8,7 @@ from experiment.entry import guard
 
 __all__ = [
     "ALIASES",
+    "LATER_SETTINGS",
     "METHOD_FLAGS",
     "RUN_FLAGS",
     "Parser",

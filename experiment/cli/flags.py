@@ -148,3 +148,9 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
 
 NAMED_RUN_FLAGS = ("side", "train_examples", "holdout", "swa_after", "compile", "deterministic")
 """Flags of these that a default run name tells where they are not the default; the rest moves no weight."""
+
+_LATER = (
+    "side", "train_examples", "holdout", "aa_best", "swa_after", "stop_on_collapse", "wandb_artifact", "tensorboard",
+)  # fmt: skip
+LATER_SETTINGS: dict[str, Any] = {name: RUN_FLAGS[name]["default"] for name in _LATER}
+"""Settings that the config.json of an earlier version lacks, and the values that stand for what it did."""

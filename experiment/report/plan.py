@@ -227,7 +227,7 @@ def _check_folder(run: PlannedRun) -> None:
     if not path.is_file():
         return
     there = read_json(path).get("settings")
-    there = there if isinstance(there, dict) else {}
+    there = cli.LATER_SETTINGS | (there if isinstance(there, dict) else {})
     differing = [
         f"{flag} {there.get(flag)} there, {run.settings[flag]} in the study"
         for flag in run.given

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from experiment import UserError
+from experiment.cli import LATER_SETTINGS
 from experiment.files import file_sha256, read_json
 from experiment.report.run_record import FIRST_BROKEN_BY, RunRecord
 from experiment.report.text import ABSENT, comma_list, short_text
 
 MAY_DIFFER = (
     "run_name", "run_dir", "data_dir", "teacher_path", "device", "nowand", "aa_batch", "checkpoint_minutes", "seed",
-    "eval_after", "aa_best", "tensorboard",
+    "eval_after", "aa_best", "tensorboard", "stop_on_collapse",
 )  # fmt: skip
 """Settings that leave the experiment the same; those that begin with wandb_ come on top."""
 
@@ -70,7 +71,9 @@ def checked_run(
             )
     added = _get(config, in_config, "adds", str, optional=True)
     script = _get(config, in_config, "script", str)
-    settings = {key: value for key, value in _get(config, in_config, "settings", dict).items() if not _may_differ(key)}
+    chosen = _get(config, in_config, "settings", dict)
+    chosen |= {key: value for key, value in LATER_SETTINGS.items() if key not in chosen}
+    settings = {key: value for key, value in chosen.items() if not _may_differ(key)}
     for key, kind, optional in (
         ("dataset_sha256", str, False),
         ("num_classes", int, False),

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from experiment import UserError, data, files
+from experiment.cli import LATER_SETTINGS
 from experiment.engine import Engine
-from experiment.run.folder import ATTACK_SETTINGS, FORMAT, LATER_SETTINGS
+from experiment.run.folder import ATTACK_SETTINGS, FORMAT
 from experiment.run.provenance import provenance
 
 CHANGES = {

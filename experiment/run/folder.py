@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from experiment import UserError, files
+from experiment.cli import LATER_SETTINGS
 
 FORMAT = 1
 
@@ -22,9 +23,6 @@ FREE_SETTINGS = (
 
 ATTACK_SETTINGS = ("aa_examples", "aa_batch", "aa_best")
 """Settings that may change once the training is over, as long as nothing was attacked."""
-
-LATER_SETTINGS = {"side": 0, "train_examples": 0, "holdout": 0, "aa_best": 0, "swa_after": 0}
-"""Settings that a run of an earlier version lacks, and the values that stand for what it did."""
 
 LEFTOVER = re.compile(r"\.[a-z]+(-\d+)?\.(pt|jsonl?)(\.\d+)?\.tmp|\.shared-[0-9a-f]+")
 """Names of files that a killed process was about to write, or that its ranks met in."""
