@@ -91,7 +91,8 @@ def parse_args(argv=None):
     args.precision = args.precision or ("tf32" if cuda and run.get("precision") != "fp32" else "fp32")
     args.start_seed = args.seed or 0
     args.seed = int(run.get("seed", 0)) if args.seed is None else args.seed
-    args.holdout = int(run.get("holdout") or 0) if args.dataset == run.get("dataset") else 0
+    for name in ("train_examples", "holdout"):  # no flags here, but the hash is of the data as the run had them
+        setattr(args, name, int(run.get(name) or 0) if args.dataset == run.get("dataset") else 0)
     args.compile, args.batch = int(run.get("compile", 0)), int(run.get("batch", 1))
     return args
 
@@ -221,7 +222,7 @@ def main():
     folder = folder_of(args)
     check_outputs(args, folder)
     engine = Engine(args)
-    images = data.load_data(args.dataset, args.data_dir, engine.device, side=args.side, holdout=args.holdout)
+    images = data.load_data(args.dataset, args.data_dir, engine.device, **data.selection(args))
     if "autoattack" in args.attacks and images.num_classes < 10:
         raise UserError(f"AutoAttack needs 10 classes, {args.dataset} has {images.num_classes}; name other --attacks")
     network, digest, beside, teacher = load_networks(args, images, engine.device)

@@ -147,10 +147,19 @@ def test_no_evaluation_overwrites_another(quick_autoattack, run_folder, monkeypa
         evaluate_with(monkeypatch, run_folder, "--attacks", "clean", "--out", run_folder / "mine.json")
 
 
+def test_the_data_are_those_of_the_run(run_folder, monkeypatch):
+    """Also where it trained on a part of them: compare.py takes records on the run's data only."""
+    change_config(run_folder, {"train_examples": 143, "holdout": 40})
+    evaluate_with(monkeypatch, run_folder, "--attacks", "clean")
+    (record,) = evaluation.records(run_folder)
+    assert record["dataset_sha256"] == data.load_data("digits", train_examples=143, holdout=40).sha256
+
+
 def test_a_curve_by_class_with_pictures_and_adversarial_images(run_folder, monkeypatch, capsys, tmp_path):
     import numpy as np
 
-    kept, figures = tmp_path / "kept.npz", [tmp_path / "gradients.svg", tmp_path / "curve.svg"]
+    # The folder of the records does not exist yet.
+    kept, figures = tmp_path / "kept.npz", [run_folder / "evaluations/gradients.svg", tmp_path / "curve.svg"]
     arguments = ("--attacks", "clean", "pgd", "--epsilons", "0", "0.002", "0.1", "--steps", "3", "--restarts", "2")
     pictures = ("--figure", figures[0], "--beside", run_folder.parent / "teacher", "--curve_figure", figures[1])
     evaluate_with(monkeypatch, run_folder, *arguments, "--per_class", "1", "--save_adversarial", kept, *pictures)

@@ -1,12 +1,11 @@
 """compare.py --html: a page that is complete in itself, escaped, and readable without a script."""
 
-import json
 from html.parser import HTMLParser
 
 import pytest
 from test_compare import flags_of, make_run
 
-from experiment import report
+from experiment import evaluation, report
 
 
 class Outline(HTMLParser):
@@ -30,6 +29,20 @@ class Outline(HTMLParser):
             self.text.append(data)
 
 
+def record_of(student, label, epsilons):
+    """What evaluate.py writes of PGD-20 with --per_class 1."""
+    points = [{"epsilon": epsilon, "accuracy": 0.9 - epsilon, "examples": 60} for epsilon in epsilons]
+    classes = {"epsilon": 0.02, "attacks": {"pgd": [{"class": label, "accuracy": 0.5, "examples": 60}]}}
+    return {
+        "measured": ["pgd"],
+        "student_sha256": student,
+        "dataset_sha256": "d" * 64,
+        "settings": {"steps": None, "restarts": 1},
+        "accuracies": {"pgd": points},
+        "per_class": classes,
+    }
+
+
 @pytest.fixture(scope="module")
 def outline(tmp_path_factory):
     """The page of two seeds of a pair, with everything that can be measured."""
@@ -40,13 +53,13 @@ def outline(tmp_path_factory):
             steps = {"attacks": dict.fromkeys(("apgd-ce", "apgd-t", "fab-t", "square"), 0.4)}
             run = make_run(
                 folder / f"{adds}{seed}", adds, method="<b>A&B</b>", seed=seed, fell=fell, attack=steps,
-                result={"gradients": gradients, "seconds": {"train": 10.0}},
+                result={"gradients": gradients, "seconds": {"train": 10.0}, "student_sha256": "f" * 64},
             )  # fmt: skip
-            points = [{"epsilon": epsilon, "accuracy": 0.9 - 10 * epsilon} for epsilon in (0.0, 0.01, 0.02)]
-            classes = {"epsilon": 0.02, "attacks": {"pgd": [{"class": "a cat", "accuracy": 0.5}]}}
-            (run / "evaluations").mkdir()
-            record = {"accuracies": {"pgd": points}, "per_class": classes}
-            (run / "evaluations" / "one.json").write_text(json.dumps(record))
+            evaluation.write_record(run, record_of("f" * 64, "a cat", (0.0, 0.01, 0.02)))
+            evaluation.write_record(run, record_of("f" * 64, "a cat", (0.02,)))
+            evaluation.write_record(run, record_of("0" * 64, "a dog of best.pt", (0.0, 0.7)))
+            (run / "evaluations/gradients.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+            (run / "evaluations/gradients.png").write_bytes(b"\x89PNG")
     path = folder / "page.html"
     report.compare_main([str(folder), "--html", str(path), "--out", str(folder / "out")])
     outline = Outline()
@@ -64,11 +77,16 @@ def test_the_page_needs_nothing_else(outline):
 
 def test_the_page_shows_all_that_was_measured(outline):
     described = [attributes["aria-label"] for _, attributes in outline.tags if attributes.get("role") == "img"]
+    pictures = [attributes["src"] for tag, attributes in outline.tags if tag == "img"]
+    assert [source.partition(";")[0] for source in pictures] == ["data:image/png", "data:image/svg+xml"] * 4
     # Accuracies, gains, alignment; losses, attacks, gradients, epsilons, classes. The teacher's accuracy is not known.
     assert len(described) == 8
     text = " ".join(outline.text)
     for part in ("<b>A&B</b>+IGDM", "a cat", "g = something", "bootstrap over seeds and images", "epsilon (of 255)"):
         assert part in text, part
+    assert "PGD-20, 60 images" in text, "a later record of one epsilon does not hide the curve"
+    assert "PGD-20, epsilon 0.02, 60 images, by class" in text
+    assert "a dog of best.pt" not in text, "best.pt is another student"
     assert "python <b>a&b</b>_cifar100.py --seed 1" in text
     assert "d" * 64 in text, "hashes"
 

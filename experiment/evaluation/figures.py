@@ -104,6 +104,7 @@ def check_figure_name(path: Path) -> None:
 
 def _save(figure: "Figure", path: Path) -> None:
     try:
+        path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error

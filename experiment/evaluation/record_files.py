@@ -35,7 +35,8 @@ def check_output(path: Path) -> None:
     """Refuse, before any work, a file that could not be written, or that would overwrite another."""
     if path.exists():
         raise UserError(f"{path} exists; nothing is overwritten: give another name")
-    if not path.parent.is_dir():
+    # The folder of the records may still be to come.
+    if not path.parent.is_dir() and not (path.parent.name == FOLDER and path.parent.parent.is_dir()):
         raise UserError(f"{path}: there is no folder {path.parent}")
 
 
@@ -53,6 +54,7 @@ def write_record(folder: Path, record: dict[str, Any], out: Path | None = None) 
     """
     record = {"format": FORMAT, "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), **record}
     path = out or _unused(Path(folder) / FOLDER, f"{record['time'].replace(':', '-')}_{'-'.join(record['measured'])}")
+    path.parent.mkdir(exist_ok=True)
     write_json(path, record)
     return path
 
@@ -94,5 +96,6 @@ def save_adversarial(path: Path, x: Tensor, y: Tensor, found: Attacked) -> None:
     import numpy as np
 
     arrays = {"x": as_pixels(x).float(), "x_adv": found.x_adv, "y": y, "predictions": found.predictions}
+    path.parent.mkdir(exist_ok=True)
     on_cpu = {name: tensor.cpu().contiguous().numpy() for name, tensor in arrays.items()}
     write_atomically(path, lambda file: np.savez_compressed(file, **on_cpu))

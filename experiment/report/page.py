@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from experiment.report import figures
@@ -26,6 +25,8 @@ ABOUT = {
 }
 """What is read from each figure; also its text for those who do not see it."""
 
+PICTURES = {".png": "png", ".svg": "svg+xml"}
+
 
 def page(comparison: Comparison) -> str:
     """The page: tables, notes, figures as SVG, settings that differ, commands, versions and hashes."""
@@ -44,7 +45,7 @@ def page(comparison: Comparison) -> str:
             {"name": name, "about": ABOUT[name], "svg": _with_own_ids(figures.svg(figure), name)}
             for name, figure in drawn.items()
         ],
-        pictures=_gradient_pictures(comparison.groups),
+        pictures=_pictures(comparison.groups),
         differing=unequal_settings(comparison.groups),
         runs=[
             {"label": label, "run": run}
@@ -66,14 +67,15 @@ def _with_own_ids(svg: str, name: str) -> str:
     return svg
 
 
-def _gradient_pictures(groups: Sequence[SeedGroup]) -> list[dict[str, Any]]:
-    """Figures of input gradients that evaluate.py left in the run folders, as data in the page."""
+def _pictures(groups: Sequence[SeedGroup]) -> list[dict[str, Any]]:
+    """Figures that evaluate.py wrote into the run folders' evaluations/, as data in the page."""
     import base64
 
     found = []
     for group in groups:
         for run in group.runs:
-            for path in sorted(Path(run.folder).glob("evaluations/*.png")):
-                data = base64.b64encode(path.read_bytes()).decode()
-                found.append({"name": f"{run.name}, seed {run.seed}: {path.stem}", "data": data})
+            for path in sorted((run.folder / "evaluations").iterdir() if run.evaluations else ()):
+                if kind := PICTURES.get(path.suffix):
+                    data = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+                    found.append({"name": f"{run.name}, seed {run.seed}: {path.stem}", "data": data})
     return found

@@ -6,7 +6,11 @@ from typing import Any
 
 from experiment.report import figures
 from experiment.report.groups import SeedGroup
-from experiment.report.run_record import FIRST_BROKEN_BY
+from experiment.report.run_record import FIRST_BROKEN_BY, RunRecord
+from experiment.report.text import budget
+
+CLASSES_SHOWN = 20
+"""Bars of more classes could not be told apart on a page."""
 
 
 def page_figures(groups: Sequence[SeedGroup]) -> dict[str, Any]:
@@ -83,55 +87,87 @@ def gradients_figure(groups: Sequence[SeedGroup]) -> Any:
 
 
 def epsilons_figure(groups: Sequence[SeedGroup]) -> Any:
-    """Accuracy against epsilon, a panel per attack: the newest record of each run that has several epsilons."""
+    """Accuracy against epsilon, a panel per attack and number of images: of each run the newest such curve."""
     curves: dict[str, list[tuple[int, list[float], list[float]]]] = {}
     for index, group in enumerate(groups):
-        for attack in dict.fromkeys(name for run in group.runs for name in _accuracies(run)):
-            by_run = [found for run in group.runs if len(found := _accuracies(run).get(attack, {})) > 1]
-            if by_run:
-                epsilons = sorted(set.intersection(*map(set, by_run)))
-                means = [100 * fmean(found[epsilon] for found in by_run) for epsilon in epsilons]
-                curves.setdefault(attack, []).append((index, epsilons, means))
+        found = [_curves(run) for run in group.runs]
+        for attack in dict.fromkeys(name for curves_of_run in found for name in curves_of_run):
+            by_run = [curves_of_run[attack] for curves_of_run in found if attack in curves_of_run]
+            epsilons = sorted(set.intersection(*map(set, by_run)))
+            means = [100 * fmean(curve[epsilon] for curve in by_run) for epsilon in epsilons]
+            curves.setdefault(attack, []).append((index, epsilons, means))
     if not curves:
         return None
-    figure = figures.new_figure(5.5 * len(curves), 4.2)
+    columns = min(2, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = figures.new_figure(5.5 * columns, 3.6 * rows)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     labels, styles = figures.plot_labels(groups), figures.styles_of(groups)
-    for axes, (attack, lines) in zip(figure.subplots(1, len(curves), squeeze=False).flat, curves.items(), strict=True):
+    for axes in panels[len(curves) :]:
+        axes.set_axis_off()
+    for axes, (attack, lines) in zip(panels, curves.items(), strict=False):
         for index, epsilons, means in lines:
             axes.plot([255 * value for value in epsilons], means, **styles[index], label=labels[index])
         axes.set_title(attack, loc="left", fontsize=10)
         axes.set_xlabel("epsilon (of 255)")
+        axes.set_ylabel("accuracy (%)")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=9)
         figures.tidy(axes)
     return figure
 
 
-def _accuracies(run: Any) -> dict[str, dict[float, float]]:
-    """By attack: accuracy by epsilon, of the newest record that has it."""
+def _curves(run: RunRecord) -> dict[str, dict[float, float]]:
+    """By attack and number of images: accuracy by epsilon, of the newest record with several epsilons."""
     found: dict[str, dict[float, float]] = {}
     for record in run.evaluations:
-        for attack, points in (record.get("accuracies") or {}).items():
-            found[attack] = {point["epsilon"]: point["accuracy"] for point in points}
+        for attack, points in record["accuracies"].items():
+            if len(points) > 1:
+                name = f"{_label(record, attack)}, {points[0]['examples']} images"
+                found[name] = {point["epsilon"]: point["accuracy"] for point in points}
     return found
 
 
 def classes_figure(groups: Sequence[SeedGroup]) -> Any:
-    """Accuracy by class under the strongest attack that was measured by class, the mean over seeds."""
-    shown, values, classes = [], [], []
-    for group, label in _labelled(groups):
-        by_run = [tables[-1] for run in group.runs if (tables := _by_class(run))]
-        if by_run:
-            classes = classes or sorted(by_run[0])
-            shown.append((group, label))
-            values.append([[found.get(name, 0.0) for found in by_run] for name in classes])
-    return _grouped_bars(shown, classes, values, "accuracy (%)", 100) if shown else None
+    """Accuracy by class, the mean over seeds, under the strongest of the attacks that most runs were measured with."""
+    by_group = [[_by_class(run) for run in group.runs] for group in groups]
+    names = [name for of_group in by_group for tables in of_group for name in tables]
+    if not names:
+        return None
+    attack = max(reversed(names), key=names.count)  # an evaluation's last attack is its strongest
+    shown, tables = [], []
+    for labelled, of_group in zip(_labelled(groups), by_group, strict=True):
+        if with_it := [found[attack] for found in of_group if attack in found]:
+            shown.append(labelled)
+            tables.append(with_it)
+    common = set.intersection(*(set(table) for of_group in tables for table in of_group))
+    mean = {name: fmean(table[name] for of_group in tables for table in of_group) for name in common}
+    kept = sorted(common, key=lambda name: (mean[name], name))[:CLASSES_SHOWN]
+    values = [[[table[name] for table in of_group] for name in kept] for of_group in tables]
+    figure = _grouped_bars(shown, kept, values, "accuracy (%)", 100)
+    which = f"the worst {len(kept)} of {len(common)} classes" if len(kept) < len(common) else "by class, worst first"
+    figure.axes[0].set_title(f"{attack}, {which}", loc="left", fontsize=10)
+    if sum(map(len, kept)) > 100:
+        figure.axes[0].tick_params(axis="x", labelrotation=90)
+    return figure
 
 
-def _by_class(run: Any) -> list[dict[str, float]]:
-    """Accuracy by class name, one table per record and attack, in the order in which they were measured."""
-    tables = [list(((record.get("per_class") or {}).get("attacks") or {}).values()) for record in run.evaluations]
-    return [{row["class"]: row["accuracy"] for row in rows} for attacks in tables for rows in attacks]
+def _by_class(run: RunRecord) -> dict[str, dict[str, float]]:
+    """By attack, budget and number of images: accuracy by class name; of the newest record that has it."""
+    found: dict[str, dict[str, float]] = {}
+    for record in run.evaluations:
+        by_class = record.get("per_class", {"attacks": {}})
+        for attack, rows in by_class["attacks"].items():
+            at = "" if attack == "clean" else f", epsilon {budget(by_class['epsilon'])}"
+            name = f"{_label(record, attack)}{at}, {sum(row['examples'] for row in rows)} images"
+            found[name] = {row["class"]: row["accuracy"] for row in rows}
+    return found
+
+
+def _label(record: dict[str, Any], attack: str) -> str:
+    from experiment.evaluation import attack_label  # with torch, which takes seconds
+
+    return attack_label(attack, record["settings"]["steps"], record["settings"]["restarts"])
 
 
 def _labelled(groups: Sequence[SeedGroup]) -> list[tuple[SeedGroup, str]]:

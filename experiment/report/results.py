@@ -35,9 +35,23 @@ def read_run(folder: Path) -> RunRecord:
     if not os.path.isfile(folder / "result.json"):
         command = _get(config, folder / "config.json", "command", str)
         raise UserError(f"{folder} is an unfinished run (no result.json); to finish it, run this again: {command}")
-    evaluations = tuple(read_json(path) for path in sorted((folder / "evaluations").glob("*.json")))
-    rows = read_metrics(folder / "metrics.jsonl")
-    return checked_run(folder, config, read_json(folder / "result.json"), rows, evaluations, weights_sha256(folder))
+    result, rows = read_json(folder / "result.json"), read_metrics(folder / "metrics.jsonl")
+    evaluations = _evaluations(folder, config, result)
+    aligned = [record["gradients"] for record in evaluations if "gradients" in record]
+    if aligned and not result.get("gradients"):
+        result = {**result, "gradients": aligned[-1]}
+    return checked_run(folder, config, result, rows, evaluations, weights_sha256(folder))
+
+
+def _evaluations(folder: Path, config: dict[str, Any], result: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Records of evaluate.py, oldest first: those of the run's final student, on the run's data."""
+    if not (folder / "evaluations").is_dir():
+        return ()
+    from experiment.evaluation import records  # with torch, which takes seconds
+
+    # best.pt, an unfinished last.pt and other data leave their records in the same place.
+    same = ("student_sha256", result.get("student_sha256")), ("dataset_sha256", config.get("dataset_sha256"))
+    return tuple(record for record in records(folder) if all(record.get(key) == value for key, value in same))
 
 
 def weights_sha256(folder: Path) -> str | None:

@@ -52,7 +52,7 @@ class RunRecord:
     hashes: dict[str, str]
     command: str
     evaluations: tuple[dict[str, Any], ...] = field(default=(), compare=False)
-    """Records of evaluate.py, oldest first."""
+    """Records of evaluate.py on the final student and the run's data, oldest first."""
 
     @property
     def name(self) -> str:
