@@ -37,7 +37,7 @@ DIGITS := --dataset digits --batch 64 --epsilon 0.15 --step_size 0.0375 --epochs
 STUDENT := $(DIGITS) --teacher $(RUNS)/teacher --student RES-8 --eval_after 4 --aa_examples 360
 
 demo: $(RUNS)/adaad/result.json $(RUNS)/adaad_IGDM/result.json
-	$(PY) compare.py $(RUNS)/adaad $(RUNS)/adaad_IGDM
+	$(PY) compare.py $(RUNS)
 
 $(RUNS)/teacher/result.json: | .venv/ready
 	$(ONE) $(PY) train_teacher.py $(DIGITS) --model RES-20 --run_name teacher --aa_examples 0

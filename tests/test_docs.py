@@ -73,6 +73,8 @@ def test_commands_are_accepted(page):
         module = importlib.import_module(script.removesuffix(".py"))
         if hasattr(module, "RECIPE"):
             cli.parse_args(module.__file__, module.RECIPE, [*flags, "--device", "cpu"])
+        elif hasattr(module, "build_parser"):
+            module.build_parser().parse_args(flags)
 
 
 @of_page
