@@ -24,7 +24,7 @@ def build_parser():
     add = parser.add_argument
     add("what", metavar="WHAT", help="run folder, checkpoint, RobustBench name, or weights file with --arch")
     add("--arch", default=None, help="architecture of bare weights: RES-18, ..., or FILE.py:function")
-    add("--weights", default=None, help="the downloaded file of a RobustBench name")
+    add("--weights", default=None, help="the file of a RobustBench name, or of an architecture")
     add("--attacks", nargs="+", choices=ATTACKS, default=None, help="what to measure; all that is possible")
     add("--epsilon", **cli.METHOD_FLAGS["epsilon"], default=8 / 255)
     add("--epsilons", type=cli.fraction, nargs="+", default=None, help="several budgets, for a curve per attack")
@@ -106,7 +106,7 @@ def settings_of(args):
 
     path = Path(args.what)
     if not path.exists():
-        check_teacher_name(args.what, args.weights)
+        check_teacher_name(args.what, args.weights, "--weights")
     if args.arch or not path.exists():
         return {}
     if path.is_file():

@@ -189,6 +189,10 @@ def test_evaluate_bare_weights_and_what_is_no_network(run_folder, monkeypatch, c
     state = files.load_student(run_folder).state_dict()
     torch.save(state, tmp_path / "bare.pt")
     save_file(state, tmp_path / "bare.safetensors")
+    for name in ("RES-8", "BDM"):
+        with pytest.raises(SystemExit):
+            evaluate_with(monkeypatch, name, "--dataset", "digits", "--weights", "nowhere.pt")
+        assert capsys.readouterr().err == "error: --weights nowhere.pt: no such file\n"
     arguments = ("--dataset", "digits", "--attacks", "clean", "pgd", "--epsilon", "0.1", "--examples", "30")
     evaluate_with(monkeypatch, run_folder, *arguments)
     for name in ("bare.pt", "bare.safetensors"):
@@ -224,6 +228,7 @@ def test_evaluate_bare_weights_and_what_is_no_network(run_folder, monkeypatch, c
         (["--save_adversarial", "kept.npz"], "give --attacks one of"),
         (["--beside", "other"], "needs --figure"),
         (["--restarts", "0"], "'0' is not allowed"),
+        (["--weights", "other.pt"], "'other.pt': no such file"),
     ],
 )
 def test_evaluate_refuses_in_one_line(run_folder, monkeypatch, capsys, arguments, said):

@@ -183,7 +183,7 @@ def test_wrong_names_and_combinations(tmp_path):
     assert "no such file" in refusal(str(tmp_path / "absent"))
     assert "no such file" in refusal("BDM", teacher_path=tmp_path / "absent.pt")
     assert "no student.pt" in refusal(str(tmp_path))
-    assert "--teacher BDM" in refusal(str(tmp_path), teacher_path=tmp_path)
+    assert "such as BDM" in refusal(str(tmp_path), teacher_path=tmp_path)
 
 
 # The zoo of CIFAR-10, bare weights, and architectures of the user's own
@@ -281,6 +281,8 @@ def test_bare_weights_that_do_not_fit_or_are_none(own, tmp_path):
     (tmp_path / "b.safetensors").write_bytes(b"nothing")
     assert "truncated or damaged" in message("b.safetensors", arch="RES-8")
     assert "--arch NAME" in message("b.safetensors")
+    (tmp_path / "c.pt").write_bytes(b"nothing")
+    assert refusal(SMALL, load=load_network, weights=tmp_path / "c.pt").endswith("or pass it with --weights")
     assert "give its weights with --teacher_path" in refusal("RES-8", 10)
 
 
@@ -356,6 +358,7 @@ def test_bad_files_are_refused_and_left_alone(small, small_bytes, tmp_path, monk
             assert str(path) in message or f"models/cifar100/Linf/{SMALL}.pt" in message
             # What to download, from where, and where to put it.
             assert "https://drive.google.com/file/d/1-2hnxC7lZOQDqQbum4yPbtRtTND86I5N/view" in message
+            assert message.endswith("or pass it with --teacher_path")
             assert path.read_bytes() == content, name
     assert not (tmp_path / "code_was_run").exists()
 

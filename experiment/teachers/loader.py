@@ -36,8 +36,13 @@ class FrozenTeacher(nn.Module):
         return self.model(x)
 
 
-def check_teacher_name(name_or_path: str | Path, teacher_path: str | Path | None = None) -> str | None:
+def check_teacher_name(
+    name_or_path: str | Path, teacher_path: str | Path | None = None, path_flag: str = "--teacher_path"
+) -> str | None:
     """Refuse what cannot be a teacher, without importing anything heavy; cheap enough for the flag parser.
+
+    Args:
+        path_flag: the user's flag for teacher_path, for messages.
 
     Returns:
         The RobustBench name that is meant, or None if it is a network of our own or an architecture.
@@ -49,18 +54,17 @@ def check_teacher_name(name_or_path: str | Path, teacher_path: str | Path | None
     name = robustbench_name(what)
     if name is None and not os.path.lexists(what) and not _is_architecture(what):
         if os.sep in what or what.endswith(WEIGHTS_SUFFIXES):
-            raise UserError(f"teacher {what!r}: no such file or folder")
+            raise UserError(f"{what!r}: no such file or folder")
         raise unknown_name(what)
     if name is None and teacher_path is None and _is_architecture(what):
-        raise UserError(f"teacher {what!r} is an architecture: give its weights with --teacher_path")
+        raise UserError(f"{what!r} is an architecture: give its weights with {path_flag}")
     if teacher_path is not None:
         if name is None and not _is_architecture(what):
             raise UserError(
-                f"--teacher_path {teacher_path} needs the name of its architecture, such as --teacher BDM; "
-                f"--teacher is the path {what!r}"
+                f"{path_flag} {teacher_path} needs the name of its architecture, such as BDM, not the path {what!r}"
             )
         if not os.path.isfile(teacher_path):
-            raise UserError(f"--teacher_path {teacher_path}: no such file")
+            raise UserError(f"{path_flag} {teacher_path}: no such file")
     return name
 
 
@@ -93,10 +97,7 @@ def load_teacher(
     Raises:
         UserError: as ``load_network``.
     """
-    name = check_teacher_name(name_or_path, teacher_path)
+    check_teacher_name(name_or_path, teacher_path)
     place = {"num_classes": num_classes, "dataset": dataset, "model_dir": model_dir, "device": device}
-    if name is None and teacher_path is not None:
-        network = load_network(teacher_path, arch=os.fspath(name_or_path), **place)
-    else:
-        network = load_network(name_or_path, weights=teacher_path, unfinished=False, **place)
-    return FrozenTeacher(network)
+    options = {"weights": teacher_path, "weights_flag": "--teacher_path", "unfinished": False}
+    return FrozenTeacher(load_network(name_or_path, **options, **place))

@@ -59,6 +59,7 @@ def load_network(
     weights: str | Path | None = None,
     model_dir: str | Path = "models",
     device: str | torch.device = "cpu",
+    weights_flag: str = "--weights",
     unfinished: bool = True,
 ) -> Network:
     """Load a network in eval mode, in float32. The global random generators are left as they were.
@@ -71,7 +72,8 @@ def load_network(
             RobustBench name.
         num_classes: that of the data; None accepts any.
         dataset: the data's name, which tells the zoo.
-        weights: a file that was downloaded by hand, for a RobustBench name.
+        weights: the file of a name: one of RobustBench's downloaded by hand, or bare weights of an architecture.
+        weights_flag: the user's flag for it, for messages.
         unfinished: whether a run's last.pt will do.
 
     Raises:
@@ -83,13 +85,15 @@ def load_network(
     name = robustbench_name(what if arch is None else arch)
     if arch is not None and name is not None:
         what, weights = arch, what
+    elif name is None and weights is not None:
+        what, arch = os.fspath(weights), what
     # Building draws initial weights that are thrown away: a run's own random stream must not depend on them.
     with torch.random.fork_rng(devices=[]):
         if name is not None:
             zoo = zoo_of(what, dataset, num_classes)
             classes, architecture, info = CLASSES[zoo], name, {}
             _check_classes(what, classes, num_classes)
-            model, path = _robustbench(what, name, zoo, weights, Path(model_dir))
+            model, path = _robustbench(what, name, zoo, weights, weights_flag, Path(model_dir))
         elif arch is not None:
             path, classes, architecture, info = Path(what), num_classes or CLASSES.get(dataset, 10), arch, {}
             model = _bare_weights(path, arch, classes)
@@ -137,12 +141,12 @@ def _bare_weights(path: Path, arch: str, num_classes: int) -> nn.Module:
 
 
 def _robustbench(
-    called: str, name: str, zoo: str, weights: str | Path | None, model_dir: Path
+    called: str, name: str, zoo: str, weights: str | Path | None, flag: str, model_dir: Path
 ) -> tuple[nn.Module, Path]:
     """A RobustBench model, from `weights`, from model_dir, or downloaded to model_dir."""
     source: Source = source_of(called, name, zoo)
     target = model_dir / zoo / "Linf" / f"{name}.pt"
-    get = f"get {name} with a browser from {source.browser_url} and save it as {target} or pass it with --teacher_path"
+    get = f"get {name} with a browser from {source.browser_url} and save it as {target} or pass it with {flag}"
     path = target if weights is None else Path(weights)
     if os.path.lexists(path):
         try:
