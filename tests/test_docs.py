@@ -137,15 +137,15 @@ def test_the_seventh_method_trains_stops_resumes_and_is_compared(seventh, small)
     assert result["autoattack"]["examples"] == 8
     assert set(result["gradients"]) >= {"gd", "gc"}
 
-    stopped = start(home, "saad_cifar100.py", *FLAGS, "--run_name", "resumed")
+    stopped = start(home, "saad_cifar100.py", *FLAGS, "--run_name", "saad_resumed")
     for line in stopped.stdout:
         if re.match("epoch 1/6", line):
             stopped.send_signal(signal.SIGTERM)
     _, err = stopped.communicate(timeout=120)
     assert stopped.returncode == 75, err
-    assert not (home / "runs/resumed/result.json").exists()
-    finish(start(home, "saad_cifar100.py", *FLAGS, "--run_name", "resumed"))
-    assert rows_of(home / "runs/resumed") == rows
+    assert not (home / "runs/saad_resumed/result.json").exists()
+    finish(start(home, "saad_cifar100.py", *FLAGS, "--run_name", "saad_resumed"))
+    assert rows_of(home / "runs/saad_resumed") == rows
 
     assert "SAAD" in finish(start(home, ROOT / "compare.py", "runs/whole", "runs/adaad_cifar100_whole"))
 
