@@ -109,11 +109,11 @@ def settings_of(args):
         check_teacher_name(args.what, args.weights, "--weights")
     if args.arch or not path.exists():
         return {}
+    try:
+        entry = read_student(path, unfinished=True)
+    except UserError as error:
+        raise UserError(f"{error}{'; bare weights are measured with --arch' if path.is_file() else ''}") from error
     if path.is_file():
-        try:
-            entry = read_student(path, unfinished=True)
-        except UserError as error:
-            raise UserError(f"{error}; bare weights are measured with --arch") from error
         info = entry["info"] if isinstance(entry["info"], dict) else {}
         if isinstance(info.get("settings"), dict):
             return info["settings"]
@@ -150,7 +150,7 @@ def check_outputs(args, folder):
 
 def load_networks(args, data, device):
     """The network that is measured, those beside it, and the teacher (None if nothing needs one)."""
-    from experiment import files
+    from experiment import evaluation, files
     from experiment.teachers import load_network, load_teacher
 
     place = {"num_classes": data.num_classes, "dataset": args.dataset, "device": device}
@@ -163,7 +163,11 @@ def load_networks(args, data, device):
     teacher = None
     if "gradients" in args.attacks or args.figure:
         teacher = load_teacher(args.teacher, data.num_classes, args.teacher_path, args.dataset, device=device)
-    return network, digest, [load_network(what, **place) for what in args.beside], teacher
+    beside = [load_network(what, **place) for what in args.beside]
+    shown = [(each.name, each.model) for each in (network, *beside)]
+    for name, model in [*shown, *([(args.teacher, teacher)] if teacher else [])]:
+        evaluation.check_network(name, model, data.x_test, data.num_classes)
+    return network, digest, beside, teacher
 
 
 def measure(args, data, student, fast, teacher, folder):

@@ -5,13 +5,20 @@ import argparse
 import torch
 from torch import nn
 
+from experiment import UserError
+
 
 def sgd(model: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
     """SGD with momentum and weight decay on every parameter, BatchNorm's and biases included, as published.
 
     Args:
         args: uses ``lr``, ``momentum`` and ``wd``.
+
+    Raises:
+        UserError: the network has nothing to train.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("the network has no parameter that requires a gradient: there is nothing to train")
     fused = next(model.parameters()).is_cuda  # one kernel for all parameters
     return torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.wd, fused=fused or None

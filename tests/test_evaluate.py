@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import evaluate
 from cifar100_models import build_model
@@ -247,7 +248,12 @@ def test_evaluate_refuses_what_does_not_go_together(run_folder, monkeypatch, cap
     config = json.loads((run_folder / "config.json").read_text())
     config["settings"]["epsilon"] = "lots"
     (run_folder / "config.json").write_text(json.dumps(config))
+    own, bare = run_folder / "own.py", run_folder / "bare.pt"
+    own.write_text("from torch import nn\ndef maps(classes):\n    return nn.Conv2d(3, classes, 3)\n")
+    torch.save(nn.Conv2d(3, 10, 3).state_dict(), bare)
     for arguments, said in [
+        ((bare, "--arch", f"{own}:maps", "--dataset", "digits"), "makes (2, 10, 6, 6) of images (2, 3, 8, 8)"),
+        ((run_folder.parent,), "holds no student.pt or last.pt"),  # said before anything is downloaded
         ((other, "--dataset", "digits"), "has 7 classes but the data has 10"),
         ((other, "--dataset", "digits", "--attacks", "gradients"), "give --teacher"),
         ((run_folder,), "'lots' is not allowed"),

@@ -280,6 +280,29 @@ def test_too_few_classes_for_autoattack_are_refused_before_training(small):
     outcome.expect(2, "AutoAttack needs 10 classes, .* has 4; give --aa_examples 0")
 
 
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (
+            "nn.Sequential(nn.Flatten(), nn.Linear(192, classes + 1))",
+            r"makes \(2, 11\) of images .*\(2, 10\) are needed",
+        ),
+        ("nn.Conv2d(3, classes, 3)", r"makes \(2, 10, 6, 6\) of images \(2, 3, 8, 8\); logits \(2, 10\) are needed"),
+        ("nn.MultiheadAttention(8, 1)", r"fails on images \(2, 3, 8, 8\): TypeError: .* missing"),
+        ("nn.LSTM(8, 10)", r"fails on images \(2, 3, 8, 8\): ValueError"),
+        ("nn.Sequential(nn.Flatten(), nn.Linear(5, classes))", r"fails on images \(2, 3, 8, 8\): RuntimeError: mat1"),
+        ("nn.Flatten()", "the network has no parameter that requires a gradient: there is nothing to train"),
+    ],
+    ids=["classes", "maps", "call", "kind", "size", "parameters"],
+)
+def test_a_network_that_makes_no_logits_is_refused_before_training(small, network, said):
+    file = small.home / "own.py"
+    file.write_text(f"from torch import nn\ndef own(classes):\n    return {network}\n")
+    flags = [*SMALL, "--student", f"{file}:own", "--run_name", "own"]
+    small.server.run(SCRIPTS[0], flags, small.home).expect(2, f"error: .*{said}")
+    assert not (small.home / "runs" / "own" / "config.json").exists()
+
+
 def test_a_missing_pyautoattack_is_refused_before_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)  # as if it were not installed
     with pytest.raises(UserError, match=r"AutoAttack cannot be imported .*, or give --aa_examples 0"):

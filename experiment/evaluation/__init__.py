@@ -14,6 +14,7 @@ from experiment.evaluation.accuracy import accuracy, cw_accuracy, fgsm_accuracy,
 from experiment.evaluation.alignment import GRADIENT_DEFINITION, gradient_alignment, gradient_report
 from experiment.evaluation.autoattack_files import AUTOATTACK
 from experiment.evaluation.autoattack_run import autoattack
+from experiment.evaluation.batches import check_network
 from experiment.evaluation.curve import REUSE, accuracy_curve, autoattack_curve, per_class
 from experiment.evaluation.differences import differences
 from experiment.evaluation.figures import alignment_figure, check_figure_name, curve_figure
@@ -42,6 +43,7 @@ __all__ = [
     "beside_torchattacks",
     "budget",
     "check_figure_name",
+    "check_network",
     "check_output",
     "check_record_place",
     "curve_figure",

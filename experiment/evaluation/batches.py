@@ -41,6 +41,29 @@ def check_images(x: Tensor, y: Tensor) -> None:
         raise UserError(f"labels of type {y.dtype} from {y.min()} are not allowed; int64, from 0")
 
 
+def check_network(name: str, model: nn.Module, x: Tensor, num_classes: int) -> None:
+    """Refuse a network that does not map images like x, (N, C, H, W), to logits (N, num_classes).
+
+    Raises:
+        UserError: it fails on the first two images, stays in train mode, or returns anything else.
+    """
+    x = x[:2]
+    device = device_of(model, x)
+    try:
+        with measuring(device, model):
+            logits = model(as_pixels(x.to(device)).float())
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        fault = f"{type(error).__name__}: {error}"
+        raise UserError(f"network {name!r} fails on images {tuple(x.shape)}: {fault}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
+        given = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise UserError(
+            f"network {name!r} makes {given} of images {tuple(x.shape)}; logits {(len(x), num_classes)} are needed"
+        )
+
+
 @contextmanager
 def measuring(device: torch.device, *models: nn.Module) -> Iterator[None]:
     """Eval mode, frozen, float32, gradients off, and random generators of their own; all restored on exit.

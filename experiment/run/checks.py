@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiment import RunStopped, UserError, data, files, teachers
+from experiment import RunStopped, UserError, data, evaluation, files, teachers
 from experiment.compat import import_autoattack
 from experiment.run.health import fault_of
 
@@ -43,13 +43,22 @@ def check_autoattack(args: argparse.Namespace) -> None:
 
 
 def check_feasible(
-    args: argparse.Namespace, images: data.Data, student: nn.Module, folder: Path, processes: int
+    args: argparse.Namespace,
+    images: data.Data,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    folder: Path,
+    processes: int,
 ) -> None:
     """Refuse a run whose parts do not fit together.
 
     Raises:
-        UserError: too few classes for AutoAttack, too few images in some step, or no room on the disk.
+        UserError: a network that makes no logits of these images, too few classes for AutoAttack, too few images in
+            some step, or no room on the disk.
     """
+    evaluation.check_network(args.student, student, images.x_test, images.num_classes)
+    if teacher is not None:
+        evaluation.check_network(args.teacher, teacher, images.x_test, images.num_classes)
     if args.aa_examples and images.num_classes < AUTOATTACK_CLASSES:
         raise UserError(
             f"AutoAttack needs {AUTOATTACK_CLASSES} classes, {images.name} has {images.num_classes}; give "

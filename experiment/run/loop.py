@@ -87,8 +87,9 @@ class Run:
         """Write config.json, or restore the state of the run that the folder holds; print what is about to run.
 
         Raises:
-            UserError: the data or the teacher are not those that the run began with; no checkpoint is readable; no
-                room on the disk; AutoAttack is impossible with these classes. On any rank: then all refuse.
+            UserError: the data or the teacher are not those that the run began with; a network does not fit the data;
+                no checkpoint is readable; no room on the disk; AutoAttack is impossible with these classes. On any
+                rank: then all refuse.
             RunStopped: the teacher's logits are not finite, or the same for every image.
         """
         args = self.args
@@ -97,7 +98,7 @@ class Run:
         here = config.describe(args, self.script, self.recipe, self._id, self.engine, images, teacher)
         self._config, self._config_at_end = here, None
         self.engine.refuse_together(
-            lambda: checks.check_feasible(args, images, student, self.folder, self.engine.world)
+            lambda: checks.check_feasible(args, images, student, teacher, self.folder, self.engine.world)
         )
         if teacher is not None:
             checks.check_teacher(args.teacher, teacher, images)
