@@ -77,6 +77,13 @@ def parse_args(argv=None):
         parser.error("nothing to write: give --onnx FILE, --safetensors FILE or --hub DIR")
     if args.push and not args.hub:
         parser.error("argument --push: needs --hub DIR, the folder to upload")
+    # An export replaces an earlier one, and must not replace anything else: a run's student.pt or config.json.
+    for name in ("onnx", "safetensors"):
+        path = getattr(args, name)
+        if path and path.suffix != f".{name}":
+            parser.error(f"argument --{name}: '{path}' is not allowed; a name that ends in .{name}")
+    if args.hub and any((args.hub / file).exists() for file in ("result.json", "last.pt")):
+        parser.error(f"argument --hub: '{args.hub}' is a run folder, whose config.json would be lost; a folder apart")
     return args
 
 

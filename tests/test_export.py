@@ -194,3 +194,16 @@ def test_only_a_finished_run_and_its_own_student_are_exported(small, run, comman
     with pytest.raises(UserError, match="measured on another student"):
         command("--hub", tmp_path / "hub", folder=copy)
     assert not (tmp_path / "hub").exists()
+
+
+def test_no_export_replaces_what_the_run_holds(run, command, capsys):
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    for flag, target, said in [
+        ("--safetensors", run / "student.pt", "a name that ends in .safetensors"),
+        ("--onnx", run / "result.json", "a name that ends in .onnx"),
+        ("--hub", run, "is a run folder"),
+    ]:
+        with pytest.raises(SystemExit):
+            command(flag, target)
+        assert said in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
