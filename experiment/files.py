@@ -43,7 +43,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         if not isinstance(error, OSError):
             raise
         reason = error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; free some space or choose another --run_dir") from error
+        raise UserError(f"cannot write {path}: {reason}; free some space or write elsewhere") from error
 
 
 def write_json(path: Path, value: Any) -> None:

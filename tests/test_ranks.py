@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -133,17 +134,29 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, teacher):
     assert "number of processes" in result["changed"]
 
 
-def test_two_ranks_finish_a_run(tmp_path, teacher):
+@pytest.fixture(scope="module")
+def finished(teacher, tmp_path_factory):
+    """The folder of a run that two processes finished, and its command as a function of --run_dir."""
+    home = tmp_path_factory.mktemp("finished")
+
+    def command(folder):
+        return ["rslad_cifar100.py", *flags_of(teacher, folder, "r", epochs=1, epsilon=0.3)]
+
+    launch(2, *command(home))
+    return home / "r", command
+
+
+def test_two_ranks_finish_a_run(finished):
     """PGD-20 and AutoAttack over both ranks give what one process gives for the same student."""
-    launch(2, "rslad_cifar100.py", *flags_of(teacher, tmp_path, "r", epochs=1, epsilon=0.3))
-    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    folder, _ = finished
+    result = json.loads((folder / "result.json").read_text())
     from experiment import evaluation
 
-    student = files.load_student(tmp_path / "r")
+    student = files.load_student(folder)
     images = data.load_data("digits")
     assert result["clean"] == evaluation.accuracy(student, images.x_test, images.y_test)
     assert result["student_sha256"] == files.state_sha256(student)
-    assert len(list((tmp_path / "r" / "autoattack").glob("chunk-*.json"))) == 2
+    assert len(list((folder / "autoattack").glob("chunk-*.json"))) == 2
 
 
 def stop(processes, after, *signals):
@@ -194,24 +207,23 @@ def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path, teacher, after, 
     assert config["command"].startswith("torchrun --nproc_per_node=2 adaad_cifar100.py --dataset digits")
 
 
-def test_what_one_rank_refuses_all_refuse(tmp_path, teacher):
+def test_what_one_rank_refuses_all_refuse(tmp_path, finished):
     """A last.pt of another run: only rank 0 used to know the run's id, and the others went on with it."""
-    command = ["adaad_cifar100.py", *flags_of(teacher, tmp_path, "r", epochs=1, aa_examples=0)]
-    launch(2, *command)
+    whole, command = finished
     folder = tmp_path / "r"
+    shutil.copytree(whole, folder)
     content = torch.load(folder / "last.pt", weights_only=True)
     torch.save({**content, "id": "0123456789ab"}, folder / "last.pt")
     for name in ("previous.pt", "result.json"):
         (folder / name).unlink()
-    for output in launch(2, *command, status=2):
+    for output in launch(2, *command(tmp_path), status=2):
         assert "last.pt does not fit this run: it belongs to a run with id '0123456789ab'" in output
 
 
-def test_a_finished_run_ends_every_rank(tmp_path, teacher):
+def test_a_finished_run_ends_every_rank(finished):
     """No rank waits for one that has gone."""
-    command = ["adaad_cifar100.py", *flags_of(teacher, tmp_path, "r", epochs=1, aa_examples=0)]
-    launch(1, *command)
-    first, second = launch(2, *command)
+    folder, command = finished
+    first, second = launch(2, *command(folder.parent))
     assert "holds a finished run" in first
     assert second == ""
 
