@@ -353,6 +353,48 @@ def test_each_variant_is_named_by_its_settings_and_finds_its_own_baseline(tmp_pa
     assert cells(printed, "AdaAD+IGDM (lr 0.2, alpha 70)")[7] == "+30.00"
 
 
+def test_two_variants_that_differ_in_one_setting_are_subtracted(tmp_path):
+    """An ablation; a twin is subtracted from the baseline of its own variant, and three variants are left alone."""
+    base, other = flags_of(30, 2)
+    for seed in (0, 1):
+        make_run(tmp_path / "runs" / f"a{seed}", seed=seed, target="adversarial", fell=base)
+        make_run(tmp_path / "runs" / f"b{seed}", seed=seed, target="clean", fell=other)
+    make_run(tmp_path / "runs" / "twin", "IGDM", target="clean", fell=base)
+    printed = compare(tmp_path / "runs")
+    assert "AdaAD (target clean) minus AdaAD (target adversarial) (BDM, RES-18, digits): +7.00 points" in printed
+    assert "AdaAD+IGDM minus AdaAD (target clean) (BDM, RES-18, digits): -7.00 points" in printed
+    make_run(tmp_path / "runs" / "c", target="a third", fell=base)
+    assert "minus AdaAD (target adversarial)" not in compare(tmp_path / "runs")
+    two = [make_run(tmp_path / name, lr=lr, epochs=epochs) for name, lr, epochs in (("d", 0.1, 3), ("e", 0.2, 4))]
+    assert " minus " not in compare(*two), "two settings differ"
+
+
+def test_alignment_and_robustness_are_counted_and_correlated(tmp_path):
+    """Six pairs made so that GC moves with AutoAttack, GD against it, and the logit's only in order."""
+    for seed in range(6):
+        for adds, better in ((None, 0), ("IGDM", seed - 1)):  # the first pair loses, the second stays
+            gradients = {
+                "gd": 0.2 - 0.01 * better - 0.001 * seed,
+                "gc": 0.5001 + 0.01 * better + 0.001 * seed,
+                "definition": "g = something",
+                "scalars": {"logit": {"gd": 1.0, "gc": 0.3 + 0.1 * bool(adds) + 0.01 * seed}},
+            }
+            robust = 0.3 + 0.02 * better + 0.001 * seed
+            folder = tmp_path / "runs" / f"{adds}{seed}"
+            make_run(folder, adds, seed=seed, robust=robust, examples=1000, result={"gradients": gradients})
+    printed = compare(tmp_path / "runs")
+    assert cells(printed, "AdaAD")[8:12] == ["0.1975 ± 0.0019", "0.503 ± 0.002", "1.000 ± 0.000", "0.325 ± 0.019"]
+    assert "over 12 students: GC +1.00 (p < 0.001), GD -1.00 (p < 0.001), logit GC" in printed
+    pairs = (
+        "of 6 pairs of one seed: AutoAttack rose in 4, GC rose in 4, GD fell in 4, logit GC rose in 6, logit GD fell"
+    )
+    assert pairs in printed
+    assert "these changes with AutoAttack's: GC +1.00 (p < 0.001), GD -1.00 (p < 0.001)" in printed
+    assert "Logit GD and logit GC: the same with" in printed
+    report.compare([tmp_path / "runs"], tmp_path / "out", lambda text: None)
+    assert "logit GC" in (tmp_path / "out" / "alignment.svg").read_text()
+
+
 def test_any_method_and_addition_of_ones_own(tmp_path):
     """Names come from the files; those that mean something to Markdown or to the plot are shown as they are."""
     folders = [
@@ -522,6 +564,50 @@ def test_records_give_the_same_tables_as_the_folders(tmp_path, capsys):
         inserted.insert(document, [records.rename(tmp_path / "other.json")])
 
 
+def test_documents_take_figures_and_several_sources_at_once(tmp_path):
+    sources_of = []
+    for method in ("AdaAD", "RSLAD"):
+        runs = [make_run(tmp_path / method / "a", method=method)]
+        runs.append(make_run(tmp_path / method / "b", "IGDM", method=method, robust=0.41))
+        sources_of.append(tmp_path / f"{method}.json")
+        report.compare_main([*map(str, runs), "--out", str(tmp_path), "--records", str(sources_of[-1])])
+    document = tmp_path / "docs" / "results.md"
+    document.parent.mkdir()
+    marks = "AdaAD+RSLAD gains figure", "AdaAD+RSLAD table", "RSLAD", "other"
+    document.write_text("".join(f"<!-- begin {mark} -->\nold\n<!-- end {mark} -->\n" for mark in marks))
+    said = inserted.insert(document, sources_of)
+    assert said == [f"{document}: {mark}" for mark in marks[:3]]
+    spare = tmp_path / "spare.json"
+    spare.write_text(sources_of[0].read_text())
+    assert inserted.insert(document, [*sources_of, spare])[-1] == f"{document}: no mark for spare"
+    text = document.read_text()
+    assert "![gains: AdaAD, RSLAD](figures/AdaAD_RSLAD_gains.svg)" in text
+    assert text.count("| RSLAD+IGDM |") == 2
+    assert "<!-- begin other -->\nold\n" in text, "its records were not given"
+    figure = document.parent / "figures" / "AdaAD_RSLAD_gains.svg"
+    assert "RSLAD+IGDM" in (once := figure.read_text())
+    inserted.insert(document, sources_of)
+    assert figure.read_text() == once
+    document.write_text("<!-- begin AdaAD headroom figure -->\n<!-- end AdaAD headroom figure -->")
+    with pytest.raises(UserError, match="AdaAD has no figure 'headroom'; it has comparison, gains"):
+        inserted.insert(document, sources_of[:1])
+
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [
+        ("python /a/b/ard_cifar100.py --teacher runs/x.py", "python ard_cifar100.py --teacher runs/x.py"),
+        ("python ard_cifar100.py --seed 0", "python ard_cifar100.py --seed 0"),
+        ("torchrun --nproc_per_node 2 ../code/ard.py", "torchrun --nproc_per_node 2 ard.py"),
+    ],
+)
+def test_records_tell_no_folder_of_the_machine(tmp_path, command, kept):
+    folder = make_run(tmp_path / "a", config={"command": command}, result={"command": command})
+    report.compare_main([str(folder), "--out", str(tmp_path), "--records", str(tmp_path / "r.json")])
+    (line,) = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert line["config"]["command"] == line["result"]["command"] == kept
+
+
 def test_damaged_records_are_refused(tmp_path):
     path = tmp_path / "a.json"
     for text, named in (("{}", "not a records file"), ('{"format": 1, "runs": [{}]}', "a record is damaged")):
@@ -657,7 +743,7 @@ def test_script(pair, tmp_path):
 
 
 @pytest.mark.parametrize("document", ["docs/results.md", "README.md"])
-def test_committed_tables_are_those_of_the_committed_records(document, tmp_path):
+def test_committed_tables_and_figures_are_those_of_the_committed_records(document, tmp_path):
     text = (ROOT / document).read_text()
     # A study that has no records stands with its published figures alone.
     sources = {
@@ -665,9 +751,9 @@ def test_committed_tables_are_those_of_the_committed_records(document, tmp_path)
         for folder, kind in (("studies", "toml"), ("docs/results", "json"))
         for path in sorted((ROOT / folder).glob(f"*.{kind}"))
     }
-    filled = re.findall(r"<!-- begin (\w+)(?: table)? -->\n(?!<!-- end)", text)
-    # README's demo table stays until records of a demo are committed; whoever commits them has them tested.
-    marks = {mark for mark in filled if mark != "demo" or mark in sources}
+    marks = {name for names in re.findall(r"<!-- begin ([\w+]+)", text) for name in names.split("+")}
     (tmp_path / "made.md").write_text(text)
     inserted.insert(tmp_path / "made.md", [sources[mark] for mark in sorted(marks)], tmp_path)
+    for drawn in sorted(tmp_path.glob("figures/*")):
+        assert drawn.read_text() == (ROOT / document).parent.joinpath("figures", drawn.name).read_text(), drawn.name
     assert (tmp_path / "made.md").read_text() == text

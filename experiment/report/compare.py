@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=Path,
         metavar="FILE.md",
         help="write no comparison.md; put the tables of every records file and study NAME between the lines "
-        "<!-- begin NAME --> and <!-- end NAME --> of FILE.md",
+        "<!-- begin NAME --> and <!-- end NAME --> of FILE.md (or NAME table: one table; A+B gains figure: a figure)",
     )
     args = parser.parse_args(argv)
     if args.insert:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from experiment import UserError
 from experiment.report.exports import as_markdown, markdown_text
-from experiment.report.groups import Gain, SeedGroup, gains_of, group_by_seed
+from experiment.report.groups import Gain, SeedGroup, contrasts_of, gains_of, group_by_seed
 from experiment.report.notes import notes_of
 from experiment.report.run_record import PendingRun
 from experiment.report.sources import Runs
@@ -36,7 +36,7 @@ class Comparison:
     def notes(self) -> list[str]:
         """Sentences for below the tables."""
         refused = [f"No gain: {refusal}." for refusal in self.refusals]
-        return [*notes_of(self.groups, self.gains, self.pending), *refused]
+        return [*notes_of(self.groups, [*self.gains, *contrasts_of(self.groups)], self.pending), *refused]
 
     def markdown(self) -> str:
         """Tables and notes."""

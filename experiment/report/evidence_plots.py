@@ -32,15 +32,22 @@ def gains_figure(gains: Sequence[Gain]) -> Any:
 
 
 def alignment_figure(groups: Sequence[SeedGroup]) -> Any:
-    """GC and GD against AutoAttack accuracy: a point per run, the means of baseline and twin joined; None without."""
+    """GC and GD (where measured the logit's too) against AutoAttack accuracy; None without.
+
+    A point per run, the means of baseline and twin joined.
+    """
     shown = [group for group in groups if group.values("gc") and group.values("autoattack")]
     if not shown:
         return None
     labels = dict(zip(map(id, groups), figures.plot_labels(groups), strict=True))
     styles = dict(zip(map(id, groups), figures.styles_of(groups), strict=True))
-    figure = figures.new_figure(11.0, 5.0)
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, key, title in zip(panels, ("gc", "gd"), ("GC (cosine: higher is closer)", "GD (distance)"), strict=True):
+    columns = {"gc": "GC (cosine: higher is closer)", "gd": "GD (distance)"}
+    if all(len(group.values("logit_gc")) == len(group.values("gc")) for group in shown):
+        columns |= {"logit_gc": "logit GC", "logit_gd": "logit GD"}
+    rows = len(columns) // 2
+    figure = figures.new_figure(11.0, 1.0 + 4.0 * rows)
+    panels = figure.subplots(rows, 2, sharey=True).flatten()
+    for axes, (key, title) in zip(panels, columns.items(), strict=True):
         centres: dict[int, tuple[float, float]] = {}
         for group in shown:
             style = {name: value for name, value in styles[id(group)].items() if name != "linestyle"}
@@ -58,7 +65,8 @@ def alignment_figure(groups: Sequence[SeedGroup]) -> Any:
             axes.plot(*([value] for value in centres[id(group)]), **style, markersize=9, label=labels[id(group)])
         axes.set_xlabel(f"{title} between the input gradients of student and teacher", fontsize=9)
         figures.tidy(axes, grid="both")
-    panels[0].set_ylabel("AutoAttack accuracy (%): small marks are runs,\nlarge ones means, arrows baseline to twin")
+    for axes in panels[::2]:
+        axes.set_ylabel("AutoAttack accuracy (%): small marks are runs,\nlarge ones means, arrows baseline to twin")
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=min(4, len(shown)), frameon=False, fontsize=9)
     return figure
@@ -78,11 +86,13 @@ def headroom_figure(gains: Sequence[Gain], teachers: Mapping[str, Mapping[str, f
         base = {run.seed: run.autoattack for run in gain.baseline.runs}
         color = figures.method_color(gain.group.first.method)
         ahead = [100 * (teacher - base[seed]) for seed in gain.by_seed]
-        values = [100 * value for value in gain.by_seed.values()]
-        axes.plot(ahead, values, "o", color=color, alpha=0.45, markersize=4)
-        axes.plot([fmean(ahead)], [fmean(values)], "D", color=color, markersize=8, label=label)
+        # No dot per seed: a seed whose baseline is unlucky has more headroom and more gain, without any cause but that.
+        ends = [[abs(100 * (end - gain.mean))] for end in gain.interval]
+        axes.errorbar(
+            [fmean(ahead)], [100 * gain.mean], yerr=ends, fmt="D", color=color, markersize=8, capsize=4, label=label
+        )
     axes.set_xlabel("headroom: AutoAttack accuracy of the teacher minus the baseline's (points)")
-    axes.set_ylabel("gain in AutoAttack accuracy (points)")
+    axes.set_ylabel("gain in AutoAttack accuracy (points), 95 % interval")
     axes.legend(frameon=False, fontsize=9)
     figures.tidy(axes, grid="both")
     return figure

@@ -49,7 +49,7 @@ def commands(groups: Sequence[SeedGroup]) -> str:
 def as_csv(groups: Sequence[SeedGroup], gains: Sequence[Gain]) -> str:
     """One line per run, accuracies as fractions: for other programs."""
     gain_of = {(id(gain.group), seed): value for gain in gains for seed, value in gain.by_seed.items()}
-    names = ("clean", "pgd20", "autoattack", "gd", "gc", "best_minus_last")
+    names = ("clean", "pgd20", "autoattack", "gd", "gc", "logit_gd", "logit_gc", "best_minus_last")
     head = ["method", "base_method", "teacher", "student", "dataset", "seed", *names]
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")

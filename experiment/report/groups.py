@@ -129,24 +129,56 @@ def gains_of(groups: Sequence[SeedGroup]) -> tuple[list[Gain], list[str]]:
             allowed = ", ".join(group.first.added_settings) or "nothing"
             refusals.append(f"{what}, they differ in {'; '.join(found)}; only {allowed} may differ: rerun one of them")
             continue
-        theirs = {run.seed: run for run in baseline.runs}
-        pairs = [(theirs[run.seed], run) for run in group.runs if run.seed in theirs]
+        pairs = _pairs(group, baseline)
         if not pairs:
             refusals.append(
                 f"{what}, their seeds differ: {comma_list(baseline.seeds)} and {comma_list(group.seeds)}; "
                 "give runs with the same seeds"
             )
             continue
-        attack_seeds = [[run.attack.get("seed") for run in side] for side in zip(*pairs, strict=True)]
+        attack_seeds = _attack_seeds(pairs)
         if attack_seeds[0] != attack_seeds[1]:
             refusals.append(
                 f"{what}, they differ in AutoAttack seed {comma_list(attack_seeds[0])} and "
                 f"{comma_list(attack_seeds[1])}; rerun one of them"
             )
             continue
-        if all(run.autoattack is not None for pair in pairs for run in pair):
+        if _attacked(pairs):
             gains.append(_gain(group, baseline, pairs))
     return gains, refusals
+
+
+def contrasts_of(groups: Sequence[SeedGroup]) -> list[Gain]:
+    """Where one method stands in two variants that differ in one setting only: the second's accuracy minus the first's.
+
+    An ablation, such as one target of the teacher against another; of three variants or more none is subtracted.
+    """
+    found = []
+    for first in groups:
+        same = [group for group in groups if (group.pair, group.name) == (first.pair, first.name)]
+        if len(same) != 2 or same[0] is not first:
+            continue
+        ours, theirs = same[1].first.settings, first.first.settings
+        pairs = _pairs(same[1], first)
+        differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        attack_seeds = _attack_seeds(pairs)
+        if len(differing) == 1 and pairs and _attacked(pairs) and attack_seeds[0] == attack_seeds[1]:
+            found.append(_gain(same[1], first, pairs))
+    return found
+
+
+def _pairs(group: SeedGroup, baseline: SeedGroup) -> list[tuple[RunRecord, RunRecord]]:
+    """(run of the baseline, run of the group) for each seed that both have."""
+    theirs = {run.seed: run for run in baseline.runs}
+    return [(theirs[run.seed], run) for run in group.runs if run.seed in theirs]
+
+
+def _attack_seeds(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> tuple[list[object], list[object]]:
+    return [base.attack.get("seed") for base, _ in pairs], [twin.attack.get("seed") for _, twin in pairs]
+
+
+def _attacked(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> bool:
+    return all(run.autoattack is not None for pair in pairs for run in pair)
 
 
 def _gain(group: SeedGroup, baseline: SeedGroup, pairs: Sequence[tuple[RunRecord, RunRecord]]) -> Gain:

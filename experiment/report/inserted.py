@@ -1,5 +1,14 @@
-"""Tables in documents, made anew from committed records: no figure is typed."""
+"""Tables and figures in documents, made anew from committed records: no figure is typed or drawn by hand.
 
+A mark is ``<!-- begin WHAT -->`` on a line of its own, up to ``<!-- end WHAT -->``. WHAT is the name of a records file
+or study (without its ending; several joined by ``+`` are read together), and after it
+
+    nothing       tables, notes, and by what, where and in how long the runs were made
+    table         the first table alone, for a README
+    NAME figure   one figure of compare.py (gains, alignment, ...), as an SVG in the folder figures beside the document
+"""
+
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,39 +18,51 @@ from experiment.report.comparison import Comparison, comparison_of
 from experiment.report.exports import as_markdown
 from experiment.report.sources import read_sources
 
-TABLE_ONLY = " table"
-"""A mark that ends so gets the first table without the notes, for a README."""
+_MARK = re.compile(r"<!-- begin (([\w+]+)(?: (table|(\w+) figure))?) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
+FIGURES = "figures"
+"""Folder beside the document."""
 
 
 def insert(path: Path, sources: Sequence[Path], run_dir: Path = Path("runs")) -> list[str]:
-    """Put each source's tables between its marks (``<!-- begin NAME -->``, ``<!-- end NAME -->``) in a document.
-
-    NAME is the file's name without its ending; ``NAME table`` gets the first table alone.
+    """Fill every mark of a document whose sources are all given.
 
     Returns:
-        What was done, a line per mark.
+        What was done, a line per mark, and a line per source that has none.
 
     Raises:
-        UserError: the document cannot be read or has no marks for a source.
+        UserError: the document cannot be read, or has no mark for any source; a mark names a figure that these runs
+            have nothing to show in.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    by_name = {source.stem: source for source in sources}
+    comparisons: dict[str, Comparison] = {}
     said = []
-    for source in sources:
-        comparison, found = comparison_of(read_sources([source], run_dir)), False
-        for mark, part in ((source.stem, described), (source.stem + TABLE_ONLY, first_table)):
-            begin, end = f"<!-- begin {mark} -->\n", f"<!-- end {mark} -->"
-            before, opened, rest = text.partition(begin)
-            _, closed, after = rest.partition(end)
-            if opened and closed:
-                text, found = f"{before}{begin}{part(comparison)}{end}{after}", True
-                said.append(f"{path}: {mark} from {source}")
-        if not found:
-            raise UserError(f"{path} has no lines '<!-- begin {source.stem} -->' and '<!-- end {source.stem} -->'")
-    write_atomically(path, lambda file: file.write(text.encode()))
-    return said
+
+    def filled(mark: re.Match[str]) -> str:
+        what, names, part, figure, _ = mark.groups()
+        if not by_name.keys() >= set(names.split("+")):
+            return mark[0]
+        if names not in comparisons:
+            chosen = [by_name[name] for name in names.split("+")]
+            comparisons[names] = comparison_of(read_sources(chosen, run_dir))
+        comparison = comparisons[names]
+        if figure:
+            content = _picture(comparison, path, names, figure)
+        else:
+            content = first_table(comparison) if part else described(comparison)
+        said.append(f"{path}: {what}")
+        return f"<!-- begin {what} -->\n{content}<!-- end {what} -->"
+
+    made = _MARK.sub(filled, text)
+    if not said:
+        name = next(iter(by_name))
+        raise UserError(f"{path} has no lines '<!-- begin {name} -->' and '<!-- end {name} -->'")
+    write_atomically(path, lambda file: file.write(made.encode()))
+    used = {name for names in comparisons for name in names.split("+")}
+    return said + [f"{path}: no mark for {name}" for name in by_name if name not in used]
 
 
 def described(comparison: Comparison) -> str:
@@ -58,3 +79,17 @@ def described(comparison: Comparison) -> str:
 def first_table(comparison: Comparison) -> str:
     """The first table alone."""
     return as_markdown(comparison.tables[0]) + "\n"
+
+
+def _picture(comparison: Comparison, document: Path, names: str, figure: str) -> str:
+    """Draw one figure beside the document; the Markdown that shows it."""
+    from experiment.report import figures
+    from experiment.report.plots import all_figures  # matplotlib takes a second
+
+    drawn = all_figures(comparison.groups, comparison.gains)
+    if figure not in drawn:
+        raise UserError(f"{document}: {names} has no figure {figure!r}; it has {', '.join(drawn) or 'none'}")
+    place = document.parent / FIGURES / f"{names.replace('+', '_')}_{figure}.svg"
+    place.parent.mkdir(exist_ok=True)
+    write_atomically(place, lambda file: file.write(figures.svg(drawn[figure]).encode()))
+    return f"![{figure}: {names.replace('+', ', ')}]({FIGURES}/{place.name})\n"

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
+from experiment.report.alignment_notes import alignment_notes
 from experiment.report.groups import Gain, SeedGroup, unequal_settings
 from experiment.report.published import published_cell, published_epochs, source_name
 from experiment.report.run_record import PendingRun
 from experiment.report.statistics import seeds_needed
 from experiment.report.tables import labels_of
-from experiment.report.text import ABSENT, budget, comma_list, short_text
+from experiment.report.text import ABSENT, budget, comma_list, p_value, short_text
 
 GAINS_TO_FIND = (0.01, 0.02, 0.03)
 """Gains, in fractions, for which the number of seeds is told."""
@@ -30,8 +31,11 @@ def notes_of(groups: Sequence[SeedGroup], gains: Sequence[Gain], pending: Sequen
     notes += [f"GD (lower is closer to the teacher), GC (higher is closer): {text}." for text in definitions if text]
     if any(group.values("best_minus_last") for group in groups):
         notes.append("best - last: PGD-20 of the checkpoint chosen on held-out training images minus that of the last.")
+    if any(group.values("logit_gc") for group in groups):
+        notes.append("Logit GD and logit GC: the same with g = gradient of logits[true class] (evaluate.py).")
     for gain in gains:
         notes += _gain_notes(gain, labels)
+    notes += alignment_notes(groups, [gain for gain in gains if gain.group.name != gain.baseline.name])
     if unequal := unequal_settings(groups):
         notes.append(f"These rows are not trained and measured alike: {'; '.join(unequal)}.")
     notes += _published_notes(groups)
@@ -86,7 +90,7 @@ def _gain_notes(gain: Gain, labels: dict[int, str]) -> list[str]:
         f"{gain.verdict}."
     )
     if gain.p_values:
-        values = (f"{100 * gain.by_seed[seed]:+.2f} (p {_p(gain.p_values[seed])})" for seed in seeds)
+        values = (f"{100 * gain.by_seed[seed]:+.2f} (p {p_value(gain.p_values[seed])})" for seed in seeds)
         text += f" By seed, with McNemar's exact p: {comma_list(values)}."
     notes = [text]
     if len(seeds) > 1:
@@ -109,10 +113,6 @@ def _gain_notes(gain: Gain, labels: dict[int, str]) -> list[str]:
     if changed:
         notes.append(f"These runs were not made in the same place: {'; '.join(changed)}.")
     return notes
-
-
-def _p(value: float) -> str:
-    return f"{value:.2g}" if value >= 0.001 else "< 0.001"
 
 
 def _published_notes(groups: Sequence[SeedGroup]) -> list[str]:

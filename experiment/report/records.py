@@ -1,10 +1,12 @@
 """Records of runs in one small file, to be kept where the run folders are not: tables are made from either.
 
-A records file is JSON, one line per run: what config.json and result.json hold, metrics.jsonl by column, and
-AutoAttack's flags as one character per image (the step that broke it, see ``results.FIRST_BROKEN_BY``).
+A records file is JSON, one line per run: what config.json and result.json hold, metrics.jsonl by column, AutoAttack's
+flags as one character per image (the step that broke it, see ``results.FIRST_BROKEN_BY``), and of evaluate.py's records
+the alignment of the logit's gradients.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,17 @@ def write_records(path: Path, folders: Sequence[Path]) -> None:
     for folder in folders:
         run = read_run(folder)
         result = read_json(folder / "result.json")
+        config = read_json(folder / "config.json")
         if run.flags:
             result["autoattack"]["flags"] = run.flags
+        if run.gradients:
+            result["gradients"] = run.gradients
+        for values in (config, result):
+            if "command" in values:
+                values["command"] = _without_folder(values["command"])
         record = {
             "folder": folder.as_posix(),
-            "config": read_json(folder / "config.json"),
+            "config": config,
             "result": result,
             "weights": run.hashes.get("weights"),
             "metrics": _columns(read_metrics(folder / "metrics.jsonl")),
@@ -65,6 +73,11 @@ def read_records(path: Path) -> list[RunRecord]:
                 raise UserError(f"{path}: {error}") from error
             raise UserError(f"{path}: a record is damaged: {type(error).__name__} {error}") from error
     return runs
+
+
+def _without_folder(command: str) -> str:
+    """A command that names its script without the folder it lay in: of no use elsewhere, and nobody's business."""
+    return re.sub(r"\S*/(?=\w+\.py(\s|$))", "", command, count=1)
 
 
 def _by_attack(flags: str) -> dict[str, str]:

@@ -37,9 +37,14 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder} is an unfinished run (no result.json); to finish it, run this again: {command}")
     result, rows = read_json(folder / "result.json"), read_metrics(folder / "metrics.jsonl")
     evaluations = _evaluations(folder, config, result)
-    aligned = [record["gradients"] for record in evaluations if "gradients" in record]
-    if aligned and not result.get("gradients"):
-        result = {**result, "gradients": aligned[-1]}
+    teacher = config.get("teacher_sha256")  # evaluate.py may have been given another one
+    aligned = [
+        record["gradients"]
+        for record in evaluations
+        if record.get("gradients") and record.get("teacher_sha256") == teacher
+    ]
+    if aligned:
+        result = {**result, "gradients": aligned[-1] | (result.get("gradients") or {})}
     return checked_run(folder, config, result, rows, evaluations, weights_sha256(folder))
 
 
@@ -175,10 +180,16 @@ def _checkpoint(result: dict[str, Any], path: Path, key: str) -> dict[str, Any]:
 
 
 def _gradients(result: dict[str, Any], path: Path) -> dict[str, Any]:
-    gradients = _get(result, path, "gradients", dict, optional=True) or {}
-    for key, kind in (("gd", int | float), ("gc", int | float), ("definition", str)) if gradients else ():
-        _get(gradients, path, key, kind)
-    return gradients
+    """gd, gc and their definition as the run measured them; of evaluate.py's other scalars those of the logit."""
+    gradients = _get(result, path, "gradients", dict, optional=True)
+    if not gradients:
+        return {}
+    kept = {key: _get(gradients, path, key, int | float) for key in ("gd", "gc")}
+    kept["definition"] = _get(gradients, path, "definition", str)
+    scalars = _get(gradients, path, "scalars", dict, optional=True) or {}
+    if logit := _get(scalars, path, "logit", dict, optional=True):
+        kept["scalars"] = {"logit": {key: _get(logit, path, key, int | float) for key in ("gd", "gc")}}
+    return kept
 
 
 def _get(values: dict[str, Any], path: Path, key: str, kind: type, *, optional: bool = False) -> Any:

@@ -40,7 +40,8 @@ class RunRecord:
     flags: str
     """Per attacked image the digit of the step of FIRST_BROKEN_BY that it fell to, '-' if to none; may be empty."""
     gradients: dict[str, Any]
-    """gd, gc and their definition; empty without a teacher."""
+    """gd, gc and their definition; where evaluate.py measured more, also the logit's under "scalars"; empty without a
+    teacher."""
     best: dict[str, Any]
     """The checkpoint chosen on held-out training images; empty if none was kept."""
     swa: dict[str, Any]
@@ -83,6 +84,16 @@ class RunRecord:
     def gc(self) -> float | None:
         """Cosine between the student's and the teacher's input gradients; higher is closer."""
         return self.gradients.get("gc")
+
+    @property
+    def logit_gd(self) -> float | None:
+        """Distance between the input gradients of the true class's logit."""
+        return self.gradients.get("scalars", {}).get("logit", {}).get("gd")
+
+    @property
+    def logit_gc(self) -> float | None:
+        """Cosine between the input gradients of the true class's logit."""
+        return self.gradients.get("scalars", {}).get("logit", {}).get("gc")
 
     @property
     def holdout_pgd10(self) -> float | None:

@@ -44,6 +44,8 @@ def results_table(groups: Sequence[SeedGroup], gains: Sequence[Gain]) -> Table:
     optional = {
         "GD": [spread(group.values("gd"), 4) for group in groups],
         "GC": [spread(group.values("gc"), 3) for group in groups],
+        "logit GD": [spread(group.values("logit_gd"), 3) for group in groups],
+        "logit GC": [spread(group.values("logit_gc"), 3) for group in groups],
         "best - last": [points(group.values("best_minus_last"), "+") for group in groups],
         "holdout PGD-10": [points(group.values("holdout_pgd10")) for group in groups],
         "SWA AutoAttack": [points(group.values("swa_autoattack")) for group in groups],

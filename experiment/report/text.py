@@ -57,3 +57,8 @@ def budget(epsilon: float) -> str:
     """8/255 rather than 0.03137."""
     whole = Fraction(epsilon * 255).limit_denominator(10)
     return f"{whole.numerator}/255" if whole.denominator == 1 and math.isclose(whole / 255, epsilon) else f"{epsilon:g}"
+
+
+def p_value(value: float) -> str:
+    """A p value with two digits."""
+    return f"{value:.2g}" if value >= 0.001 else "< 0.001"
