@@ -1,6 +1,7 @@
 """How every command ends: its exit status, and one line instead of a traceback for a mistake that the user can mend."""
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -20,6 +21,10 @@ def guard(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # compare.py ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         _leave(f"error: {error}", 2)
     except ValueError as error:

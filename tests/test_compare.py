@@ -711,6 +711,23 @@ def test_out_that_cannot_be_made_is_refused(pair, tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is(pair, tmp_path):
+    with pytest.raises(UserError, match=r"--csv .*none/a\.csv: .*none is not a folder"):
+        report.compare_main(
+            [*map(str, pair), "--out", str(tmp_path / "out"), "--csv", str(tmp_path / "none" / "a.csv")]
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_nobody_reads_is_no_error(pair, tmp_path):
+    """compare.py ... | head"""
+    command = [sys.executable, "-u", str(ROOT / "compare.py"), *map(str, pair), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 128 + 13
+
+
 def test_output_goes_beside_the_runs_or_here(pair, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     report.compare_main(["base", "twin"])

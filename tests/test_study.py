@@ -206,8 +206,9 @@ def test_a_study_is_stopped_and_goes_on_and_a_failed_run_stops_no_other(tmp_path
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
+    assert "teacher: stopped, " + ("saved" if (runs / "teacher" / "last.pt").exists() else "before it had") in out
     assert "stopped by SIGINT; the same command goes on" in err
     assert not (runs / "adaad_seed0").exists(), "nothing is started after the signal"
 

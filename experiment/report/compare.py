@@ -110,6 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for line in insert(args.insert, args.sources):
             print(line)
         return
+    for flag in files:
+        if (path := getattr(args, flag)) and not path.parent.is_dir():
+            raise UserError(f"--{flag} {path}: {path.parent} is not a folder")
     runs = read_sources(args.sources)
     comparison = comparison_of(runs)
     _write(comparison, getattr(args, "out", None) or _common_parent(args.sources), print)

@@ -126,7 +126,8 @@ class Processes:
             self.outcome.done.append(child.run.name)
             self._tell(f"{child.run.name}: finished")
         elif self._stopped_by and status == RunStopped.INTERRUPTED:
-            self._tell(f"{child.run.name}: stopped, saved")
+            saved = (child.run.folder / "last.pt").is_file()
+            self._tell(f"{child.run.name}: stopped, {'saved' if saved else 'before it had anything to save'}")
         else:
             reason = f"{_last_line(child.log)} (exit status {status}, {child.log})"
             self.outcome.failed[child.run.name] = reason
