@@ -373,11 +373,13 @@ def test_alignment_and_robustness_are_counted_and_correlated(tmp_path):
     """Six pairs made so that GC moves with AutoAttack, GD against it, and the logit's only in order."""
     for seed in range(6):
         for adds, better in ((None, 0), ("IGDM", seed - 1)):  # the first pair loses, the second stays
+            scalar = {"gd": 1.0, "gc": 0.3 + 0.1 * bool(adds) + 0.01 * seed}
+            scalar |= {"remainder_student": 0.1 * (1 + bool(adds)), "remainder_teacher": 0.3}
             gradients = {
                 "gd": 0.2 - 0.01 * better - 0.001 * seed,
                 "gc": 0.5001 + 0.01 * better + 0.001 * seed,
                 "definition": "g = something",
-                "scalars": {"logit": {"gd": 1.0, "gc": 0.3 + 0.1 * bool(adds) + 0.01 * seed}},
+                "scalars": dict.fromkeys(("probability", "logit"), scalar),
             }
             robust = 0.3 + 0.02 * better + 0.001 * seed
             folder = tmp_path / "runs" / f"{adds}{seed}"
@@ -391,6 +393,7 @@ def test_alignment_and_robustness_are_counted_and_correlated(tmp_path):
     assert pairs in printed
     assert "these changes with AutoAttack's: GC +1.00 (p < 0.001), GD -1.00 (p < 0.001)" in printed
     assert "Logit GD and logit GC: the same with" in printed
+    assert "mean over students: of the probability 0.15, of the logit 0.15; of the teacher's 0.30 and 0.30." in printed
     report.compare([tmp_path / "runs"], tmp_path / "out", lambda text: None)
     assert "logit GC" in (tmp_path / "out" / "alignment.svg").read_text()
 
@@ -522,6 +525,8 @@ def test_unequal_training_of_different_methods_is_said(tmp_path):
     printed = compare(*folders)
     assert "not trained and measured alike: epochs 2 (AdaAD), 3 (RSLAD)." in printed
     assert "ce_weight" not in printed, "what is the method's own is no difference"
+    other = make_run(tmp_path / "c", dataset="svhn", epochs=9, config={"dataset_sha256": "f" * 64})
+    assert "epochs 2 (AdaAD), 3 (RSLAD)." in compare(*folders, other), "other data are trained on as they need"
 
 
 def test_published_figures_stand_beside_ours(tmp_path):

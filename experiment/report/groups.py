@@ -195,7 +195,7 @@ def _gain(group: SeedGroup, baseline: SeedGroup, pairs: Sequence[tuple[RunRecord
 
 
 def unequal_settings(groups: Sequence[SeedGroup]) -> list[str]:
-    """Every setting in which groups of runs with the same data differ, though it is not their method's own.
+    """Every setting in which groups of runs, all with the same data, differ, though it is not their method's own.
 
     A difference between methods counts too: two methods trained for unequal epochs are no fair comparison.
     """

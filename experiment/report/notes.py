@@ -36,8 +36,9 @@ def notes_of(groups: Sequence[SeedGroup], gains: Sequence[Gain], pending: Sequen
     for gain in gains:
         notes += _gain_notes(gain, labels)
     notes += alignment_notes(groups, [gain for gain in gains if gain.group.name != gain.baseline.name])
-    if unequal := unequal_settings(groups):
-        notes.append(f"These rows are not trained and measured alike: {'; '.join(unequal)}.")
+    for dataset in dict.fromkeys(group.first.dataset for group in groups):
+        if unequal := unequal_settings([group for group in groups if group.first.dataset == dataset]):
+            notes.append(f"These rows are not trained and measured alike: {'; '.join(unequal)}.")
     notes += _published_notes(groups)
     for group in groups:
         if not group.is_baseline and not any(other.pair == group.pair and other.is_baseline for other in groups):

@@ -2,7 +2,7 @@
 
 A records file is JSON, one line per run: what config.json and result.json hold, metrics.jsonl by column, AutoAttack's
 flags as one character per image (the step that broke it, see ``results.FIRST_BROKEN_BY``), and of evaluate.py's records
-the alignment of the logit's gradients.
+the report on gradients.
 """
 
 import json

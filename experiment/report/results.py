@@ -17,6 +17,10 @@ MAY_DIFFER = (
 )  # fmt: skip
 """Settings that leave the experiment the same; those that begin with wandb_ come on top."""
 
+SCALARS_KEPT = ("probability", "logit")
+REPORT = ("gd", "gc", "remainder_student", "remainder_teacher")
+"""What is kept of each scalar of evaluate.py's report on gradients."""
+
 CURVES = ("clean", "pgd20", "holdout_pgd10")
 
 
@@ -180,15 +184,18 @@ def _checkpoint(result: dict[str, Any], path: Path, key: str) -> dict[str, Any]:
 
 
 def _gradients(result: dict[str, Any], path: Path) -> dict[str, Any]:
-    """gd, gc and their definition as the run measured them; of evaluate.py's other scalars those of the logit."""
+    """gd, gc and their definition as the run measured them; of evaluate.py's report what `SCALARS_KEPT` names."""
     gradients = _get(result, path, "gradients", dict, optional=True)
     if not gradients:
         return {}
     kept = {key: _get(gradients, path, key, int | float) for key in ("gd", "gc")}
     kept["definition"] = _get(gradients, path, "definition", str)
-    scalars = _get(gradients, path, "scalars", dict, optional=True) or {}
-    if logit := _get(scalars, path, "logit", dict, optional=True):
-        kept["scalars"] = {"logit": {key: _get(logit, path, key, int | float) for key in ("gd", "gc")}}
+    if scalars := _get(gradients, path, "scalars", dict, optional=True):
+        kept["scalars"] = {
+            name: {key: _get(of_scalar, path, key, int | float) for key in REPORT}
+            for name in SCALARS_KEPT
+            if (of_scalar := _get(scalars, path, name, dict))
+        }
     return kept
 
 

@@ -40,8 +40,7 @@ class RunRecord:
     flags: str
     """Per attacked image the digit of the step of FIRST_BROKEN_BY that it fell to, '-' if to none; may be empty."""
     gradients: dict[str, Any]
-    """gd, gc and their definition; where evaluate.py measured more, also the logit's under "scalars"; empty without a
-    teacher."""
+    """gd, gc and their definition, where evaluate.py measured it also its "scalars"; empty without a teacher."""
     best: dict[str, Any]
     """The checkpoint chosen on held-out training images; empty if none was kept."""
     swa: dict[str, Any]
@@ -85,15 +84,19 @@ class RunRecord:
         """Cosine between the student's and the teacher's input gradients; higher is closer."""
         return self.gradients.get("gc")
 
+    def of_scalar(self, scalar: str, key: str) -> float | None:
+        """What evaluate.py's report on gradients says about "probability" or "logit"."""
+        return self.gradients.get("scalars", {}).get(scalar, {}).get(key)
+
     @property
     def logit_gd(self) -> float | None:
         """Distance between the input gradients of the true class's logit."""
-        return self.gradients.get("scalars", {}).get("logit", {}).get("gd")
+        return self.of_scalar("logit", "gd")
 
     @property
     def logit_gc(self) -> float | None:
         """Cosine between the input gradients of the true class's logit."""
-        return self.gradients.get("scalars", {}).get("logit", {}).get("gc")
+        return self.of_scalar("logit", "gc")
 
     @property
     def holdout_pgd10(self) -> float | None:
