@@ -18,7 +18,7 @@ setup: .venv/ready
 test: setup
 	$(ONE) $(PY) -m pytest
 
-# Kills, starves and feeds garbage to real runs for some half an hour; rewrites docs/reliability.md.
+# Kills, starves and feeds garbage to real runs for some 20 minutes; rewrites docs/reliability.md.
 test-faults: setup
 	$(PY) tests/fault_run.py --write docs/reliability.md
 

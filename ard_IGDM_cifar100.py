@@ -18,7 +18,7 @@ RECIPE = {
     "method": "ARD",
     "adds": "IGDM",
     "networks": {"teacher": "BDM", "student": "RES-18"},
-    # IGDM paper, section 5.1, for all methods; lr is divided by 10 after 1/2 and 3/4 of the epochs.
+    # IGDM paper, section 5.1 (RSLAD 300 epochs: its preset); lr is divided by 10 after 1/2 and 3/4 of the epochs.
     "optimisation": {"epochs": 200, "batch": 128, "lr": 0.1, "momentum": 0.9, "wd": 5e-4, "lr_milestones": None},
     # ARD paper, section 5, with the step 2/255 that the later papers use.
     "inner": {"attack": "pgd", "epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10},

@@ -1,1 +1,1 @@
-"""The benchmarks behind docs/performance.md: python -m benchmarks.training_step, .evaluation, .scaling."""
+"""The benchmarks behind docs/performance.md: python -m benchmarks.training_step, .evaluation, .gpu_check, .report."""

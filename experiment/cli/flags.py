@@ -61,12 +61,12 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
     "train_examples": {
         "type": whole(0),
         "default": 0,
-        "help": "train on so many of the training images, balanced as they are, always the same ones; 0 for all",
+        "help": "train on so many of the training images, in the classes' shares, always the same ones; 0 for all",
     },
     "holdout": {
         "type": whole(0),
         "default": 0,
-        "help": "training images to set aside, balanced over the classes, and to measure on instead; 0 for none",
+        "help": "training images to set aside, in the classes' shares, and to measure PGD-10 on; 0 for none",
     },
     "eval_after": {
         "type": whole(0),

@@ -1,7 +1,7 @@
 """Stopping in order: a signal to this process, to another rank, or twice to the same one.
 
 ``torchrun`` forwards SIGTERM, SIGINT and SIGHUP to its workers and kills them 30 seconds later; a scheduler that stops
-the whole job signals the workers itself, and the signal arrives twice. SIGUSR1 (SLURM's ``--signal=USR1@60``) it
+the whole job signals the workers itself, and the signal arrives twice. SIGUSR1 (SLURM's ``--signal``) it
 forwards only with ``--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1``; without, the agent dies of it, and its workers
 stop in order if the scheduler signals them too. Every worker ends with status 75, torchrun itself with 1.
 
