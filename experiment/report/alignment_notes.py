@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from experiment.report.groups import Gain, SeedGroup
 from experiment.report.run_record import RunRecord
-from experiment.report.text import comma_list, p_value
+from experiment.report.text import comma_list, p_value, short_name
 
 MEASURES = {"GC": ("gc", 1), "GD": ("gd", -1), "logit GC": ("logit_gc", 1), "logit GD": ("logit_gd", -1)}
 """By name: the attribute of a run, and the sign of a change that brings the student closer to the teacher."""
@@ -21,7 +21,8 @@ def alignment_notes(groups: Sequence[SeedGroup], gains: Sequence[Gain]) -> list[
     for setting in dict.fromkeys(map(_setting, groups)):
         runs = [run for group in groups if _setting(group) == setting for run in group.runs if _is_measured(run)]
         pairs = [pair for gain in gains if _setting(gain.group) == setting for pair in _pairs(gain)]
-        where = f"Alignment and robustness ({comma_list(setting)})"
+        teacher, *rest = setting
+        where = f"Alignment and robustness ({comma_list([short_name(teacher), *rest])})"
         if len(runs) >= FEWEST and len({run.name for run in runs}) > 1:
             found = _correlations(runs, getattr)
             notes.append(f"{where}, rank correlation with AutoAttack accuracy over {len(runs)} students: {found}.")
@@ -68,7 +69,7 @@ def _is_measured(run: RunRecord) -> bool:
 
 
 def _setting(group: SeedGroup) -> tuple[str, str, str]:
-    return group.first.teacher_name, group.first.student, group.first.dataset
+    return group.first.teacher, group.first.student, group.first.dataset
 
 
 def _change(pair: tuple[RunRecord, RunRecord], key: str) -> float | None:
