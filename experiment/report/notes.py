@@ -40,13 +40,15 @@ def notes_of(groups: Sequence[SeedGroup], gains: Sequence[Gain], pending: Sequen
         if unequal := unequal_settings([group for group in groups if group.first.dataset == dataset]):
             notes.append(f"These rows are not trained and measured alike: {'; '.join(unequal)}.")
     notes += _published_notes(groups)
+    alone = []
     for group in groups:
         if not group.is_baseline and not any(other.pair == group.pair and other.is_baseline for other in groups):
             first = group.first
-            notes.append(
-                f"{labels[id(group)]} ({first.teacher_name}, {first.student}, {first.dataset}): no gain, as no "
+            alone.append(
+                f"{group.name} ({first.teacher_name}, {first.student}, {first.dataset}): no gain, as no "
                 f"run of {first.method} alone with the same teacher, student and dataset is listed."
             )
+    notes += dict.fromkeys(alone)  # once for all variants
     if pending:
         notes.append(f"{len(pending)} runs are not finished: they are listed and in no figure.")
     return notes
