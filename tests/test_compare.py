@@ -517,6 +517,14 @@ def test_gradients_and_the_best_checkpoint_have_columns_where_measured(pair, tmp
     assert "g = something" in printed
 
 
+def test_the_peak_of_a_curve_is_told_beside_its_end(pair, tmp_path):
+    """Of a curve of five epochs or more; two are no curve."""
+    assert "Robust overfitting" not in compare(*pair)
+    rows = [{"epoch": epoch, "pgd20": value} for epoch, value in enumerate((0.2, 0.31, 0.45, 0.4, 0.42), start=1)]
+    (pair[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "minus that of the last: AdaAD+IGDM 3.00." in compare(*pair)
+
+
 def test_unequal_training_of_different_methods_is_said(tmp_path):
     folders = [
         make_run(tmp_path / "a", epochs=2, config={"outer_settings": ["ce_weight"]}, ce_weight=0.0, attack_steps=10),

@@ -9,7 +9,7 @@ from experiment.report.published import published_cell, published_epochs, source
 from experiment.report.run_record import PendingRun
 from experiment.report.statistics import seeds_needed
 from experiment.report.tables import labels_of
-from experiment.report.text import ABSENT, budget, comma_list, p_value, short_text
+from experiment.report.text import ABSENT, budget, comma_list, p_value, points, short_text
 
 GAINS_TO_FIND = (0.01, 0.02, 0.03)
 """Gains, in fractions, for which the number of seeds is told."""
@@ -31,6 +31,12 @@ def notes_of(groups: Sequence[SeedGroup], gains: Sequence[Gain], pending: Sequen
     notes += [f"GD (lower is closer to the teacher), GC (higher is closer): {text}." for text in definitions if text]
     if any(group.values("best_minus_last") for group in groups):
         notes.append("best - last: PGD-20 of the checkpoint chosen on held-out training images minus that of the last.")
+    if peaks := [group for group in groups if group.values("peak_minus_last") and group.first.teacher != "-"]:
+        each = (f"{labels[id(group)]} {points(group.values('peak_minus_last'))}" for group in peaks)
+        notes.append(
+            "Robust overfitting, at most: PGD-20 of the best epoch (which the test images choose) minus that of the "
+            f"last: {comma_list(each)}."
+        )
     if any(group.values("logit_gc") for group in groups):
         notes.append("Logit GD and logit GC: the same with g = gradient of logits[true class] (evaluate.py).")
     for gain in gains:

@@ -10,6 +10,10 @@ FIRST_BROKEN_BY = ("clean", "apgd-ce", "apgd-t", "fab-t", "square")
 """AutoAttack's attacks in their order, after the clean pass."""
 
 
+EPOCHS_OF_A_PEAK = 5
+"""Below so many evaluated epochs a curve has no peak to speak of."""
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """One run as its files tell it; accuracies are fractions in [0, 1]."""
@@ -73,6 +77,12 @@ class RunRecord:
     def best_minus_last(self) -> float | None:
         """PGD-20 accuracy of the best checkpoint minus that of the last: robust overfitting."""
         return self.best["pgd20"] - self.pgd20 if self.best.get("pgd20") is not None else None
+
+    @property
+    def peak_minus_last(self) -> float | None:
+        """Highest PGD-20 accuracy of any evaluated epoch minus the last one's; the test images choose the epoch."""
+        curve = self.curves["pgd20"]
+        return max(curve.values()) - curve[max(curve)] if len(curve) >= EPOCHS_OF_A_PEAK else None
 
     @property
     def gd(self) -> float | None:
