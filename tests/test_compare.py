@@ -380,6 +380,7 @@ def test_alignment_and_robustness_are_counted_and_correlated(tmp_path):
                 "gc": 0.5001 + 0.01 * better + 0.001 * seed,
                 "definition": "g = something",
                 "scalars": dict.fromkeys(("probability", "logit"), scalar),
+                "scalars_examples": 400,
             }
             robust = 0.3 + 0.02 * better + 0.001 * seed
             folder = tmp_path / "runs" / f"{adds}{seed}"
@@ -392,7 +393,7 @@ def test_alignment_and_robustness_are_counted_and_correlated(tmp_path):
     )
     assert pairs in printed
     assert "these changes with AutoAttack's: GC +1.00 (p < 0.001), GD -1.00 (p < 0.001)" in printed
-    assert "Logit GD and logit GC: the same with" in printed
+    assert "Logit GD and logit GC: the same with g = gradient of logits[true class] (evaluate.py, 400 test" in printed
     assert "mean over students: of the probability 0.15, of the logit 0.15; of the teacher's 0.30 and 0.30." in printed
     report.compare([tmp_path / "runs"], tmp_path / "out", lambda text: None)
     assert "logit GC" in (tmp_path / "out" / "alignment.svg").read_text()

@@ -37,8 +37,13 @@ def notes_of(groups: Sequence[SeedGroup], gains: Sequence[Gain], pending: Sequen
             "Robust overfitting, at most: PGD-20 of the best epoch (which the test images choose) minus that of the "
             f"last: {comma_list(each)}."
         )
-    if any(group.values("logit_gc") for group in groups):
-        notes.append("Logit GD and logit GC: the same with g = gradient of logits[true class] (evaluate.py).")
+    of_logit = {run.gradients["scalars_examples"] for group in groups for run in group.runs if run.logit_gc is not None}
+    if of_logit:
+        images = comma_list(sorted(of_logit))
+        notes.append(
+            "Logit GD and logit GC: the same with g = gradient of logits[true class] "
+            f"(evaluate.py, {images} test images)."
+        )
     for gain in gains:
         notes += _gain_notes(gain, labels)
     notes += alignment_notes(groups, [gain for gain in gains if gain.group.name != gain.baseline.name])

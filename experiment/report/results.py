@@ -48,7 +48,8 @@ def read_run(folder: Path) -> RunRecord:
         if record.get("gradients") and record.get("teacher_sha256") == teacher
     ]
     if aligned:
-        result = {**result, "gradients": aligned[-1] | (result.get("gradients") or {})}
+        reported = {**aligned[-1], "scalars_examples": aligned[-1].get("examples")}
+        result = {**result, "gradients": reported | (result.get("gradients") or {})}
     return checked_run(folder, config, result, rows, evaluations, weights_sha256(folder))
 
 
@@ -196,6 +197,7 @@ def _gradients(result: dict[str, Any], path: Path) -> dict[str, Any]:
             for name in SCALARS_KEPT
             if (of_scalar := _get(scalars, path, name, dict))
         }
+        kept["scalars_examples"] = _get(gradients, path, "scalars_examples", int)
     return kept
 
 
