@@ -40,7 +40,8 @@ def results_table(groups: Sequence[SeedGroup], gains: Sequence[Gain]) -> Table:
     }
     for figure, head in HEADS.items():
         columns[head] = [points(group.values(figure)) for group in groups]
-    columns[f"{added} gain".strip()] = [points(by_group.get(id(group), ()), "+") for group in groups]
+    if added:
+        columns[f"{added} gain"] = [points(by_group.get(id(group), ()), "+") for group in groups]
     optional = {
         "GD": [spread(group.values("gd"), 4) for group in groups],
         "GC": [spread(group.values("gc"), 3) for group in groups],
