@@ -7,6 +7,9 @@ from typing import Any
 from experiment.report import figures
 from experiment.report.groups import Gain, SeedGroup
 
+CHARACTERS = 150
+"""About so many stand side by side under the alignment figure."""
+
 
 def gains_figure(gains: Sequence[Gain]) -> Any:
     """A dot per seed, the mean and its 95 % interval per pair; None without gains."""
@@ -68,7 +71,9 @@ def alignment_figure(groups: Sequence[SeedGroup]) -> Any:
     for axes in panels[::2]:
         axes.set_ylabel("AutoAttack accuracy (%): small marks are runs,\nlarge ones means, arrows baseline to twin")
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=min(4, len(shown)), frameon=False, fontsize=9)
+    columns_that_fit = max(1, CHARACTERS // (max(len(labels[id(group)]) for group in shown) + 8))
+    ncols = min(4, len(shown), columns_that_fit)
+    figure.legend(*handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
     return figure
 
 
