@@ -107,7 +107,7 @@ def sign_step(
     x_adv = x_adv.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(objective(x_adv, *given), [x_adv])
     with torch.no_grad():
-        return project(x_adv + step_size * gradient.sign_(), x, epsilon)
+        return project(x_adv + step_size * gradient.sign(), x, epsilon)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 
 import attacks
 from cifar100_models import build_model
+from experiment import UserError, data
 from experiment.engine import Engine
 from experiment.engine.accelerated import Accelerated
 from experiment.engine.folding import FrozenLayer, folded_view
@@ -90,6 +91,46 @@ def test_untraceable_forward_runs_as_it_is():
     x = torch.rand(2, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(accelerated(model)(x), model(x))
+
+
+class Hooked(nn.Module):
+    """weight_norm's hook makes the convolution's weight anew in each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.utils.weight_norm(nn.Conv2d(3, 8, 3))
+        self.bn = nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        return self.linear(self.bn(self.conv(x)).mean(dim=(2, 3)))
+
+
+class Noisy(Hooked):
+    """A defence by noise, drawn in each pass."""
+
+    def forward(self, x):
+        return super().forward(x + torch.randn(3, 8, 8))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("network", [Hooked, Noisy])
+def test_a_network_that_a_view_would_freeze_runs_as_it_is(network):
+    model = network()
+    if network is Noisy:
+        nn.utils.remove_weight_norm(model.conv)
+    wrapped = accelerated(model)
+    for seed in (0, 1):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3)
+        x = torch.rand(2, 3, 8, 8)
+        model.eval()
+        torch.manual_seed(seed)
+        expected = model(x)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            assert torch.equal(wrapped(x), expected)
 
 
 def test_weight_gradients_in_eval_mode_are_those_of_the_model():
@@ -269,3 +310,30 @@ def test_cuda_without_a_number_is_a_device_with_one(flag, rank, index, monkeypat
         monkeypatch.setenv("LOCAL_RANK", rank)
     assert engine(device=flag).device == torch.device("cuda", index)
     assert chosen == [index]
+
+
+@pytest.mark.parametrize(
+    ("flag", "gpus", "said"),
+    [
+        ("cuda:1", 2, "--device cuda:1 is not allowed with 2 processes"),
+        ("cuda", 1, "started 2 processes here, torch sees 1"),
+    ],
+)
+def test_processes_that_would_share_a_gpu_are_refused(flag, gpus, said, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    with pytest.raises(UserError, match=said):
+        engine(device=flag)
+
+
+def test_a_ranks_usual_batch_is_its_own_share():
+    """Of 128 images three ranks get 42, 43 and 43: each is compiled for its own."""
+    images, shares = data.load_data("digits"), []
+    for rank in range(3):
+        one = engine(batch=128)
+        one.world, one.rank = 3, rank
+        x, *_ = next(images.batches(128, 0, 1, rank=rank, world=3))
+        assert one.accelerate(build_model("RES-8", CLASSES)).batch == len(x)
+        shares.append(len(x))
+    assert shares == [42, 43, 43]

@@ -502,6 +502,24 @@ def test_half_precision_images_keep_their_dtype(name):
 
 
 @every_attack
+def test_a_network_may_begin_with_a_sum(name):
+    """Whose gradient with respect to the input is one number seen many times: it cannot be written to."""
+
+    class Sums(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.linear = nn.Linear(3, CLASSES, dtype=torch.float64)
+            nn.init.normal_(self.linear.weight, generator=torch.Generator().manual_seed(seed))
+
+        def forward(self, x):
+            return self.linear(x.sum(dim=(2, 3)))
+
+    x, y = images()
+    x_adv = run(name, Sums(0), Sums(1), x, y)
+    assert (x_adv - x).abs().max() > EPSILON / 2
+
+
+@every_attack
 def test_networks_may_answer_in_half_precision(name):
     """As under autocast: objectives are computed in float32, the images stay float32."""
 

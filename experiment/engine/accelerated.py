@@ -163,8 +163,10 @@ class Accelerated(nn.Module):
         usual, view = len(x) == self.batch, self.view
         if self.model.training:
             return self._compiled[0](x) if usual else self.model(x)
-        if view is None or (torch.is_grad_enabled() and any(p.requires_grad for p in self._weights)):
-            return self.model(x)  # no view, or gradients of the weights are wanted
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self._weights):
+            return self.model(x)  # gradients of the weights are wanted
+        if view is None:
+            return self._compiled[0](x) if usual else self.model(x)
         view.refresh()
         return view.compiled(x) if usual else view.graph(x)
 

@@ -60,19 +60,26 @@ def folded_view(
 ) -> fx.GraphModule | None:
     """A view of the model's eval-mode forward in which each BatchNorm that follows a convolution is folded into it.
 
-    Modules that cannot be folded are shared with the model. Returns None where the forward cannot be traced, such as
-    one with branches on data; the model then runs as it is.
+    Modules that cannot be folded are shared with the model. Returns None, so that the model runs as it is, where a view
+    would not be the model: its forward cannot be traced, such as one with branches on data; hooks run with it, such as
+    weight_norm's, which makes the weight anew in each pass; it makes tensors that are no weights, such as random ones,
+    which a trace takes for constants.
 
     Args:
         merge_pads: let a convolution do the padding before it, where that is of zeros and alike on opposite sides.
         dtype: store the weights of convolutions and linear layers so, for passes under autocast to this type.
     """
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return None
     with frozen(model):
         try:
             # The forward's constants, such as dropout's training flag, are those of eval mode: traced frozen.
             graph = fx.Tracer().trace(model)
         except Exception:  # a tracer fails in as many ways as a forward can be written
             return None
+    weights = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    if any(node.op == "get_attr" and node.target not in weights for node in graph.nodes):
+        return None
     modules = dict(model.named_modules())
     view = fx.GraphModule(model, graph)
     for node in list(graph.nodes):

@@ -41,9 +41,7 @@ class Engine:
         self.precision, self.compile, self._batch = args.precision, bool(args.compile), args.batch
         self._fast: list[Accelerated] = []
         self._fast_path, self._attack_step = fast_path, None
-        # set_device refuses a "cuda" without a number.
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if args.device == "cuda" else args.device
-        self.device = torch.device(device)
+        self.device = self._own_device(args.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.requests = StepRequests(self.device, self.world)
@@ -51,13 +49,31 @@ class Engine:
         if self.world > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             self.store, rank, world = next(dist.rendezvous("env://"))
-            dist.init_process_group(backend, store=self.store, rank=rank, world_size=world)
+            own = self.device if self.device.type == "cuda" else None
+            dist.init_process_group(backend, store=self.store, rank=rank, world_size=world, device_id=own)
             # Left to the interpreter's end, the group's threads now and then abort a process that was done.
             atexit.register(dist.destroy_process_group)
         self._first, self.local_batch, self._total = 0, 1, 1  # this rank's rows of the global batch
         self._set_numerics(deterministic=bool(args.deterministic))
         # All ranks hold the same generator state; attacks.shard_of gives each its own rows of every draw.
         torch.manual_seed(args.seed)
+
+    def _own_device(self, device: str) -> torch.device:
+        """This rank's own of the devices that --device names.
+
+        Raises:
+            UserError: all ranks would compute on one GPU, or there are more of them here than GPUs.
+        """
+        if not device.startswith("cuda"):
+            return torch.device(device)
+        if self.world > 1:
+            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+            if device != "cuda":
+                raise UserError(f"--device {device} is not allowed with {self.world} processes; cuda: each has its own")
+            if here > gpus:
+                raise UserError(f"torchrun started {here} processes here, torch sees {gpus} GPU(s); each needs its own")
+        # set_device refuses a "cuda" without a number.
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
 
     def _set_numerics(self, deterministic: bool) -> None:
         tf32 = self.precision != "fp32"
@@ -139,7 +155,8 @@ class Engine:
     def accelerate(self, model: nn.Module) -> Accelerated:
         """A faster way to call the same network; the network itself stays the one that is trained and saved."""
         model.to(memory_format=torch.channels_last)
-        batch = self._batch // self.world
+        # This rank's share of a full batch: those of 128 images on three ranks are not alike.
+        batch = self._batch * (self.rank + 1) // self.world - self._batch * self.rank // self.world
         fast = Accelerated(model, compiled=self.compile, batch=batch, fast_path=self._fast_path)
         self._fast.append(fast)
         graph, cuda_graph = self._fast_path.attack_graph, self._fast_path.cuda_graph
