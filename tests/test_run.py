@@ -19,7 +19,7 @@ from fault_kills import POINTS
 from fault_server import ROOT, SCRIPTS, SMALL, result_of, stopped_run
 
 from experiment import UserError, data, evaluation, files
-from experiment.run import checks, provenance
+from experiment.run import Run, checks, provenance
 from experiment.run.estimate import Estimate, duration
 from experiment.run.health import fault_of, predicts_one_class
 from experiment.run.progress import epoch_line
@@ -395,7 +395,53 @@ def test_a_run_that_keeps_best_and_mean_goes_on_bit_for_bit(small, kept, fault):
     assert result_of(small.home / "runs" / name) == result
 
 
+def test_the_epochs_that_compete_to_be_the_best_stay_the_same(small, kept):
+    flags, _ = kept
+    again = [*flags, "--eval_after", "0", "--run_name", "kept"]
+    small.server.run(SCRIPTS[0], again, small.home).expect(2, "eval_after 1 there, 0 now")
+
+
+def test_best_and_mean_are_the_checkpoints_whatever_happened_to_their_files(small, kept):
+    """best.pt may be of an epoch that a kill has undone; swa.pt holds statistics that a GPU would not find again."""
+    flags, result = kept
+    folder = small.home / "runs" / "undone"
+    flags = [*flags, "--run_name", "undone"]
+    small.server.run(SCRIPTS[0], flags, small.home, faults=[("evaluation", 5, "SIGTERM")]).expect(75)
+    best = torch.load(folder / "best.pt", weights_only=True)
+    files.save(folder / "best.pt", {**best, "state_dict": {k: 0 * v for k, v in best["state_dict"].items()}})
+    mean = torch.load(small.home / "runs" / "kept" / "swa.pt", weights_only=True)
+    moved = {k: v * 1.25 if k.endswith("running_var") else v for k, v in mean["state_dict"].items()}
+    files.save(folder / "swa.pt", {**mean, "state_dict": moved})
+    small.server.run(SCRIPTS[0], flags, small.home).expect(0)
+    found = result_of(folder)
+    assert found["best"] == result["best"]
+    hashes = {
+        (name, file): files.state_sha256(files.load_student(small.home / "runs" / name / file))
+        for name in ("kept", "undone")
+        for file in ("best.pt", "swa.pt")
+    }
+    assert hashes["undone", "best.pt"] == hashes["kept", "best.pt"]
+    assert hashes["undone", "swa.pt"] != hashes["kept", "swa.pt"]
+    assert found["swa"]["autoattack"]["student_sha256"] == hashes["undone", "swa.pt"]
+
+
 # What it says about time
+
+
+def test_the_bar_of_several_ranks_shows_the_epoch_and_the_speed_of_all():
+    shown = []
+    bar = SimpleNamespace(step=lambda: None, due=lambda: True, figures=lambda *figures: shown.append(figures))
+    state = State(seen=500, epoch_seconds=2.0, sums={"robust": torch.tensor(3.0)})
+    run = SimpleNamespace(
+        _bar=bar, _state=state, args=argparse.Namespace(epochs=9), _estimate=SimpleNamespace(after_step=lambda _: None)
+    )
+    run._refuse_divergence = lambda: shown.append("looked")
+    for world, main in ((1, True), (4, True), (4, False)):
+        run.engine = SimpleNamespace(world=world, main=main)
+        Run._show_step(run, 3)
+    of_one, looked, of_all = shown
+    assert (of_one[0], of_one[1], of_one[2]["loss"], looked) == (3, 9, 3 / 500, "looked")
+    assert of_all == (3, 9, {"images_per_second": 250.0}), "the sums of one rank are no loss of the run"
 
 
 def test_the_time_left_counts_evaluation_and_autoattack():

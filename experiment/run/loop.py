@@ -191,9 +191,13 @@ class Run:
 
     def _show_step(self, epoch: int) -> None:
         self._bar.step()
-        if self.engine.world == 1 and self._bar.due():
-            self._bar.figures(epoch, self.args.epochs, self._state.means())
-            self._refuse_divergence()
+        if self.engine.main and self._bar.due():
+            means, alone = self._state.means(), self.engine.world == 1
+            if not alone:  # the sums are of this rank's share
+                means = {"images_per_second": means["images_per_second"]}
+            self._bar.figures(epoch, self.args.epochs, means)
+            if alone:
+                self._refuse_divergence()
         told = self._estimate.after_step(self._state)
         if told:
             self._bar.line(told)
@@ -265,11 +269,13 @@ class Run:
         state.seconds["evaluation"] += time.monotonic() - self._trained_at
         if self._networks.averaged is not None and epoch > args.swa_after:
             self._networks.averaged.update_parameters(self._networks.student)
-        self._keep_best(epoch, accuracies)
+        is_best = self._is_best(epoch, accuracies)
         state.begin_epoch()
         self._trained = None
         self._save()
         self._write_metrics()
+        if is_best and self.engine.main:
+            self._writer().write("best.pt", self._networks.student, state.best)
         if self.engine.any_rank(self._stopping.requested()):
             self._stopping.leave_together()
         if self.engine.main:
@@ -278,14 +284,14 @@ class Run:
         if epoch == args.epochs:
             self._may_stop_anywhere()
 
-    def _keep_best(self, epoch: int, accuracies: dict[str, float]) -> None:
-        """Write best.pt if this epoch is the best on the held-out images, the first one among equals."""
-        accuracy, best = accuracies.get("holdout_pgd10"), self._state.best
-        if accuracy is None or (best is not None and accuracy <= best["holdout_pgd10"]):
-            return
-        self._state.best = {"epoch": epoch, "holdout_pgd10": accuracy}
-        if self.engine.main:
-            self._writer().write("best.pt", self._networks.student, self._state.best)
+    def _is_best(self, epoch: int, accuracies: dict[str, float]) -> bool:
+        """Whether this epoch is the best on the held-out images, the first one among equals; if so, keep it."""
+        accuracy, state = accuracies.get("holdout_pgd10"), self._state
+        if accuracy is None or (state.best is not None and accuracy <= state.best["holdout_pgd10"]):
+            return False
+        state.best = {"epoch": epoch, "holdout_pgd10": accuracy}
+        state.best_weights = {name: value.clone() for name, value in self._networks.student.state_dict().items()}
+        return True
 
     def _write_metrics(self) -> None:
         """metrics.jsonl is written whole, from the rows that the checkpoint holds: none can be missing or doubled."""

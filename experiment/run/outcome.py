@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -60,7 +61,7 @@ def measure(
     attacked = _Attacks(args, images, writer.folder, autoattack)
     attack = attacked("autoattack", networks.student) if args.aa_examples else None
     last = {**state.rows[-1], "autoattack": attack}
-    best = _best(args, images, networks.student, state, last, attacked, writer.folder)
+    best = _best(args, images, networks.student, state, last, attacked, engine, writer)
     mean = _averaged(args, images, networks.averaged, engine, attacked, writer)
     evaluation = state.seconds["evaluation"] + time.monotonic() - began - attacked.waited
     return {
@@ -118,17 +119,21 @@ def _best(
     state: State,
     last: dict[str, Any],
     attacked: _Attacks,
-    folder: Path,
+    engine: Engine,
+    writer: StudentWriter,
 ) -> dict[str, Any] | None:
     """Test accuracies of best.pt: the epoch that was best on the held-out images, and on nothing else."""
     if state.best is None:
         return None
+    best = copy.deepcopy(student)
+    # A run that an earlier version began has them in the file alone.
+    best.load_state_dict(state.best_weights or files.load(writer.folder / "best.pt")["state_dict"])
+    if engine.main and state.best_weights:
+        writer.write("best.pt", best, state.best)
     attack = bool(args.aa_best and args.aa_examples)
     if state.best["epoch"] == last["epoch"]:
         found = {name: last[name] for name in ("clean", "pgd20")}
         return {**state.best, **found, "autoattack": last["autoattack"] if attack else None}
-    best = copy.deepcopy(student)
-    best.load_state_dict(files.load(folder / "best.pt")["state_dict"])
     return {**state.best, **_accuracies(best, args, images, attacked, "autoattack_best" if attack else None)}
 
 
@@ -150,15 +155,27 @@ def _averaged(
         return None
 
     def inputs() -> Iterator[Tensor]:
-        # An epoch that no training has seen, whole on every rank: all get the same statistics.
+        # An epoch that no training has seen.
         yield from (x for x, *_ in images.batches(args.batch, args.seed, args.epochs + 1))
 
-    model = averaged.module
-    update_bn(inputs(), model)
-    if engine.main:
-        writer.write("swa.pt", model, {"averaged_epochs": int(averaged.n_averaged)})
+    model, path = averaged.module, writer.folder / "swa.pt"
+    # Estimated once, and read by all: on a GPU they may differ in the last bit from rank to rank, or after a kill, and
+    # AutoAttack's chunks would then be of several networks.
+    if engine.main and not _is_of(path, model):
+        update_bn(inputs(), model)
+        writer.write(path.name, model, {"averaged_epochs": int(averaged.n_averaged)})
+    engine.barrier()
+    model.load_state_dict(files.load(path)["state_dict"])
     attack = "autoattack_swa" if args.aa_best and args.aa_examples else None
     return {"epochs": int(averaged.n_averaged), **_accuracies(model, args, images, attacked, attack)}
+
+
+def _is_of(path: Path, model: nn.Module) -> bool:
+    """Whether the file holds a network with the model's parameters, its statistics aside."""
+    if not path.exists():
+        return False
+    there = files.load(path)["state_dict"]
+    return all(torch.equal(there[name], value.cpu()) for name, value in model.named_parameters())
 
 
 def _accuracies(

@@ -21,7 +21,9 @@ class State:
         seconds: of ``train`` and ``evaluation`` so far.
         epoch_seconds: of training in the epoch in work.
         changed: what differed between the run's start and its resumptions.
-        best: epoch and accuracy on the held-out images of best.pt.
+        best: epoch and accuracy on the held-out images of the best epoch.
+        best_weights: its state dict. Of this, best.pt is a copy: a file of its own could be of an epoch that was lost
+            in a kill and came out otherwise when it was repeated.
     """
 
     epoch: int = 0
@@ -33,6 +35,7 @@ class State:
     epoch_seconds: float = 0.0
     changed: list[str] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    best_weights: dict[str, Tensor] | None = None
 
     def begin_epoch(self) -> None:
         """Count the epoch in work as finished."""
@@ -52,7 +55,7 @@ class State:
         return {"loss": sum(terms.values()), **terms, "images_per_second": speed}
 
 
-LATER_FIELDS = {"changed": [], "best": None}
+LATER_FIELDS = {"changed": [], "best": None, "best_weights": None}
 """Fields that a last.pt of an earlier version may lack, and what they were then."""
 
 
