@@ -69,10 +69,12 @@ def parse_args(argv=None):
     parser.set_defaults(**{name: str(value) for name, value in own.items()})
     args = parser.parse_args(argv)
     possible = {"gradients": args.teacher is not None, "autoattack": args.aa_examples > 0}
-    asked, args.attacks = args.attacks, [name for name in args.attacks or ATTACKS if possible.get(name, True)]
+    named = args.attacks or []
+    args.asked = bool(named)
+    args.attacks = [name for name in args.attacks or ATTACKS if possible.get(name, True)]
     needs = {"gradients": "give --teacher, whose gradients they are compared with", "autoattack": "give --aa_examples"}
     for name, need in needs.items():
-        if asked and name in asked and not possible[name]:
+        if name in named and not possible[name]:
             parser.error(f"argument --attacks: {name} would measure nothing: {need}")
     if args.save_adversarial and len(set(args.attacks) & set(WHITE_BOX)) != 1:
         parser.error(f"argument --save_adversarial: saves one attack's images; give --attacks one of {WHITE_BOX}")
@@ -228,7 +230,10 @@ def main():
     engine = Engine(args)
     images = data.load_data(args.dataset, args.data_dir, engine.device, **data.selection(args))
     if "autoattack" in args.attacks and images.num_classes < 10:
-        raise UserError(f"AutoAttack needs 10 classes, {args.dataset} has {images.num_classes}; name other --attacks")
+        if args.asked:
+            few = f"{args.dataset} has {images.num_classes}"
+            raise UserError(f"AutoAttack needs 10 classes, {few}; name other --attacks")
+        args.attacks.remove("autoattack")
     network, digest, beside, teacher = load_networks(args, images, engine.device)
     student = network.model
     started = time.perf_counter()

@@ -8,6 +8,7 @@ from evaluation_cases import EPSILON, labelled, tiny_network
 
 import attacks
 from experiment import evaluation
+from experiment.evaluation import curve
 from experiment.evaluation.second_opinion import sign_test
 
 
@@ -88,6 +89,18 @@ def test_the_curve_of_autoattack_attacks_only_what_withstood(quick_autoattack, t
     again = evaluation.autoattack_curve(network, x, y, [0, 0.002, 0.01], folder=tmp_path, progress=False)
     assert [point["flags"] for point in again] == [point["flags"] for point in points]
     assert not quick_autoattack  # read from its chunks
+
+
+def test_chunks_of_other_arithmetic_are_others(monkeypatch):
+    """With TF32 or without, or begun on a CPU: the record says which, so none may be made of another's chunks."""
+    network = tiny_network()
+    x, y = labelled(network)
+    names = set()
+    for device, tf32 in (("cpu", True), ("cuda", True), ("cuda", False)):
+        monkeypatch.setattr("experiment.evaluation.curve.device_of", lambda *_, kind=device: torch.device(kind))
+        monkeypatch.setattr("torch.backends.cudnn.allow_tf32", tf32)
+        names.add(curve._chunks_name(network, x, y, EPSILON, 250, 0))
+    assert len(names) == 3
 
 
 def test_accuracy_by_class_is_worst_first():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from fault_files import small_npz
 from torch import nn
 
 import evaluate
@@ -126,6 +127,20 @@ def test_evaluate_attacks_a_run_that_was_not_attacked(quick_autoattack, run_fold
     evaluate_with(monkeypatch, run_folder, "--attacks", "autoattack", "--examples", "5")
     (record,) = evaluation.records(run_folder)
     assert record["accuracies"]["autoattack"][0]["examples"] == 5
+
+
+def test_few_classes_are_measured_without_autoattack_unless_it_is_asked_for(monkeypatch, capsys, tmp_path):
+    labels = {"y_train": torch.arange(40).numpy() % 4, "y_test": torch.arange(20).numpy() % 4}
+    path = small_npz(tmp_path / "four.npz", **labels)
+    torch.manual_seed(0)
+    torch.save(build_model("RES-8", 4).state_dict(), tmp_path / "bare.pt")
+    arguments = [tmp_path / "bare.pt", "--arch", "RES-8", "--dataset", path]
+    evaluate_with(monkeypatch, *arguments)
+    (record,) = evaluation.records(tmp_path)
+    assert record["measured"] == ["clean", "fgsm", "pgd", "cw"]
+    with pytest.raises(SystemExit):
+        evaluate_with(monkeypatch, *arguments, "--attacks", "autoattack")
+    assert "AutoAttack needs 10 classes" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_no_evaluation_overwrites_another(quick_autoattack, run_folder, monkeypatch):

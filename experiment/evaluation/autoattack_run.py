@@ -1,5 +1,6 @@
 """AutoAttack, standard version, by the package of its authors, in chunks that resume."""
 
+import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from experiment.files import state_sha256
 # The AutoAttack authors warn when Square breaks more than 0.2 % of the images after the white-box attacks; a single
 # image is not called a pattern, so that a sample of a few hundred does not ring by chance.
 _SQUARE_SHARE = 0.002
+_SECONDS_UNTIL_SEEN = 90  # NFS keeps what it knows of a folder for up to 60
 
 
 def autoattack(
@@ -116,13 +118,27 @@ def autoattack(
     finally:
         progress.close()
     if world > 1:
-        records = dict(finished_chunks(folder, parts))
+        records = _chunks_of_all_ranks(folder, parts)
 
     result = _merge([records[i] for i in range(len(chunks))], len(x))
     for warning in result["warnings"]:
         progress.say(f"warning: AutoAttack: {warning}")
     settings = {"epsilon": epsilon, "seed": seed, "batch": batch, "version": "standard", "package": run["package"]}
     return {**settings, **result, "student_sha256": run["student"]}
+
+
+def _chunks_of_all_ranks(folder: Path, parts: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """All chunks, once every rank has written its own; a network file system may show them some seconds later."""
+    end = time.monotonic() + _SECONDS_UNTIL_SEEN
+    while len(records := dict(finished_chunks(folder, parts))) < len(parts):
+        if time.monotonic() > end:
+            missing = next(i for i in range(len(parts)) if i not in records)
+            raise UserError(
+                f"{chunk_file(folder, missing)}, which another rank wrote, is not to be seen from here; --run_dir must "
+                "lie on a file system that all ranks share"
+            )
+        time.sleep(1)
+    return records
 
 
 def _merge(records: list[dict[str, Any]], examples: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from experiment.evaluation.accuracy import STEPS, Attacked, attack_of, attacked
 from experiment.evaluation.autoattack_files import data_sha256
 from experiment.evaluation.autoattack_run import autoattack
+from experiment.evaluation.batches import device_of
 from experiment.evaluation.flags import flags_text, wilson_interval
 from experiment.files import state_sha256
 
@@ -128,8 +129,10 @@ def autoattack_curve(
 
 
 def _chunks_name(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, batch: int, seed: int) -> str:
-    network, images = state_sha256(model)[:8], data_sha256(x, y)[:8]
-    return f"epsilon{epsilon:.6f}_seed{seed}_batch{batch}_network{network}_images{images}"
+    network, images, device = state_sha256(model)[:8], data_sha256(x, y)[:8], device_of(model, x).type
+    tf32 = torch.backends.cudnn.allow_tf32 and device == "cuda"
+    arithmetic = "" if device == "cpu" else f"_{device}_{'tf32' if tf32 else 'fp32'}"
+    return f"epsilon{epsilon:.6f}_seed{seed}_batch{batch}_network{network}_images{images}{arithmetic}"
 
 
 def _followed_by(before: Attacked, index: Tensor, latest: Attacked) -> Attacked:
