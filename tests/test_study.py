@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiment import UserError
-from experiment.report import costs, live, plan, slurm, study_main
+from experiment import RunStopped, UserError
+from experiment.report import costs, live, plan, processes, slurm, study_main
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -51,6 +51,28 @@ def study_of(tmp_path):
         return plan.read_study(path, tmp_path / "runs")
 
     return read
+
+
+def test_another_machines_device_is_planned_and_not_run_here(tmp_path, capsys, monkeypatch):
+    """From a login node, or at home: to plan it, cost it and send it needs no GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    path = tmp_path / "mine.toml"
+    path.write_text(TINY.replace("[settings]", '[settings]\ndevice = "cuda"\nprecision = "tf32"'))
+    start = [str(path), "--run_dir", str(tmp_path)]
+    study_main([*start, "--dry_run", "1"])
+    assert "--device cuda --precision tf32" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as refused:
+        study_main(start)
+    assert refused.value.code == 2
+    assert "'cuda' is not allowed; torch sees no CUDA device here" in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_teachers_of_one_file_name_make_runs_of_their_own(study_of):
+    grid = '[grid]\nteacher = ["runs/a/student.pt", "runs/b/student.pt", "runs/eps0.1", "runs/eps0.2"]'
+    study = study_of(TINY.replace("[grid]", grid))
+    names = [run.name for run in study.runs if run.name.startswith("adaad_IGDM") and run.name.endswith("seed0")]
+    assert names == [f"adaad_IGDM_{teacher}_seed0" for teacher in ("a", "b", "eps0.1", "eps0.2")]
 
 
 def test_a_grid_is_every_combination_with_the_flags_of_each_script(study_of):
@@ -170,24 +192,75 @@ def test_a_cluster_gets_the_runs_as_jobs_that_resume(study_of, tmp_path, capsys)
         slurm.submit(study, cluster="local", jobs=1, options={"partitoin": "gpu"})
 
 
-def test_a_preempted_job_lets_its_run_save_itself_and_is_queued_again(tmp_path):
-    mark = tmp_path / "saved"
+def test_a_preempted_job_lets_its_run_save_itself_and_is_queued_again(tmp_path, monkeypatch):
+    """As submitit does it: its handler interrupts the wait for the run."""
+    mark, queued, killed = tmp_path / "saved", [], []
     code = f"""
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(mark)!r}).touch(), sys.exit(75)))
-print("ready", flush=True)
+os.kill(os.getppid(), signal.SIGUSR2)
 time.sleep(60)
 """
     job = slurm.Job([sys.executable, "-c", code])
-    job._process = subprocess.Popen(job.command, stdout=subprocess.PIPE)
-    job._process.stdout.readline()
-    queued = job.checkpoint()
+    before = signal.signal(signal.SIGUSR2, lambda *_: queued.append(job.checkpoint()))
+    monkeypatch.setattr(slurm, "SECONDS_TO_SAVE", 20)
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: killed.append(process.pid))
+    try:
+        with pytest.raises(RuntimeError, match="exit status 75"):
+            job()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
     assert mark.exists()
-    assert queued.function.command == job.command
-    job._process.stdout.close()
+    assert not killed, "it had ended by itself"
+    assert queued[0].function.command == job.command
     failing = slurm.Job([sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(RuntimeError, match="exit status 3"):
         failing()
+
+
+def test_a_teacher_at_work_is_waited_for(study_of, monkeypatch):
+    study = study_of(TINY)
+    monkeypatch.setattr(plan.PlannedRun, "state", lambda run: plan.RUNNING)
+    with pytest.raises(UserError, match="is being trained"):
+        slurm.submit(study, cluster="local", jobs=1, options={"gpus_per_node": 0})
+    alone = plan.Study(study.name, study.folder, None, study.runs)
+    assert slurm.submit(alone, cluster="local", jobs=1, options={"gpus_per_node": 0}) == [], "another process has them"
+
+
+def planned(tmp_path: Path, name: str, code: str) -> plan.PlannedRun:
+    """A run of a script of few lines."""
+    (tmp_path / f"{name}.py").write_text(code)
+    return plan.PlannedRun(name, tmp_path / name, tmp_path / f"{name}.py", (), (), {"aa_examples": 0}, {})
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_hang_up_stops_a_study_unless_nohup_ignores_it(tmp_path, ignored):
+    run = planned(tmp_path, "one", "import os, signal; os.kill(os.getppid(), signal.SIGHUP)")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        at_work = processes.Processes(tmp_path, tell=lambda line: None)
+        if ignored:
+            assert at_work.work([run]).done == ["one"]
+        else:
+            with pytest.raises(RunStopped, match="stopped by SIGHUP"):
+                at_work.work([run])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_run_that_is_just_being_started(tmp_path, monkeypatch, number):
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    run = planned(tmp_path, "one", "import time; time.sleep(60); open('slept', 'w')")
+    said = []
+    with pytest.raises(RunStopped):
+        processes.Processes(tmp_path, tell=said.append).work([run])
+    assert "exit status -15" in said[-1], "it was stopped, not waited for"
 
 
 def command(path: Path, *arguments: str) -> list[str]:
@@ -231,6 +304,8 @@ def test_a_study_is_stopped_and_goes_on_and_a_failed_run_stops_no_other(tmp_path
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what is finished is skipped"
     assert (runs / "adaad_seed0" / "result.json").exists()
 
+    path.write_text(TINY.replace("[settings]", "[settings]\neval_after = 3\ntensorboard = 1"))
+    plan.read_study(path, tmp_path / "runs")  # what a run takes at its resumption
     path.write_text(TINY.replace("alpha = 5", "alpha = 7"))
     with pytest.raises(UserError, match=r"adaad_IGDM_seed0 holds a run with other settings \(alpha 5\.0 there, 7\.0"):
         plan.read_study(path, tmp_path / "runs")

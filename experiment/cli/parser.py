@@ -61,7 +61,9 @@ def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
     return parser
 
 
-def parse_args(script: str, recipe: dict[str, Any], argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(
+    script: str, recipe: dict[str, Any], argv: Sequence[str] | None = None, *, elsewhere: bool = False
+) -> argparse.Namespace:
     """Parse a script's flags and resolve every default.
 
     Args:
@@ -70,6 +72,7 @@ def parse_args(script: str, recipe: dict[str, Any], argv: Sequence[str] | None =
             {flag: default}, of which ``preset paper`` is what --preset paper changes. A default may be a function of
             the other flags' values.
         argv: arguments; those of the process if None.
+        elsewhere: the run is planned here and may start on another machine: any device is allowed.
 
     Returns:
         A namespace with one attribute per flag. A flag given on the command line beats the preset.
@@ -89,7 +92,7 @@ def parse_args(script: str, recipe: dict[str, Any], argv: Sequence[str] | None =
     except UserError as error:
         parser.error(str(error))
     _check(parser, args, given)
-    args.device = resolve_device(parser, args.device)
+    args.device = resolve_device(parser, args.device, elsewhere=elsewhere)
     precision = "tf32" if args.device.startswith("cuda") else "fp32"
     args.precision = args.precision or precision
     if args.precision == "tf32" and args.device == "cpu":
@@ -123,17 +126,20 @@ def _check(parser: Parser, args: argparse.Namespace, given: set[str]) -> None:
         parser.error("argument --wandb_artifact: 1 is not allowed without --nowand 0")
 
 
-def resolve_device(parser: Parser, device: str) -> str:
-    """The device that --device means on this machine; one that it has not is refused by the parser."""
+def resolve_device(parser: Parser, device: str, *, elsewhere: bool = False) -> str:
+    """The device that --device means on this machine; one that it has not is refused by the parser.
+
+    With `elsewhere` it is another machine's: auto stays what it is.
+    """
+    kind, _, index = device.partition(":")
+    if device not in ("auto", "cpu") and (kind != "cuda" or (":" in device and not index.isdecimal())):
+        parser.error(f"argument --device: {device!r} is not allowed; auto, cpu, cuda or cuda:N")
+    if device == "cpu" or elsewhere:
+        return device
     import torch
 
-    kind, _, index = device.partition(":")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        return device
-    if kind != "cuda" or (":" in device and not index.isdecimal()):
-        parser.error(f"argument --device: {device!r} is not allowed; auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         parser.error(f"argument --device: {device!r} is not allowed; torch sees no CUDA device here (auto or cpu)")
     if index and int(index) >= torch.cuda.device_count():

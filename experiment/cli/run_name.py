@@ -19,7 +19,7 @@ def default_run_name(script: str, args: argparse.Namespace, changed: Iterable[st
         changed: the flags whose values are not what they would be if they were not given.
     """
     preset = "paper" if getattr(args, "preset", "default") == "paper" else None
-    networks = (_last_part(str(getattr(args, flag))) for flag in ("dataset", "teacher", "student") if flag in args)
+    networks = (last_part(str(getattr(args, flag))) for flag in ("dataset", "teacher", "student") if flag in args)
     parts = [Path(script).stem.removesuffix("_cifar100"), *networks, preset]
     parts += [f"{flag}{_compact(getattr(args, flag))}" for flag in changed]
     name = "_".join(part for part in parts if part)
@@ -28,7 +28,7 @@ def default_run_name(script: str, args: argparse.Namespace, changed: Iterable[st
     return f"{name}_seed{args.seed}"
 
 
-def _last_part(what: str) -> str:
+def last_part(what: str) -> str:
     """A name as it is; of a path what tells it from others: no folders, no suffix."""
     file, colon, function = what.rpartition(":")
     if colon and file.endswith(".py"):

@@ -25,8 +25,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TEACHER_SCRIPT = "train_teacher"
 RESERVED = ("run_dir", "run_name")
 """Flags that the study gives every run itself."""
-FREE = (*RESERVED, "device", "aa_examples", "data_dir", "eval_after", "teacher_path", "nowand", "checkpoint_minutes")
-"""Flags whose change leaves a run the same; run/folder.py decides on each when it is resumed."""
 
 FINISHED, RUNNING, UNFINISHED, TO_DO = "finished", "running", "unfinished", "to do"
 
@@ -82,7 +80,7 @@ class Study:
 
 
 def read_study(path: Path, run_dir: Path = Path("runs")) -> Study:
-    """Read a study file, and resolve and check the flags of all its runs.
+    """Read a study file, and resolve and check the flags of all its runs; their device may be another machine's.
 
     Raises:
         UserError: the file cannot be read or is no study; a table, script or flag in it does not exist; a run's folder
@@ -166,7 +164,7 @@ def _recipe(script: str) -> dict[str, Any]:
 
 
 def _flags_of(script: str) -> set[str]:
-    return set(vars(cli.parse_args(f"{script}.py", _recipe(script), [])))
+    return set(vars(cli.parse_args(f"{script}.py", _recipe(script), [], elsewhere=True)))
 
 
 def _planned(
@@ -177,7 +175,7 @@ def _planned(
     flags = {**settings, **varied, "run_dir": str(run_dir), "run_name": name}
     arguments = [text for flag, value in flags.items() for text in (f"--{flag}", *_texts(path, flag, value))]
     recipe = _recipe(script)
-    resolved = vars(cli.parse_args(f"{script}.py", recipe, arguments))
+    resolved = vars(cli.parse_args(f"{script}.py", recipe, arguments, elsewhere=True))
     return PlannedRun(name, run_dir / name, _script_path(script), tuple(arguments), tuple(flags), resolved, recipe)
 
 
@@ -200,7 +198,7 @@ def _name(script: str, varied: dict[str, Any]) -> str:
         value = varied[flag]
         text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
         if flag in networks:
-            parts.append(Path(text.partition(":")[0]).stem if "/" in text or ":" in text else text)
+            parts.append(cli.last_part(text))
         else:
             parts.append(f"{flag}{text}".replace("/", "-"))
     return "_".join(parts)
@@ -223,15 +221,19 @@ def is_locked(path: Path) -> bool:
 
 def _check_folder(run: PlannedRun) -> None:
     """Refuse a folder whose run has other values of the flags that the study gives."""
+    from experiment.run import ATTACK_SETTINGS, free_settings
+
     path = run.folder / "config.json"
     if not path.is_file():
         return
+    # Where it is resumed, the run itself decides on the device and on what was attacked.
+    free = {*RESERVED, "device", *ATTACK_SETTINGS, *free_settings(run.settings)}
     there = read_json(path).get("settings")
     there = cli.LATER_SETTINGS | (there if isinstance(there, dict) else {})
     differing = [
         f"{flag} {there.get(flag)} there, {run.settings[flag]} in the study"
         for flag in run.given
-        if flag in run.settings and flag not in FREE and there.get(flag) != run.settings[flag]
+        if flag in run.settings and flag not in free and there.get(flag) != run.settings[flag]
     ]
     if differing:
         raise UserError(f"{run.folder} holds a run with other settings ({'; '.join(differing[:4])}); move it away")

@@ -40,7 +40,7 @@ class _Child:
 class Processes:
     """Runs one process per run, `jobs` at a time or one per device.
 
-    Ctrl-C, SIGTERM and a hang-up stop the children in order (each saves itself), and no further one is started.
+    Ctrl-C, SIGTERM, SIGUSR1 and a hang-up stop the children in order (each saves itself); no further one is started.
 
     Args:
         logs: folder of what the runs print, a file per run.
@@ -75,7 +75,9 @@ class Processes:
             RunStopped: a signal came; the children have ended.
         """
         waiting = list(runs)
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last is a cluster's warning
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish
+            numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             while (waiting and not self._stopped_by) or self._children:
@@ -114,6 +116,8 @@ class Processes:
             process_group=0,
         )
         self._children.append(_Child(run, process, device, log, output))
+        if self._stopped_by:  # while the process was made: it was no child yet
+            process.send_signal(signal.SIGTERM)
         self._tell(f"{run.name}: {'resumed' if (run.folder / 'last.pt').exists() else 'started'}")
 
     def _has_ended(self, child: _Child) -> bool:

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiment import UserError
-from experiment.report.plan import FINISHED, ROOT, PlannedRun, Study
+from experiment.report.plan import FINISHED, ROOT, RUNNING, PlannedRun, Study
 
 DEFAULTS = {"name": "study", "timeout_min": 24 * 60, "gpus_per_node": 1, "cpus_per_task": 8, "nodes": 1}
 """submitit's parameters; --slurm_options beats them."""
@@ -36,11 +37,25 @@ class Job:
 
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(SECONDS_TO_SAVE)
-            except subprocess.TimeoutExpired:
+            if not _ends(self._process.pid, SECONDS_TO_SAVE):
                 self._process.kill()
         return DelayedSubmission(Job(self.command))
+
+
+def _ends(pid: int, seconds: float) -> bool:
+    """Whether a child ends within so many seconds; it stays to be waited for.
+
+    Popen.wait would not do: it waits for its own lock, which the wait that the signal has interrupted holds.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return True
+        except ChildProcessError:  # waited for by now
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def submit(study: Study, *, cluster: str, jobs: int, options: Mapping[str, Any]) -> list[Any]:
@@ -54,7 +69,7 @@ def submit(study: Study, *, cluster: str, jobs: int, options: Mapping[str, Any])
         submitit's jobs, the teacher's not among them.
 
     Raises:
-        UserError: there is no SLURM here, or submitit does not know an option.
+        UserError: there is no SLURM here, submitit does not know an option, or the teacher is being trained elsewhere.
     """
     import submitit
 
@@ -67,6 +82,8 @@ def submit(study: Study, *, cluster: str, jobs: int, options: Mapping[str, Any])
         raise UserError(f"submitit refuses: {' '.join(str(error).split())}") from error
     # The jobs import this project wherever they start.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    if study.teacher and study.teacher.state() == RUNNING:
+        raise UserError(f"{study.teacher.folder} is being trained; send the runs once it is finished")
     if study.teacher and study.teacher.state() != FINISHED:
         teacher = executor.submit(Job(_command(study.teacher)))
         print(f"{study.teacher.name}: job {teacher.job_id}")
@@ -74,7 +91,7 @@ def submit(study: Study, *, cluster: str, jobs: int, options: Mapping[str, Any])
             executor.update_parameters(slurm_additional_parameters={"dependency": f"afterok:{teacher.job_id}"})
         else:
             teacher.result()
-    waiting = [run for run in study.runs if run.state() != FINISHED]
+    waiting = [run for run in study.runs if run.state() not in (FINISHED, RUNNING)]
     sent = _send(executor, waiting)
     for run, job in zip(waiting, sent, strict=True):
         print(f"{run.name}: job {job.job_id}")

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         submit(study, cluster=args.slurm_cluster, jobs=args.jobs, options=dict(args.slurm_options))
     else:
+        check_machine(study, args.devices)
         run_study(study, jobs=args.jobs, devices=args.devices)
 
 
@@ -114,6 +115,17 @@ def show_costs(study: Study) -> None:
 
 
 CELL = ("clean", "pgd20", "autoattack")
+
+
+def check_machine(study: Study, devices: Sequence[str] = ()) -> None:
+    """Refuse what this machine cannot run, before any run starts.
+
+    Raises:
+        SystemExit: status 2, after the line with which the run would refuse it.
+    """
+    for run in (run for run in study.all_runs if run.state() != FINISHED):
+        for device in ([f"--device={device}"] for device in devices) if devices else [[]]:
+            cli.parse_args(str(run.script), run.recipe, [*run.arguments, *device])
 
 
 def run_study(study: Study, *, jobs: int = 1, devices: Sequence[str] = ()) -> None:
