@@ -255,8 +255,13 @@ def watch_part(name: str, args: argparse.Namespace, limit: float, found: dict[st
             timer.start()
             try:
                 for line in process.stdout:
-                    said = json.loads(line)
-                    part.setdefault(said["kind"], []).append(said["row"])
+                    try:
+                        said = json.loads(line)
+                        kind, row = said["kind"], said["row"]
+                    except (ValueError, TypeError, KeyError):  # a library's word
+                        log.write(line)
+                        continue
+                    part.setdefault(kind, []).append(row)
                     part["seconds"] = time.monotonic() - started
                     write_json(args.out / "gpu_check.json", found)
                 process.wait()
@@ -311,6 +316,7 @@ def main() -> None:
     if args.part:
         run_part(args.part, args)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception: it takes the part along
     end = time.monotonic() + 60 * args.minutes
     found = {**report.about("gpu_check", args, torch.device(args.device)), "parts": {}}
     for i, name in enumerate(args.parts):

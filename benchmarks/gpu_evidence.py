@@ -63,12 +63,14 @@ def run_until(command: list[str], folder: Path, end: float) -> bool:
     with subprocess.Popen([sys.executable, *command], cwd=folder) as process:
         try:
             process.wait(max(0.1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, SystemExit) as over:
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(GRACE)
             except subprocess.TimeoutExpired:
                 process.kill()
+            if isinstance(over, SystemExit):  # this process was told to stop
+                raise
             return False
     if process.returncode:
         raise UserError(f"status {process.returncode} from: {shlex.join(command)}")
@@ -104,10 +106,13 @@ def pack(folder: Path, out: Path) -> None:
             if wanted(path):
                 archive.add(path, path.relative_to(folder).as_posix())
     content = stream.getvalue()
-    for old in out.glob("state.[0-9]*"):
-        old.unlink()
+    names = set()
     for i, first in enumerate(range(0, len(content), PIECE)):
+        names.add(f"state.{i:02d}")
         write_atomically(out / f"state.{i:02d}", lambda file, first=first: file.write(content[first : first + PIECE]))
+    for old in out.glob("state.[0-9]*"):
+        if old.name not in names:
+            old.unlink()
     if len(content) > MOST:
         print(f"warning: the state is {len(content) / 2**20:.0f} MiB, more than {MOST // 2**20}: a smaller --teacher")
 
@@ -210,6 +215,7 @@ def main() -> None:
     if args.attack:
         attack(args.attack, args)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception: what there is gets packed
     end = time.monotonic() + 60 * args.minutes - GRACE * (not args.rehearse)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

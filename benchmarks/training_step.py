@@ -241,7 +241,7 @@ def overhead_rows(step: ProductStep, device: torch.device, args: argparse.Namesp
             pass
 
     with tempfile.TemporaryDirectory() as folder:
-        argv = ["--dataset", "digits", "--run_dir", folder, "--device", str(device)]
+        argv = ["--dataset", "digits", "--run_dir", folder, "--device", str(device), "--aa_examples", "0"]
         run = Run(
             cli.parse_args(step.script.__file__, step.script.RECIPE, argv), step.script.__file__, step.script.RECIPE
         )

@@ -1,8 +1,10 @@
 """The benchmarks run at a toy size, write what they promise, and their baseline makes the passes that it must."""
 
+import argparse
 import copy
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -404,6 +406,19 @@ def test_a_part_of_the_gpu_check_that_fails_or_does_not_end_leaves_the_others(mo
     gpu_check.watch_part("machine", args, 60, found)
     assert found["parts"]["machine"]["status"] == "done"
     assert found == json.loads((tmp_path / "gpu_check.json").read_text())
+
+
+def test_a_librarys_word_is_no_figure(monkeypatch, tmp_path):
+    said = 'print(\'Downloading\'); print(7); print(\'{"kind": "ceilings", "row": {"precision": "fp32"}}\')'
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -c "$SAID"\n')
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("SAID", said)
+    found = {"parts": {}}
+    gpu_check.watch_part("machine", argparse.Namespace(out=tmp_path), 60, found)
+    assert found["parts"]["machine"]["status"] == "done"
+    assert found["parts"]["machine"]["ceilings"] == [{"precision": "fp32"}]
+    assert "Downloading" in (tmp_path / "gpu_check.log").read_text()
 
 
 def test_gpu_check_refuses_a_machine_without_a_gpu(capsys, tmp_path):
