@@ -241,6 +241,8 @@ def _read(path: Path, *, unfinished: bool) -> tuple[Path, dict[str, Any]]:
     content = load(path)
     if unfinished and isinstance(content, dict) and "optimizer" in content:
         content = {**content, "format": STUDENT_FORMAT, "state_dict": content.get("model")}
+    elif isinstance(content, dict) and "optimizer" in content:
+        raise UserError(f"{path} is where a run goes on from, no student; give the run's folder once it is finished")
     if not isinstance(content, dict) or content.get("format") != STUDENT_FORMAT:
         raise UserError(f"{path} is not a student checkpoint of this project (format {STUDENT_FORMAT})")
     return path, content

@@ -345,12 +345,24 @@ def test_different_methods_are_listed_and_not_subtracted(tmp_path):
 def test_each_variant_is_named_by_its_settings_and_finds_its_own_baseline(tmp_path):
     folders = [make_run(tmp_path / f"base{lr}", lr=lr, robust=lr) for lr in (0.1, 0.2)]
     folders += [make_run(tmp_path / f"twin{lr}", "IGDM", lr=lr, robust=2 * lr) for lr in (0.1, 0.2)]
-    folders.append(make_run(tmp_path / "alpha", "IGDM", lr=0.2, robust=0.5, alpha=70.0))
+    folders.append(make_run(tmp_path / "alpha", "IGDM", lr=0.2, robust=0.5, alpha=100.0))
     printed = compare(*folders)
+    assert printed.index("alpha 20") < printed.index("alpha 100"), "by number, not by letter"
+    assert printed == compare(*reversed(folders))
     assert cells(printed, "AdaAD (lr 0.2)")[6] == "20.00"
     assert cells(printed, "AdaAD+IGDM (lr 0.1, alpha 20)")[7] == "+10.00"
     assert cells(printed, "AdaAD+IGDM (lr 0.2, alpha 20)")[7] == "+20.00"
-    assert cells(printed, "AdaAD+IGDM (lr 0.2, alpha 70)")[7] == "+30.00"
+    assert cells(printed, "AdaAD+IGDM (lr 0.2, alpha 100)")[7] == "+30.00"
+
+
+def test_runs_below_the_first_level_that_has_some_are_counted(tmp_path):
+    make_run(tmp_path / "runs" / "alone")
+    assert "Left out" not in compare(tmp_path / "runs")
+    for seed in (1, 2):
+        make_run(tmp_path / "runs" / "study" / f"seed{seed}", seed=seed)
+    printed = compare(tmp_path / "runs")
+    assert f"Left out: 2 runs further down, such as {tmp_path}/runs/study/seed1." in printed
+    assert sum(line.startswith("AdaAD ") for line in printed.splitlines()) == 1
 
 
 def test_two_variants_that_differ_in_one_setting_are_subtracted(tmp_path):
@@ -519,11 +531,12 @@ def test_gradients_and_the_best_checkpoint_have_columns_where_measured(pair, tmp
 
 
 def test_the_peak_of_a_curve_is_told_beside_its_end(pair, tmp_path):
-    """Of a curve of five epochs or more; two are no curve."""
+    """Of a curve of five epochs or more; two are no curve, and some seeds' curves are not the group's."""
     assert "Robust overfitting" not in compare(*pair)
     rows = [{"epoch": epoch, "pgd20": value} for epoch, value in enumerate((0.2, 0.31, 0.45, 0.4, 0.42), start=1)]
     (pair[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "minus that of the last: AdaAD+IGDM 3.00." in compare(*pair)
+    assert "Robust overfitting" not in compare(*pair, make_run(tmp_path / "other seed", "IGDM", seed=1))
 
 
 def test_unequal_training_of_different_methods_is_said(tmp_path):

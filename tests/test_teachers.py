@@ -551,3 +551,10 @@ def test_check_teacher_name_tells_names_from_paths(tmp_path, monkeypatch):
     assert check_teacher_name("DEC") == "Cui2023Decoupled_WRN-28-10"
     assert check_teacher_name("Rice2020Overfitting") == "Rice2020Overfitting"
     assert check_teacher_name(str(tmp_path)) is None
+
+
+def test_an_unfinished_runs_checkpoint_is_no_teacher(tmp_path):
+    state = {"optimizer": {}, "model": build_model("RES-8", 10).state_dict(), "architecture": "RES-8"}
+    files.save(tmp_path / "last.pt", state)
+    with pytest.raises(UserError, match="where a run goes on from, no student; give the run's folder"):
+        load_teacher(str(tmp_path / "last.pt"), 10)

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.records:
         write_records(args.records, runs.folders)
     for flag in files:
-        if path := getattr(args, flag):
+        if (path := getattr(args, flag)) and (flag != "latex" or comparison.groups):
             print(f"{flag:<8}  {path}")
     _refuse(comparison)
 

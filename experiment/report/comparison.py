@@ -4,8 +4,9 @@ A method that adds something to a base method (config.json's "adds") stands besi
 AutoAttack accuracy minus the baseline's, is told only if the two were made under the same conditions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from experiment import UserError
 from experiment.report.exports import as_markdown, markdown_text
@@ -18,12 +19,13 @@ from experiment.report.tables import Table, pending_table, published_table, resu
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups of finished runs, their gains, and what could not be subtracted."""
+    """Groups of finished runs, their gains, what could not be subtracted, and runs that are not in it."""
 
     groups: list[SeedGroup]
     gains: list[Gain]
     refusals: list[str]
     pending: list[PendingRun]
+    deeper: list[Path] = field(default_factory=list)
 
     @cached_property
     def tables(self) -> list[Table]:
@@ -36,7 +38,8 @@ class Comparison:
     def notes(self) -> list[str]:
         """Sentences for below the tables."""
         refused = [f"No gain: {refusal}." for refusal in self.refusals]
-        return [*notes_of(self.groups, [*self.gains, *contrasts_of(self.groups)], self.pending), *refused]
+        deeper = [f"Left out: {len(self.deeper)} runs further down, such as {self.deeper[0]}."] if self.deeper else []
+        return [*notes_of(self.groups, [*self.gains, *contrasts_of(self.groups)], self.pending), *refused, *deeper]
 
     def markdown(self) -> str:
         """Tables and notes."""
@@ -53,4 +56,4 @@ def comparison_of(runs: Runs) -> Comparison:
     if not runs.finished and not runs.pending:
         raise UserError("there are no runs to compare")
     groups = group_by_seed(runs.finished)
-    return Comparison(groups, *gains_of(groups), runs.pending)
+    return Comparison(groups, *gains_of(groups), runs.pending, runs.deeper)

@@ -82,22 +82,20 @@ def headroom_figure(gains: Sequence[Gain], teachers: Mapping[str, Mapping[str, f
     shown = [gain for gain in gains if "autoattack" in teachers.get(gain.group.first.teacher, {})]
     if not shown:
         return None
-    figure = figures.new_figure(6.5, 4.6)
+    figure = figures.new_figure(7.5, 5.0)
     axes = figure.subplots()
     axes.axhline(0, color="0.2", linewidth=1)
-    labels = figures.plot_labels([gain.group for gain in shown])
-    for gain, label in zip(shown, labels, strict=True):
+    groups = [gain.group for gain in shown]
+    for gain, label, style in zip(shown, figures.plot_labels(groups), figures.styles_of(groups), strict=True):
         teacher = teachers[gain.group.first.teacher]["autoattack"]
         base = {run.seed: run.autoattack for run in gain.baseline.runs}
-        color = figures.method_color(gain.group.first.method)
         ahead = [100 * (teacher - base[seed]) for seed in gain.by_seed]
         # No dot per seed: a seed whose baseline is unlucky has more headroom and more gain, without any cause but that.
         ends = [[abs(100 * (end - gain.mean))] for end in gain.interval]
-        axes.errorbar(
-            [fmean(ahead)], [100 * gain.mean], yerr=ends, fmt="D", color=color, markersize=8, capsize=4, label=label
-        )
+        style |= {"linestyle": "", "markersize": 8, "capsize": 4, "label": label}
+        axes.errorbar([fmean(ahead)], [100 * gain.mean], yerr=ends, **style)
     axes.set_xlabel("headroom: AutoAttack accuracy of the teacher minus the baseline's (points)")
     axes.set_ylabel("gain in AutoAttack accuracy (points), 95 % interval")
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figures.tidy(axes, grid="both")
     return figure

@@ -3,6 +3,7 @@
 import functools
 import tomllib
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import resources
 from io import BytesIO
@@ -32,19 +33,22 @@ def method_color(method: str) -> str:
 def styles_of(groups: Sequence[SeedGroup]) -> list[dict[str, Any]]:
     """Line colour and style per group: a baseline dashed with hollow markers, its twin solid with full ones.
 
-    Further variants of one method (another alpha, another teacher) have other markers.
+    A marker stands for a teacher, student and dataset; further variants of one method (another alpha) have other ones.
     """
-    counts: dict[tuple[str, bool], int] = {}
+    counts: Counter[tuple[str, ...]] = Counter()
+    markers: dict[tuple[str, ...], int] = {("",): 0}  # a teacher's
     styles = []
     for group in groups:
-        key = (group.first.method, group.is_baseline)
-        counts[key] = counts.get(key, -1) + 1
+        setting = (group.first.teacher, group.first.student, group.first.dataset)
+        key = (group.name, *setting)
+        place = ("",) if group.first.teacher == "-" else (*setting, str(counts[key]))
+        counts[key] += 1
         color = method_color(group.first.method)
         styles.append(
             {
                 "color": color,
                 "linestyle": "--" if group.is_baseline else "-",
-                "marker": "osD^vPX*"[counts[key] % 8],
+                "marker": "*osD^vPX"[markers.setdefault(place, len(markers)) % 8],
                 "markerfacecolor": "white" if group.is_baseline else color,
             }
         )

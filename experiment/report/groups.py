@@ -39,6 +39,11 @@ class SeedGroup:
         return self.first.added is None
 
     @property
+    def numbers(self) -> list[float]:
+        """The settings that are numbers, to list alpha 2 before alpha 10."""
+        return [value for _, value in sorted(self.first.settings.items()) if isinstance(value, int | float)]
+
+    @property
     def seeds(self) -> list[int]:
         """The seeds, ascending."""
         return [run.seed for run in self.runs]
@@ -80,7 +85,7 @@ class Gain:
 
 
 def group_by_seed(runs: Sequence[RunRecord]) -> list[SeedGroup]:
-    """Gather runs that differ in nothing but their seed; pairs together, the baseline first.
+    """Gather runs that differ in nothing but their seed; pairs together, the baseline first, variants by their numbers.
 
     Raises:
         UserError: two runs have the same settings and the same seed: they would not be independent repetitions.
@@ -97,7 +102,7 @@ def group_by_seed(runs: Sequence[RunRecord]) -> list[SeedGroup]:
         seeds[run.seed] = run
     groups = [SeedGroup(tuple(seeds[seed] for seed in sorted(seeds))) for seeds in same.values()]
     order = list(dict.fromkeys(group.pair for group in groups))
-    return sorted(groups, key=lambda group: (order.index(group.pair), not group.is_baseline))
+    return sorted(groups, key=lambda group: (order.index(group.pair), not group.is_baseline, group.numbers))
 
 
 def differences(run: RunRecord, baseline: RunRecord) -> list[str]:

@@ -31,7 +31,9 @@ def notes_of(groups: Sequence[SeedGroup], gains: Sequence[Gain], pending: Sequen
     notes += [f"GD (lower is closer to the teacher), GC (higher is closer): {text}." for text in definitions if text]
     if any(group.values("best_minus_last") for group in groups):
         notes.append("best - last: PGD-20 of the checkpoint chosen on held-out training images minus that of the last.")
-    if peaks := [group for group in groups if group.values("peak_minus_last") and group.first.teacher != "-"]:
+    students = [group for group in groups if group.first.teacher != "-"]
+    # A group of which some seeds only have a curve would pass for all of them.
+    if peaks := [group for group in students if len(group.values("peak_minus_last")) == len(group.runs)]:
         each = (f"{labels[id(group)]} {points(group.values('peak_minus_last'))}" for group in peaks)
         notes.append(
             "Robust overfitting, at most: PGD-20 of the best epoch (which the test images choose) minus that of the "

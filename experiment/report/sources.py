@@ -20,11 +20,12 @@ DEPTH = 3
 
 @dataclass
 class Runs:
-    """Finished runs, those that are not, and the folders of the finished ones (records have none)."""
+    """Finished runs, those that are not, the folders of the finished ones (records have none), and runs left out."""
 
     finished: list[RunRecord] = field(default_factory=list)
     pending: list[PendingRun] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
+    deeper: list[Path] = field(default_factory=list)
 
 
 def read_sources(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
@@ -46,7 +47,8 @@ def read_sources(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
             planned = {run.folder: run for run in read_study(source, run_dir).all_runs}
             folders = list(planned)
         else:
-            planned, folders = {}, _run_folders(source)
+            planned, (folders, deeper) = {}, _run_folders(source)
+            runs.deeper += deeper
         for folder in folders:
             place = os.path.realpath(folder)
             if place in seen:
@@ -63,14 +65,15 @@ def read_sources(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
     return runs
 
 
-def _run_folders(source: Path) -> list[Path]:
+def _run_folders(source: Path) -> tuple[list[Path], list[Path]]:
+    """The runs of the first level that has any, and those below it: another study's, which would not be compared."""
     # os.path.isdir and isfile answer False where Path's raise, such as for a name that is too long.
     if not os.path.isdir(source):
         raise UserError(f"{source} is not a folder; give folders of runs, or folders that hold them")
-    for level in range(DEPTH):
-        found = sorted(path.parent for path in source.glob("*/" * level + "config.json"))
+    levels = (sorted(path.parent for path in source.glob("*/" * level + "config.json")) for level in range(DEPTH))
+    for found in levels:
         if found:
-            return found
+            return found, [folder for level in levels for folder in level]
     raise UserError(f"{source} is not a run folder and holds none: there is no config.json in it")
 
 
