@@ -23,7 +23,7 @@ def kill_at_random(server: Server, home: Path, expected: dict, times: int, seed:
             kills += 1
         assert result_of(home / "runs" / name) == expected[script], name
         shutil.rmtree(home / "runs" / name)
-    return kills, f"{runs} runs went on after each kill; weights, metrics rows and AutoAttack bit for bit the same"
+    return kills, f"{runs} runs, each went on to its end; weights, metrics rows and AutoAttack bit for bit the same"
 
 
 POINTS = {

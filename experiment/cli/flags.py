@@ -73,7 +73,11 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
         "default": 90,
         "help": "clean and PGD-20 accuracy in every epoch after this one, and in the last",
     },
-    "aa_examples": {"type": whole(0), "default": 10_000, "help": "test images for AutoAttack at the end; 0 for none"},
+    "aa_examples": {
+        "type": whole(0),
+        "default": 10_000,
+        "help": "test images for AutoAttack (standard) at the end; 0: none",
+    },
     "aa_batch": {
         "type": positive_int,
         "default": 250,
