@@ -1,11 +1,12 @@
-"""Signs that a network is worthless: plain functions of logits, losses and weights."""
+"""Signs that a network is worthless: plain functions of networks, logits and losses."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from experiment import RunStopped
+from attacks import frozen
+from experiment import RunStopped, data
 
 SETTLED_STEPS = 200
 """Optimizer steps after which a student that predicts one class only has collapsed; before, its BatchNorm statistics
@@ -27,6 +28,25 @@ def fault_of(logits: Tensor) -> str | None:
 def predicts_one_class(logits: Tensor, y: Tensor) -> bool:
     """Whether logits (N, C) put every image into one class although their labels (N,) differ."""
     return len(y.unique()) > 1 and len(logits.argmax(dim=1).unique()) == 1
+
+
+def collapse_of(student: nn.Module, images: data.Data, *, one_class: bool) -> str | None:
+    """What says, on a sample of the test images, that the student tells no images apart any more, or None.
+
+    Args:
+        one_class: whether one class for all of them is such a sign.
+    """
+    sample = slice(None, None, -(-len(images.x_test) // PROBE_IMAGES))  # over the whole set
+    with torch.no_grad(), frozen(student):
+        logits = student(data.as_float(images.x_test[sample]))
+    if fault := fault_of(logits):
+        return f"the student's logits are {fault}"
+    if one_class and predicts_one_class(logits, images.y_test[sample]):
+        return (
+            "the student predicts one class for every image (if the classes are so unequal that it may: "
+            "--stop_on_collapse 0)"
+        )
+    return None
 
 
 def earliest_bad_step(bad_step: Tensor, term: Tensor, step: int) -> Tensor:

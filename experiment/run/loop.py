@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from attacks import frozen
 from experiment import data, files
 from experiment.engine import Engine
 from experiment.run import checks, config, folder, health, outcome
@@ -234,19 +233,11 @@ class Run:
 
     def _refuse_collapse(self) -> None:
         """Stop the run if the student, as it would be saved, tells no images apart any more."""
-        student, x, y = self._networks.student, self._images.x_test, self._images.y_test
-        sample = slice(None, None, -(-len(x) // health.PROBE_IMAGES))  # over the whole set
-        with torch.no_grad(), frozen(student):
-            logits = student(data.as_float(x[sample]))
-        fault, epoch = health.fault_of(logits), self._state.epoch + 1
-        if fault:
-            self._diverged(f"the student's logits are {fault} after epoch {epoch}")
+        epoch = self._state.epoch + 1
         settled = epoch * self._steps >= health.SETTLED_STEPS
-        if self.args.stop_on_collapse and settled and health.predicts_one_class(logits, y[sample]):
-            self._diverged(
-                f"the student predicts one class for every image after epoch {epoch} (if the classes are so unequal "
-                "that it may: --stop_on_collapse 0)"
-            )
+        one_class = bool(self.args.stop_on_collapse and settled)
+        if fact := health.collapse_of(self._networks.student, self._images, one_class=one_class):
+            self._diverged(f"after epoch {epoch} {fact}")
 
     def _diverged(self, fact: str) -> NoReturn:
         saved = self.folder / "last.pt" if self._checkpoints.exist() else None
