@@ -70,7 +70,9 @@ def check_feasible(
             f"--batch {args.batch} leaves fewer than 2 of {len(images.x_train)} images to a process in some step; "
             "choose another --batch"
         )
-    need = 6 * sum(p.numel() * p.element_size() for p in student.parameters())
+    # Weights and momentum, with --holdout the best weights too, in three checkpoints, one of them being written.
+    copies = 3 * (3 if args.holdout else 2)
+    need = copies * sum(p.numel() * p.element_size() for p in student.parameters())
     free = shutil.disk_usage(folder).free
     if free < need:
         raise UserError(
