@@ -356,7 +356,8 @@ def test_each_variant_is_named_by_its_settings_and_finds_its_own_baseline(tmp_pa
 
 
 def test_runs_below_the_first_level_that_has_some_are_counted(tmp_path):
-    make_run(tmp_path / "runs" / "alone")
+    (make_run(tmp_path / "runs" / "alone") / "hub").mkdir()
+    (tmp_path / "runs" / "alone" / "hub" / "config.json").write_text("{}")  # an export's
     assert "Left out" not in compare(tmp_path / "runs")
     for seed in (1, 2):
         make_run(tmp_path / "runs" / "study" / f"seed{seed}", seed=seed)

@@ -73,7 +73,8 @@ def _run_folders(source: Path) -> tuple[list[Path], list[Path]]:
     levels = (sorted(path.parent for path in source.glob("*/" * level + "config.json")) for level in range(DEPTH))
     for found in levels:
         if found:
-            return found, [folder for level in levels for folder in level]
+            below = (folder for level in levels for folder in level)
+            return found, [folder for folder in below if not set(found) & set(folder.parents)]  # an export is no run
     raise UserError(f"{source} is not a run folder and holds none: there is no config.json in it")
 
 
