@@ -5,6 +5,7 @@ The file may import installed packages and this project; it is not found by name
 
 import hashlib
 import importlib.util
+import sys
 import traceback
 from pathlib import Path
 
@@ -44,6 +45,9 @@ def build(name: str, num_classes: int) -> nn.Module:
     content = path.read_bytes()
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up; under a name that no import asks for.
+    sys.modules[f"{__name__}:{path}"] = module
+    module.__name__ = f"{__name__}:{path}"
     try:
         # The bytes that are hashed are those that run, and no .pyc is written beside a file that is not ours.
         exec(compile(content, path, "exec"), module.__dict__)

@@ -427,6 +427,8 @@ def test_class_names_tell_the_number_of_classes(tmp_path, capsys):
     loaded = load_data(str(path))
     assert (loaded.num_classes, loaded.class_names) == (3, ("cat", "dog", "fox"))
     assert capsys.readouterr().err == ""
+    path = npz(tmp_path, content | {"class_names": np.array([b"cat", b"dog", b"fox"])})
+    assert load_data(str(path)).class_names == ("cat", "dog", "fox")
     path = npz(tmp_path, content | {"class_names": np.array(["cat", "dog", "fox", "owl", "rat"])})
     assert load_data(str(path)).num_classes == 5
     assert capsys.readouterr().err == f"warning: {path}: 2 of 5 classes have no training image\n"
@@ -818,6 +820,18 @@ def test_a_damaged_folder_alone_asks_for_the_archive(source, tmp_path):
     assert damaged.read_bytes() == b"cut"
 
 
+def test_an_altered_folder_beside_its_archive_is_kept_aside(source, tmp_path, capsys):
+    """Somebody's noisy labels, perhaps: they are not CIFAR's, but not ours to delete."""
+    source.unpack(tmp_path)
+    for i in (1, 2):
+        (tmp_path / source.kind.filename).write_bytes(source.archive)
+        (tmp_path / source.kind.base_folder / "train").write_bytes(b"noisy")
+        load_data("cifar100", str(tmp_path))
+        kept = tmp_path / f"{source.kind.base_folder}.altered{i}"
+        assert (kept / "train").read_bytes() == b"noisy"
+        assert f"kept as {kept}" in capsys.readouterr().out
+
+
 def test_a_data_dir_that_is_a_file(source, tmp_path):
     (tmp_path / "data").write_text("no folder")
     line = refusal("cifar100", str(tmp_path / "data"))
@@ -911,10 +925,21 @@ def test_tiny_imagenets_layout(tmp_path):
     table = "".join(f"{name}\t{label}\t0\t0\t62\t62\n" for name, label, _ in rows)
     (tmp_path / "val" / "val_annotations.txt").write_text(table)
     (tmp_path / "train" / "n01" / "n01_boxes.txt").write_text("")
+    image(tmp_path / "test" / "images" / "test_0.JPEG", 40, (64, 64), "L")  # without labels
     loaded = load_data(str(tmp_path), side=32)
     assert loaded.x_train.shape == (4, 3, 32, 32)
     assert loaded.y_train.tolist() == [0, 0, 1, 1]
     assert ((loaded.x_test[:, 0, 5, 5] > 90).long()).tolist() == loaded.y_test.tolist()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_images_of_more_than_8_bits_are_refused(folder, mode):
+    """Converted as they are, nearly all of their pixels would be white."""
+    from PIL import Image
+
+    name, format = ("deep.png", "PNG") if mode != "F" else ("deep.jpg", "TIFF")
+    Image.new(mode, (8, 8), 300).save(folder / "train" / "cat" / name, format)
+    assert f"{name} has pixels of more than 8 bits (mode {mode}" in refusal(str(folder))
 
 
 def test_folders_that_are_no_data_set(folder, tmp_path):

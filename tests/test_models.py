@@ -225,3 +225,18 @@ def test_a_network_of_ones_own_file(tmp_path):
     assert model(images(2, 3, 8, 8)).shape == (2, 7)
     assert model.source_file["path"] == str(file)
     assert list(tmp_path.iterdir()) == [file]  # no __pycache__
+
+
+def test_a_file_of_ones_own_may_have_dataclasses(tmp_path):
+    """Which look for the module that they are in."""
+    lines = [
+        "from __future__ import annotations",
+        "from dataclasses import dataclass",
+        "from torch import nn",
+        "@dataclass",
+        "class Shape:",
+        "    width: int = 192",
+        "def make(classes): return nn.Sequential(nn.Flatten(), nn.Linear(Shape().width, classes))",
+    ]
+    (tmp_path / "net.py").write_text("\n".join(lines))
+    assert build_model(f"{tmp_path / 'net.py'}:make", 10)(torch.zeros(2, 3, 8, 8)).shape == (2, 10)

@@ -257,7 +257,9 @@ def test_bare_weights_with_an_architecture(own, tmp_path, x):
             {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "a.pt"
         )
         save_file(model.state_dict(), tmp_path / "a.safetensors")
-        for file in (tmp_path / "a.pt", tmp_path / "a.safetensors"):
+        # As Andriushchenko2020Understanding's file, of which RobustBench takes the last epoch, too.
+        torch.save({"best": {}, "last": model.state_dict()}, tmp_path / "last.pt")
+        for file in (tmp_path / "a.pt", tmp_path / "a.safetensors", tmp_path / "last.pt"):
             network = load_network(file, arch=arch, num_classes=10, dataset="digits")
             teacher = load_teacher(arch, 10, file)
             assert not network.model.training

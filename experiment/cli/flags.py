@@ -1,5 +1,6 @@
 """The table of flags: one entry per name, whichever script has it."""
 
+import os
 from typing import Any
 
 import attacks
@@ -52,7 +53,11 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
         "default": "cifar100",
         "help": "cifar100, cifar10, svhn, digits (in scikit-learn), an .npz file, or a folder of images",
     },
-    "data_dir": {"default": "data", "help": "where CIFAR and SVHN lie or are downloaded to"},
+    "data_dir": {
+        "type": os.path.expanduser,
+        "default": "data",
+        "help": "where CIFAR and SVHN lie or are downloaded to",
+    },
     "side": {
         "type": whole(0),
         "default": 0,
@@ -118,7 +123,7 @@ RUN_FLAGS: dict[str, dict[str, Any]] = {
         "default": 10.0,
         "help": "most minutes of training that a kill can lose",
     },
-    "run_dir": {"default": "runs", "help": "folder of the run folders"},
+    "run_dir": {"type": os.path.expanduser, "default": "runs", "help": "folder of the run folders"},
     "run_name": {
         "type": run_name,
         "help": "name of the run folder; default made of script, dataset, teacher, student, seed",

@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100: torchvision's archives, downloaded where absent, and checked."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ def _bring(dataset: str, kind: Any, utils: Any, folder: Path, aside: Path) -> No
             f"{archive} is damaged or incomplete (its MD5 is not {kind.tgz_md5}); remove it, {advice}"
         )
     utils.extract_archive(str(archive), str(aside))
-    if unpacked.exists():
-        os.replace(unpacked, aside / "altered")
+    if unpacked.exists():  # somebody's work, perhaps: noisy labels, a subset
+        kept = next(
+            path for i in itertools.count(1) if not (path := folder / f"{kind.base_folder}.altered{i}").exists()
+        )
+        os.replace(unpacked, kept)
+        print(f"{altered}: kept as {kept}; {unpacked} is unpacked anew", flush=True)
     os.replace(aside / kind.base_folder, unpacked)

@@ -9,6 +9,7 @@ from experiment import UserError
 from experiment.data.arrays import SMALLEST_SIDE, Arrays
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+ANNOTATIONS = "val_annotations.txt"
 
 
 def read_image_folder(folder: Path) -> Arrays:
@@ -18,14 +19,16 @@ def read_image_folder(folder: Path) -> Arrays:
         UserError: the layout is another; an image that cannot be read or is of another size; too few of them.
     """
     check_image_folder(folder)
-    test = next(folder / name for name in ("test", "val") if (folder / name).is_dir())
+    parts = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
+    # Tiny-ImageNet has a test/ too, without labels.
+    test = next((part for part in parts if (part / ANNOTATIONS).is_file()), parts[0])
     classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
     if len(classes) < 2:
         raise UserError(f"{folder / 'train'} holds {len(classes)} folders; at least 2 are needed, one per class")
     label_of = {name: label for label, name in enumerate(classes)}
     splits, shape = [], None
     for part in (folder / "train", test):
-        annotated = part / "val_annotations.txt"
+        annotated = part / ANNOTATIONS
         files = _annotated(annotated) if annotated.is_file() else _by_folder(part)
         unknown = sorted({name for _, name in files} - set(classes))
         if unknown:
@@ -81,7 +84,10 @@ def _read(file: Path) -> np.ndarray:
 
     try:
         with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
+            mode, pixels = image.mode, np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(f"{file} cannot be read as an image ({reason})") from error
+    if mode.startswith(("I", "F")):  # which the conversion cuts off at 255
+        raise UserError(f"{file} has pixels of more than 8 bits (mode {mode}); 8 bits a channel are needed")
+    return pixels

@@ -41,6 +41,8 @@ def read_npz(path: Path) -> Arrays:
         raise UserError(
             f"{path} is not a readable .npz of plain arrays: {' '.join(str(error).split())[:120]}"
         ) from error
+    if names is not None and names.dtype.kind == "S":  # as HDF5 has them
+        names = np.char.decode(names, "utf-8", "replace")
     classes = _check_arrays(path, arrays, names)
     return Arrays(*arrays, classes, None if names is None else tuple(map(str, names.tolist())))
 

@@ -15,14 +15,16 @@ _OPTIONAL = ("mu", "sigma", "mean", "std", "num_batches_tracked")
 def read_weights(path: Path, name: str, build: Callable[[], nn.Module]) -> nn.Module:
     """Build the architecture and fill it from the file.
 
-    Takes .safetensors, or a bare state dict or {"state_dict": ...}; keys with or without "module." and "model." in
-    front, any float type.
+    Takes .safetensors, or a bare state dict, {"state_dict": ...} or {"last": ...}; keys with or without "module." and
+    "model." in front, any float type.
 
     Raises:
         UserError: as files.load; no state dict; keys or shapes that do not fit; values that are not finite.
     """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else files.load(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
+    last = state.get("last") if isinstance(state, dict) else None
+    state = last if isinstance(last, dict) else state  # which lies beside "best": RobustBench takes the last, too
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state dict")
     model = build()
