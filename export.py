@@ -8,6 +8,7 @@ after onnxruntime has given the student's predictions on clean and on attacked t
 
 import json
 import logging
+import shlex
 import warnings
 from pathlib import Path
 
@@ -47,7 +48,7 @@ Without it: the network that `config.json` names, and `safetensors.torch.load_fi
 ## Origin
 
 Licence of the weights: {licence}. Code: commit {commit}; trained on: {hardware}.
-SHA-256 of the state dict: `{student_sha256}`; of the teacher's: `{teacher_sha256}`.
+SHA-256 of the state dict: `{student_sha256}`; of the teacher's file: `{teacher_sha256}`.
 
 ```
 {command}
@@ -84,6 +85,10 @@ def parse_args(argv=None):
             parser.error(f"argument --{name}: '{path}' is not allowed; a name that ends in .{name}")
     if args.hub and any((args.hub / file).exists() for file in ("result.json", "last.pt")):
         parser.error(f"argument --hub: '{args.hub}' is a run folder, whose config.json would be lost; a folder apart")
+    if args.hub and not (args.hub / "model.safetensors").exists():
+        for file in ("README.md", "config.json"):
+            if (args.hub / file).exists():
+                parser.error(f"argument --hub: '{args.hub}' has a {file} that is no export's; a folder apart")
     return args
 
 
@@ -96,6 +101,11 @@ def main():
 
     config, result = (read_record(args.run, name) for name in ("config.json", "result.json"))
     student, entry = files.load_student(args.run), files.read_student(args.run)
+    if args.hub and ".py:" in entry["architecture"]:
+        raise UserError(
+            f"--hub: nobody else could build {entry['architecture']}, a network of your own file; hand that on with "
+            "--safetensors, or --onnx"
+        )
     digest = files.state_sha256(student)
     if result.get("student_sha256") != digest:
         raise UserError(f"{args.run}/result.json was measured on another student than student.pt (SHA-256 {digest})")
@@ -139,6 +149,8 @@ def check_images(args, config, student):
     settings = config["settings"]
     side = {"side": settings["side"]} if settings.get("side") else {}
     data = load_data(args.dataset or settings["dataset"], args.data_dir or settings["data_dir"], "cpu", **side)
+    if data.num_classes != config["num_classes"]:
+        raise UserError(f"--dataset {data.name} has {data.num_classes} classes, the student {config['num_classes']}")
     x, y = as_float(data.x_test[: args.examples]), data.y_test[: args.examples]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -217,7 +229,7 @@ def write_hub(folder, student, entry, config, result, licence):
         "settings": settings,
     }
     files.write_json(folder / "config.json", described)
-    card = model_card(folder.name, described, result, licence)
+    card = model_card(folder.resolve().name, described, result, licence)
     files.write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
     print(f"{folder}: model.safetensors, config.json, README.md (model card)")
 
@@ -263,11 +275,22 @@ def model_card(name, described, result, licence):
         table="\n".join(table),
         licence=licence,
         hardware=result["hardware"],
-        command=result["command"],
+        command=public_command(result["command"]),
         settings_json=json.dumps(settings, indent=2),
         **{key: value for key, value in described.items() if key != "method"},
         **{key: settings[key] for key in ("dataset", "seed", "epochs")},
     )
+
+
+def public_command(command):
+    """The command without the flags that say where files lie and who tracks the run."""
+    kept, private = [], False
+    for part in shlex.split(command):
+        if part.startswith("--"):
+            private = part[2:].partition("=")[0] in PRIVATE_SETTINGS
+        if not private:
+            kept.append(part)
+    return shlex.join(kept)
 
 
 def check_push(repo):

@@ -20,6 +20,10 @@ def student(path):
     from safetensors.torch import load_file
 
     config = files.read_json(folder / "config.json")
+    if ".py:" in config["architecture"]:  # a folder from the net is not to run files that lie here
+        raise ValueError(
+            f"{folder} names the architecture {config['architecture']}; one of this repository's is needed"
+        )
     model = build_model(config["architecture"], config["num_classes"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()

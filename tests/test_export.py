@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+from fault_files import small_npz
 from fault_server import ROOT
 
 import export
+import hubconf
 from experiment import UserError, compat, data, evaluation, files
 
 REPO = "someone/student"
@@ -136,6 +138,45 @@ def test_robustbench_and_autoattack_take_the_student_as_it_is(run, hub, images):
     x_adv, _ = attack.run_standard_evaluation(x[:8], y[:8], batch_size=8)
     assert (x_adv - x[:8]).abs().max() <= 0.1 + 1e-6  # float32 rounding of x + delta
     assert clean_accuracy(student, x_adv, y[:8]) <= clean_accuracy(student, x[:8], y[:8])
+
+
+def test_an_export_replaces_no_readme_but_its_own(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        command("--hub", ".")
+    assert "'.' has a README.md that is no export's" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "mine"
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    for _ in range(2):
+        command("--hub", ".")
+    assert "\n# new\n" in (tmp_path / "new" / "README.md").read_text()
+
+
+def test_the_card_does_not_tell_where_files_lie_and_who_tracks():
+    command = "python ard_cifar100.py --wandb_entity lab --epochs 3 --data_dir=elsewhere --run_dir 'my runs' --seed 1"
+    assert export.public_command(command) == "python ard_cifar100.py --epochs 3 --seed 1"
+
+
+def test_a_network_of_ones_own_file_goes_to_no_hub(run, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "read_student", lambda path: {"architecture": "net.py:make", "num_classes": 10})
+    with pytest.raises(UserError, match=r"nobody else could build net\.py:make"):
+        command("--hub", tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_bytes(b"")
+    files.write_json(foreign / "config.json", {"architecture": f"{tmp_path}/net.py:make", "num_classes": 10})
+    (tmp_path / "net.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ValueError, match="of this repository's is needed"):
+        hubconf.student(foreign)
+
+
+def test_the_data_of_the_check_have_the_students_classes(command, tmp_path):
+    labels = {"y_train": torch.arange(40).numpy() % 12, "y_test": torch.arange(20).numpy() % 12}
+    with pytest.raises(UserError, match="has 12 classes, the student 10"):
+        command("--onnx", tmp_path / "a.onnx", "--dataset", small_npz(tmp_path / "twelve.npz", **labels))
 
 
 def test_push_uploads_the_three_files(command, monkeypatch, tmp_path, capsys):
