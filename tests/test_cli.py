@@ -272,6 +272,9 @@ def test_an_alpha_that_no_paper_has_must_be_given(networks, capsys):
     line = refused(capsys, "adaad_IGDM", *networks, "--preset", "paper")
     assert networks[1] in line
     assert "the paper has it for BDM, LTD, DEC and RES-18, MN-V2 only: give --alpha" in line
+    assert "for cifar10; its table is of cifar100" in refused(
+        capsys, "adaad_IGDM", "--preset", "paper", "--dataset", "cifar10"
+    )
     assert parse("adaad_IGDM", *networks, "--preset", "paper", "--alpha", "5").alpha == 5
     assert parse("adaad", *networks, "--preset", "paper").preset == "paper"
 

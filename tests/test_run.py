@@ -317,11 +317,13 @@ def test_a_trained_run_comes_to_a_result_without_its_autoattack(small):
     small.server.run(SCRIPTS[0], flags, small.home, faults=[("autoattack", 2, "kill")])
     assert not (folder / "result.json").exists()
     small.server.run(SCRIPTS[0], [*flags, "--aa_examples", "0"], small.home).expect(0)
+    student = (folder / "student.pt").read_bytes()
     result, config = (json.loads((folder / f"{name}.json").read_text()) for name in ("result", "config"))
     assert result["autoattack"] is None
     assert config["settings"]["aa_examples"] == 0
     small.server.run(SCRIPTS[0], flags, small.home).expect(0)
     assert result_of(folder) == small.expected[SCRIPTS[0]]
+    assert (folder / "student.pt").read_bytes() == student, "its hash tells students of it that it is their teacher"
 
 
 def test_the_command_names_torchrun_and_its_processes(monkeypatch):

@@ -58,6 +58,8 @@ def by_teacher_and_student(students: tuple[str, ...], **teachers: tuple[float, .
     """
 
     def look_up(args: argparse.Namespace) -> float:
+        if args.dataset != "cifar100":
+            raise UserError(f"for {args.dataset}; its table is of cifar100")
         short = {name: alias for alias, name in ALIASES.items()}.get(args.teacher, args.teacher)
         if short not in teachers or args.student not in students:
             raise UserError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from experiment import data, files
+from experiment import UserError, data, files
 from experiment.engine import Engine
 from experiment.evaluation import GRADIENT_DEFINITION, gradient_alignment, monitor
 from experiment.run.folder import FORMAT
@@ -54,7 +54,8 @@ def measure(
         What result.json holds.
     """
     began = time.monotonic()
-    if engine.main:
+    # A run that is attacked later keeps its file, whose hash tells students of it their teacher.
+    if engine.main and not _holds(writer.folder / "student.pt", networks.student):
         writer.write("student.pt", networks.student, {})
     engine.barrier()
     gradients = _gradients(networks, images)
@@ -168,6 +169,14 @@ def _averaged(
     model.load_state_dict(files.load(path)["state_dict"])
     attack = "autoattack_swa" if args.aa_best and args.aa_examples else None
     return {"epochs": int(averaged.n_averaged), **_accuracies(model, args, images, attacked, attack)}
+
+
+def _holds(path: Path, model: nn.Module) -> bool:
+    """Whether the file is a student with the model's weights and statistics."""
+    try:
+        return path.exists() and files.state_sha256(files.load_student(path)) == files.state_sha256(model)
+    except UserError:
+        return False
 
 
 def _is_of(path: Path, model: nn.Module) -> bool:
