@@ -9,7 +9,9 @@ from benchmarks import convolutions, measure
 KINDS = {
     # Fused kernels of the compiler carry the names of what they fuse, convolutions' among them: first.
     "pointwise and normalisation, compiled": ("triton_", "cpp_fused"),
-    "pointwise and normalisation, of cuDNN": ("bn_fw", "bn_bw", "batchnorm", "batch_norm", "nhwctonchw", "nchwtonhwc"),
+    "normalisation and layouts, of the library": (
+        "bn_fw", "bn_bw", "batchnorm", "batch_norm", "nhwctonchw", "nchwtonhwc",
+    ),
     "convolutions and matrix products": (
         "conv", "cudnn", "gemm", "wgrad", "dgrad", "fprop", "xmma", "cutlass", "nvjet", "sm90_", "sm80_", "aten::mm",
         "addmm",

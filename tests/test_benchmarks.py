@@ -278,8 +278,8 @@ def test_flipped_input_gradients_are_the_gradients():
     [
         ("triton_poi_fused_convolution_silu_4", "pointwise and normalisation, compiled"),
         ("cpp_fused_add_mul_0", "pointwise and normalisation, compiled"),
-        ("void cudnn::bn_fw_inf_1C11_kernel_NCHW<float>", "pointwise and normalisation, of cuDNN"),
-        ("void cudnn::ops::nchwToNhwcKernel<__half>", "pointwise and normalisation, of cuDNN"),
+        ("void cudnn::bn_fw_inf_1C11_kernel_NCHW<float>", "normalisation and layouts, of the library"),
+        ("void cudnn::ops::nchwToNhwcKernel<__half>", "normalisation and layouts, of the library"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16", "convolutions and matrix products"),
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT", "convolutions and matrix products"),
         ("aten::convolution_backward", "convolutions and matrix products"),
