@@ -255,7 +255,8 @@ def test_several_paired_seeds_are_weighed_over_seeds_and_images(tmp_path):
         folders.append(make_run(tmp_path / f"base{seed}", seed=seed, fell=base))
         folders.append(make_run(tmp_path / f"twin{seed}", "IGDM", seed=seed, fell=twin))
     printed = compare(*folders)
-    assert "(bootstrap over seeds and images): beyond noise." in printed
+    assert "(bootstrap over seeds and images; Student's over seeds " in printed
+    assert "): beyond noise." in printed
     assert "seeds that a gain of so many points needs" in printed
 
 
@@ -400,16 +401,79 @@ def test_alignment_and_robustness_are_counted_and_correlated(tmp_path):
             make_run(folder, adds, seed=seed, robust=robust, examples=1000, result={"gradients": gradients})
     printed = compare(tmp_path / "runs")
     assert cells(printed, "AdaAD")[8:12] == ["0.1975 ± 0.0019", "0.503 ± 0.002", "1.000 ± 0.000", "0.325 ± 0.019"]
-    assert "over 12 students: GC +1.00 (p < 0.001), GD -1.00 (p < 0.001), logit GC" in printed
-    pairs = (
-        "of 6 pairs of one seed: AutoAttack rose in 4, GC rose in 4, GD fell in 4, logit GC rose in 6, logit GD fell"
+    assert (
+        "over 12 students, and in brackets with the mean of each method taken off: GC +1.00 (+1.00), GD -1.00"
+        in printed
     )
-    assert pairs in printed
-    assert "these changes with AutoAttack's: GC +1.00 (p < 0.001), GD -1.00 (p < 0.001)" in printed
-    assert "Logit GD and logit GC: the same with g = gradient of logits[true class] (evaluate.py, 400 test" in printed
+    pairs = (
+        "of 6 pairs of one seed: AutoAttack rose in 4, GC rose in 4, GD fell in 4, logit GC rose in 6, logit GD fell "
+    )
+    assert f"{pairs}in 0." in printed
+    assert (
+        "Logit GD and logit GC: the same with g = gradient of logits[true class] (evaluate.py, the first 400" in printed
+    )
     assert "mean over students: of the probability 0.15, of the logit 0.15; of the teacher's 0.30 and 0.30." in printed
     report.compare([tmp_path / "runs"], tmp_path / "out", lambda text: None)
     assert "logit GC" in (tmp_path / "out" / "alignment.svg").read_text()
+
+
+def test_what_lies_between_methods_is_taken_off(tmp_path):
+    """Within each method the more robust students have the smaller GC; only the methods' means say otherwise."""
+    for seed in range(6):
+        for adds in (None, "IGDM"):
+            slope = 0.013 if adds else 0.01
+            gradients = {"gd": 0.1, "gc": 0.5 + 0.2 * bool(adds) - slope * seed, "definition": "g = something"}
+            robust = 0.3 + 0.2 * bool(adds) + slope * seed
+            folder = tmp_path / "runs" / f"{adds}{seed}"
+            make_run(folder, adds, seed=seed, robust=robust, examples=1000, result={"gradients": gradients})
+    assert "taken off: GC +0.51 (-1.00)." in compare(tmp_path / "runs")
+
+
+def test_a_column_that_some_seeds_lack_is_none_of_theirs(tmp_path):
+    for seed in (0, 1):
+        gradients = {"gd": 0.1, "gc": 0.5, "definition": "g = something"} if seed else None
+        make_run(tmp_path / "runs" / f"{seed}", seed=seed, result={"gradients": gradients})
+    make_run(tmp_path / "runs" / "twin", "IGDM", result={"gradients": {"gd": 0.2, "gc": 0.6, "definition": "g"}})
+    printed = compare(tmp_path / "runs")
+    assert cells(printed, "AdaAD")[8:10] == ["-", "-"]
+    assert cells(printed, "AdaAD+IGDM")[8:10] == ["0.2000", "0.600"]
+
+
+def test_records_are_not_written_from_records(pair, tmp_path):
+    kept = tmp_path / "kept.json"
+    report.compare_main([*map(str, pair), "--out", str(tmp_path / "out"), "--records", str(kept)])
+    before = kept.read_bytes()
+    with pytest.raises(UserError, match="records among the sources"):
+        report.compare_main([str(kept), "--out", str(tmp_path / "out"), "--records", str(kept)])
+    assert kept.read_bytes() == before
+
+
+def test_inserting_is_all_that_insert_does(pair, tmp_path, capsys):
+    """No other file, no two sources of one name, and no prose lost to a mark that does not end."""
+    kept, page = tmp_path / "my-runs.2.json", tmp_path / "page.md"
+    report.compare_main([*map(str, pair), "--out", str(tmp_path / "out"), "--records", str(kept)])
+    page.write_text("<!-- begin my-runs.2 -->\n\nprose\n\n<!-- begin my-runs.2 -->\n<!-- end my-runs.2 -->\n")
+    with pytest.raises(SystemExit):
+        report.compare_main([str(kept), "--insert", str(page), "--csv", str(tmp_path / "a.csv")])
+    assert "not together with --csv" in capsys.readouterr().err
+    other = tmp_path / "other" / kept.name
+    other.parent.mkdir()
+    other.write_bytes(kept.read_bytes())
+    with pytest.raises(UserError, match=r"two sources are called my-runs\.2"):
+        inserted.insert(page, [kept, other])
+    inserted.insert(page, [kept])
+    assert "prose" in page.read_text()
+    assert "| AdaAD+IGDM |" in page.read_text()
+
+
+def test_a_part_of_the_data_is_nobodys_published_experiment(tmp_path):
+    names = {"epsilon": 8 / 255, "dataset": "cifar100", "epochs": 200}
+    whole = make_run(tmp_path / "whole", robust=0.29, **names)
+    part = make_run(tmp_path / "part", method="RSLAD", train_examples=4000, **names)
+    printed = compare(whole, part)
+    assert "AutoAttack: ours on 100 images, the published on 10000." in printed
+    assert "RSLAD" in printed[: printed.index("published")]
+    assert "RSLAD" not in printed[printed.index("published") :].split("\n\n")[0]
 
 
 def test_any_method_and_addition_of_ones_own(tmp_path):

@@ -160,6 +160,20 @@ def test_operations_are_those_of_the_networks():
     assert costs.forward_macs("somewhere/teacher") is None
 
 
+def test_the_costs_follow_the_settings(study_of):
+    settings = "alpha = 1\nepochs = 10\nramp_epochs = 10\naa_examples = 0\n"
+    text = f'[grid]\nscript = ["adaad_IGDM_cifar100"]\n[settings]\nteacher = "BDM"\nstudent = "RES-18"\n{settings}'
+
+    def hours(more):
+        study = study_of(text + more)
+        return costs.cost_of(study.runs[0], study).hours
+
+    assert hours("train_examples = 25000\nholdout = 12500") == pytest.approx(hours("") / 4)
+    student, teacher = (costs.forward_macs(name) for name in ("RES-18", "BDM"))
+    passes = [(12 + n + 4) * student + (12 + n) * teacher for n in (10, 30)]  # forward 12 and 22, backward the rest
+    assert hours("steps = 20") / hours("") == pytest.approx(passes[1] / passes[0])
+
+
 def test_only_takes_some_runs_and_says_when_it_takes_none(capsys, tmp_path):
     study_main([str(ROOT / "studies" / "paper.toml"), "--dry_run", "1", "--only", "ard_MN*", "rslad_MN-V2_BDM_seed0"])
     assert capsys.readouterr().out.count(" to do ") == 4

@@ -1,31 +1,33 @@
 """Do gradient alignment and robustness move together? What the runs at hand say, in sentences."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
-from typing import TypeVar
 
 from experiment.report.groups import Gain, SeedGroup
 from experiment.report.run_record import RunRecord
-from experiment.report.text import comma_list, p_value, short_name
+from experiment.report.text import comma_list, short_name
 
 MEASURES = {"GC": ("gc", 1), "GD": ("gd", -1), "logit GC": ("logit_gc", 1), "logit GD": ("logit_gd", -1)}
 """By name: the attribute of a run, and the sign of a change that brings the student closer to the teacher."""
-Point = TypeVar("Point")
 FEWEST = 6
-"""Below so many points, a rank correlation of 1 is no evidence."""
+"""Of fewer students or pairs nothing is told."""
 
 
 def alignment_notes(groups: Sequence[SeedGroup], gains: Sequence[Gain]) -> list[str]:
-    """Per teacher, student and dataset: rank correlations over students and over pairs, and how many pairs moved."""
+    """Per teacher, student and dataset: rank correlations over students, and in how many pairs what moved."""
     notes = []
     for setting in dict.fromkeys(map(_setting, groups)):
-        runs = [run for group in groups if _setting(group) == setting for run in group.runs if _is_measured(run)]
+        students = [list(filter(_is_measured, group.runs)) for group in groups if _setting(group) == setting]
+        runs = [run for same in students for run in same]
         pairs = [pair for gain in gains if _setting(gain.group) == setting for pair in _pairs(gain)]
         teacher, *rest = setting
         where = f"Alignment and robustness ({comma_list([short_name(teacher), *rest])})"
         if len(runs) >= FEWEST and len({run.name for run in runs}) > 1:
-            found = _correlations(runs, getattr)
-            notes.append(f"{where}, rank correlation with AutoAttack accuracy over {len(runs)} students: {found}.")
+            notes.append(
+                f"{where}, rank correlation with AutoAttack accuracy over {len(runs)} students, and in brackets with "
+                f"the mean of each method taken off: {_correlations(students)}. (It describes and does not test: "
+                "students of one method, or of one seed, are not independent.)"
+            )
         if len(pairs) >= FEWEST:
             rose = sum(base.autoattack < twin.autoattack for base, twin in pairs)
             moved = [
@@ -33,10 +35,7 @@ def alignment_notes(groups: Sequence[SeedGroup], gains: Sequence[Gain]) -> list[
                 for name, (key, sign) in MEASURES.items()
                 if None not in (changes := [_change(pair, key) for pair in pairs])
             ]
-            notes.append(
-                f"{where}, of {len(pairs)} pairs of one seed: AutoAttack rose in {rose}, {comma_list(moved)}; rank "
-                f"correlation of these changes with AutoAttack's: {_correlations(pairs, _change)}."
-            )
+            notes.append(f"{where}, of {len(pairs)} pairs of one seed: AutoAttack rose in {rose}, {comma_list(moved)}.")
         notes += _remainder_notes(where, runs)
     return notes
 
@@ -77,16 +76,26 @@ def _change(pair: tuple[RunRecord, RunRecord], key: str) -> float | None:
     return None if before is None or after is None else after - before
 
 
-def _correlations(points: Sequence[Point], value: Callable[[Point, str], float | None]) -> str:
-    """Spearman's, of each measure that all points have, with AutoAttack accuracy."""
+def _correlations(groups: Sequence[Sequence[RunRecord]]) -> str:
+    """Spearman's, of each measure that all runs have, with AutoAttack accuracy; and that of what is left of both when
+    each group's mean is taken off, which no difference between methods can bring about.
+    """
     from scipy.stats import spearmanr
 
-    robust = [value(point, "autoattack") for point in points]
     found = []
     for name, (key, _) in MEASURES.items():
-        values = [value(point, key) for point in points]
-        if None in values or len(set(values)) == 1 or len(set(robust)) == 1:
+        tables = [[(getattr(run, key), run.autoattack) for run in runs] for runs in groups]
+        points = [point for table in tables for point in table]
+        if None in (value for value, _ in points) or 1 in map(len, map(set, zip(*points, strict=True))):
             continue
-        result = spearmanr(values, robust)
-        found.append(f"{name} {result.statistic:+.2f} (p {p_value(result.pvalue)})")
+        text = f"{name} {spearmanr(*zip(*points, strict=True)).statistic:+.2f}"
+        within = [point for table in tables if len(table) > 1 for point in _centred(table)]
+        if len(within) >= FEWEST:
+            text += f" ({spearmanr(*zip(*within, strict=True)).statistic:+.2f})"
+        found.append(text)
     return comma_list(found) or "none to be told"
+
+
+def _centred(table: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    means = [fmean(values) for values in zip(*table, strict=True)]
+    return [(x - means[0], y - means[1]) for x, y in table]

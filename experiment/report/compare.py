@@ -107,13 +107,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if args.insert:
-        for line in insert(args.insert, args.sources):
-            print(line)
+        others = [flag for flag in ("out", *files) if getattr(args, flag, None)]
+        if others:
+            parser.error(f"argument --insert: writes nothing else; not together with --{others[0]}")
+        print(*insert(args.insert, args.sources), sep="\n")
         return
     for flag in files:
         if (path := getattr(args, flag)) and not path.parent.is_dir():
             raise UserError(f"--{flag} {path}: {path.parent} is not a folder")
     runs = read_sources(args.sources)
+    if args.records and len(runs.folders) < len(runs.finished):
+        raise UserError("--records is made of run folders; records among the sources are not taken over")
     comparison = comparison_of(runs)
     _write(comparison, getattr(args, "out", None) or _common_parent(args.sources), print)
     if args.csv:

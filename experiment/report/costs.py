@@ -26,6 +26,10 @@ class Cost:
     source: str
 
 
+COUNTED_STEPS = 10
+"""Steps of the attack in the passes of costs.toml."""
+
+
 @functools.cache
 def counted() -> dict[str, Any]:
     """The content of costs.toml."""
@@ -38,7 +42,10 @@ def cost_of(run: PlannedRun, study: Study) -> Cost | None:
     Measured: the mean epoch, evaluation and AutoAttack of the study's runs with the same script, networks and data.
     Counted: operations of its passes, for networks and data whose size is known, at the expected speed of a GPU.
     """
-    alike = ("teacher", "student", "dataset", "epochs", "batch", "steps", "aa_examples")
+    alike = (
+        "teacher", "student", "dataset", "side", "train_examples", "holdout", "epochs", "batch", "steps", "attack",
+        "aa_examples", "precision", "compile",
+    )  # fmt: skip
     same = [
         other
         for other in study.all_runs
@@ -69,9 +76,12 @@ def _counted(run: PlannedRun) -> Cost | None:
     passes, images = table["passes"].get(run.method), table["training_images"].get(settings["dataset"])
     student = forward_macs(settings["student"])
     teacher = forward_macs(str(settings.get("teacher")))
-    if passes is None or images is None or student is None or teacher is None:
+    if passes is None or images is None or student is None or teacher is None or settings.get("side"):
         return None
-    of_student, of_teacher = passes[0] + passes[1] + 2 * passes[2], passes[3] + passes[4]
+    images = (settings.get("train_examples") or images) - settings.get("holdout", 0)
+    inner = settings["steps"] - COUNTED_STEPS
+    of_student = passes[0] + passes[1] + 2 * passes[2] + 2 * inner
+    of_teacher = passes[3] + passes[4] + (2 * inner if passes[4] else 0)
     flops = 2 * (of_student * student + of_teacher * teacher) * images * settings["epochs"]
     flops += table["autoattack"]["flops_per_image_and_mac"] * student * settings["aa_examples"]
     return Cost(flops / table["expected"]["flops_per_second"] / 3600, EXPECTED)

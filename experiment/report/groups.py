@@ -52,6 +52,11 @@ class SeedGroup:
         """One value of an attribute of the runs per seed; those that were not measured are left out."""
         return [value for run in self.runs if (value := getattr(run, figure)) is not None]
 
+    def all_values(self, figure: str) -> list[float]:
+        """As `values`, but none unless every seed has one."""
+        values = self.values(figure)
+        return values if len(values) == len(self.runs) else []
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -73,6 +78,14 @@ class Gain:
         return fmean(self.by_seed.values())
 
     @property
+    def over_seeds(self) -> tuple[float, float] | None:
+        """Student's 95 % interval over the seeds, with several: of few seeds a bootstrap has too narrow an idea."""
+        if len(self.by_seed) == 1:
+            return None
+        half = t_half_width(list(self.by_seed.values()))
+        return self.mean - half, self.mean + half
+
+    @property
     def verdict(self) -> str:
         """Within noise, unless the interval (with several seeds Student's over the seeds too) leaves out 0."""
         low, high = self.interval
@@ -80,8 +93,8 @@ class Gain:
             return "within noise"
         if len(self.by_seed) == 1:
             return "beyond the noise of the images; that of the seeds is unknown"
-        beyond = abs(self.mean) > t_half_width(list(self.by_seed.values()))
-        return "beyond noise" if beyond else "within noise"
+        low, high = self.over_seeds
+        return "within noise" if low <= 0 <= high else "beyond noise"
 
 
 def group_by_seed(runs: Sequence[RunRecord]) -> list[SeedGroup]:
@@ -167,7 +180,8 @@ def contrasts_of(groups: Sequence[SeedGroup]) -> list[Gain]:
         pairs = _pairs(same[1], first)
         differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
         attack_seeds = _attack_seeds(pairs)
-        if len(differing) == 1 and pairs and _attacked(pairs) and attack_seeds[0] == attack_seeds[1]:
+        one = len(differing) == 1 and differing != ["dataset_sha256"]  # other images cannot be paired
+        if one and pairs and _attacked(pairs) and attack_seeds[0] == attack_seeds[1]:
             found.append(_gain(same[1], first, pairs))
     return found
 

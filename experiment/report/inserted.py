@@ -18,7 +18,10 @@ from experiment.report.comparison import Comparison, comparison_of
 from experiment.report.exports import as_markdown
 from experiment.report.sources import read_sources
 
-_MARK = re.compile(r"<!-- begin (([\w+]+)(?: (table|(\w+) figure))?) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
+_MARK = re.compile(
+    r"^<!-- begin (([\w.+-]+)(?: (table|(\w+) figure))?) -->\n((?:(?!<!-- begin ).)*?)<!-- end \1 -->$",
+    re.DOTALL | re.MULTILINE,
+)
 FIGURES = "figures"
 """Folder beside the document."""
 
@@ -38,6 +41,10 @@ def insert(path: Path, sources: Sequence[Path], run_dir: Path = Path("runs")) ->
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     by_name = {source.stem: source for source in sources}
+    if len(by_name) < len(sources):
+        names = [source.stem for source in sources]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two sources are called {twice}: give either the study or its records")
     comparisons: dict[str, Comparison] = {}
     said = []
 

@@ -15,6 +15,10 @@ GAINS_TO_FIND = (0.01, 0.02, 0.03)
 """Gains, in fractions, for which the number of seeds is told."""
 
 
+PUBLISHED_IMAGES = 10_000
+"""Under AutoAttack, in the published figures."""
+
+
 def notes_of(groups: Sequence[SeedGroup], gains: Sequence[Gain], pending: Sequence[PendingRun] = ()) -> list[str]:
     """Sentences for below the table."""
     labels = {id(group): label for group, label in zip(groups, labels_of(groups), strict=True)}
@@ -32,8 +36,7 @@ def notes_of(groups: Sequence[SeedGroup], gains: Sequence[Gain], pending: Sequen
     if any(group.values("best_minus_last") for group in groups):
         notes.append("best - last: PGD-20 of the checkpoint chosen on held-out training images minus that of the last.")
     students = [group for group in groups if group.first.teacher != "-"]
-    # A group of which some seeds only have a curve would pass for all of them.
-    if peaks := [group for group in students if len(group.values("peak_minus_last")) == len(group.runs)]:
+    if peaks := [group for group in students if group.all_values("peak_minus_last")]:
         each = (f"{labels[id(group)]} {points(group.values('peak_minus_last'))}" for group in peaks)
         notes.append(
             "Robust overfitting, at most: PGD-20 of the best epoch (which the test images choose) minus that of the "
@@ -44,7 +47,7 @@ def notes_of(groups: Sequence[SeedGroup], gains: Sequence[Gain], pending: Sequen
         images = comma_list(sorted(of_logit))
         notes.append(
             "Logit GD and logit GC: the same with g = gradient of logits[true class] "
-            f"(evaluate.py, {images} test images)."
+            f"(evaluate.py, the first {images} test images)."
         )
     for gain in gains:
         notes += _gain_notes(gain, labels)
@@ -102,9 +105,11 @@ def _gain_notes(gain: Gain, labels: dict[int, str]) -> list[str]:
         how = "unpaired, as it is not recorded which images fell"
     text = (
         f"{labels[id(gain.group)]} minus {labels[id(gain.baseline)]} ({first.teacher_name}, {first.student}, "
-        f"{first.dataset}): {100 * gain.mean:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f} ({how}): "
-        f"{gain.verdict}."
+        f"{first.dataset}): {100 * gain.mean:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f} ({how}"
     )
+    if gain.over_seeds:
+        text += "; Student's over seeds {:+.2f} to {:+.2f}".format(*(100 * end for end in gain.over_seeds))
+    text += f"): {gain.verdict}."
     if gain.p_values:
         values = (f"{100 * gain.by_seed[seed]:+.2f} (p {p_value(gain.p_values[seed])})" for seed in seeds)
         text += f" By seed, with McNemar's exact p: {comma_list(values)}."
@@ -113,8 +118,9 @@ def _gain_notes(gain: Gain, labels: dict[int, str]) -> list[str]:
         deviation = stdev(gain.by_seed.values())
         needed = (f"{100 * size:g}: {seeds_needed(size, deviation) or 'over 1000'}" for size in GAINS_TO_FIND)
         notes.append(
-            f"Its differences vary by {100 * deviation:.2f} points from seed to seed; seeds that a gain of so many "
-            f"points needs to be found (paired t test at 5 %, power 80 %): {comma_list(needed)}."
+            f"Its differences vary by {100 * deviation:.2f} points from seed to seed; if that is so, seeds that a gain "
+            "of so many points needs to be found on these images (paired t test at 5 %, power 80 %): "
+            f"{comma_list(needed)}."
         )
     else:
         notes.append("A single seed: the difference includes seed noise, which the interval does not cover.")
@@ -136,6 +142,9 @@ def _published_notes(groups: Sequence[SeedGroup]) -> list[str]:
     if not shown:
         return []
     notes = [f"Published figures are the {source_name()}'s: one run each, no seeds; differences below 0.4 say nothing."]
+    images = sorted({group.first.attack["examples"] for group in shown if group.first.attack} - {PUBLISHED_IMAGES})
+    if images:
+        notes.append(f"AutoAttack: ours on {comma_list(images)} images, the published on {PUBLISHED_IMAGES}.")
     for method in dict.fromkeys(group.first.method for group in shown):
         theirs = published_epochs(method)
         ours = {group.first.settings.get("epochs") for group in shown if group.first.method == method}

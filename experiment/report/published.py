@@ -25,6 +25,8 @@ def published_cell(run: RunRecord | PendingRun) -> dict[str, float] | None:
     table = published_figures()
     if run.dataset != table["source"]["dataset"] or not isclose(run.epsilon, Fraction(table["source"]["epsilon"])):
         return None
+    if run.on_part:
+        return None
     teacher = SHORT_NAMES.get(run.teacher, run.teacher)
     cell = table["cells"].get(run.student, {}).get(teacher, {}).get(run.name)
     return {figure: value / 100 for figure, value in zip(FIGURES, cell, strict=True)} if cell else None

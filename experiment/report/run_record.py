@@ -1,5 +1,6 @@
 """A run as the tables and figures see it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ FIRST_BROKEN_BY = ("clean", "apgd-ce", "apgd-t", "fab-t", "square")
 
 EPOCHS_OF_A_PEAK = 5
 """Below so many evaluated epochs a curve has no peak to speak of."""
+
+
+def on_part(settings: Mapping[str, Any]) -> bool:
+    """See ``RunRecord.on_part``."""
+    return any(settings.get(name) for name in ("side", "train_examples", "holdout"))
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class RunRecord:
     def teacher_name(self) -> str:
         """The teacher's name, of a path its last part."""
         return short_name(self.teacher)
+
+    @property
+    def on_part(self) -> bool:
+        """Whether it saw a part of the training images, or smaller ones: nobody's published experiment."""
+        return on_part(self.settings)
 
     @property
     def epsilon(self) -> float:
@@ -136,6 +147,8 @@ class PendingRun:
     seed: int
     state: str
     folder: str
+    on_part: bool = False
+    """As of a finished run."""
 
     @property
     def teacher_name(self) -> str:

@@ -11,7 +11,7 @@ from experiment.files import read_json
 from experiment.report.plan import PlannedRun, is_locked, read_study
 from experiment.report.records import read_records
 from experiment.report.results import read_metrics, read_run
-from experiment.report.run_record import PendingRun, RunRecord
+from experiment.report.run_record import PendingRun, RunRecord, on_part
 from experiment.report.text import number_or_0
 
 DEPTH = 3
@@ -95,6 +95,7 @@ def _pending(name: str, recipe: dict[str, Any], settings: Any, state: str) -> Pe
         seed=int(number_or_0(settings.get("seed"))),
         state=state,
         folder=name,
+        on_part=on_part(settings),
     )
 
 

@@ -42,14 +42,15 @@ def results_table(groups: Sequence[SeedGroup], gains: Sequence[Gain]) -> Table:
         columns[head] = [points(group.values(figure)) for group in groups]
     if added:
         columns[f"{added} gain"] = [points(by_group.get(id(group), ()), "+") for group in groups]
+    # Measured of some seeds only, it would stand beside "n seeds" as if of all.
     optional = {
-        "GD": [spread(group.values("gd"), 4) for group in groups],
-        "GC": [spread(group.values("gc"), 3) for group in groups],
-        "logit GD": [spread(group.values("logit_gd"), 3) for group in groups],
-        "logit GC": [spread(group.values("logit_gc"), 3) for group in groups],
-        "best - last": [points(group.values("best_minus_last"), "+") for group in groups],
-        "holdout PGD-10": [points(group.values("holdout_pgd10")) for group in groups],
-        "SWA AutoAttack": [points(group.values("swa_autoattack")) for group in groups],
+        "GD": [spread(group.all_values("gd"), 4) for group in groups],
+        "GC": [spread(group.all_values("gc"), 3) for group in groups],
+        "logit GD": [spread(group.all_values("logit_gd"), 3) for group in groups],
+        "logit GC": [spread(group.all_values("logit_gc"), 3) for group in groups],
+        "best - last": [points(group.all_values("best_minus_last"), "+") for group in groups],
+        "holdout PGD-10": [points(group.all_values("holdout_pgd10")) for group in groups],
+        "SWA AutoAttack": [points(group.all_values("swa_autoattack")) for group in groups],
     }
     columns |= {head: cells for head, cells in optional.items() if set(cells) != {"-"}}
     columns["n seeds"] = [str(len(group.runs)) for group in groups]
@@ -63,12 +64,17 @@ def published_table(groups: Sequence[SeedGroup], pending: Sequence[PendingRun]) 
     Runs that are not finished stand with a dash for our figures.
     """
     table: Table = []
-    for figure_source in (*groups, *_one_of_each(pending)):
+    finished = {(g.name, g.first.teacher, g.first.student, g.first.dataset) for g in groups}
+    waiting = [
+        run for run in _one_of_each(pending) if (run.name, run.teacher, run.student, run.dataset) not in finished
+    ]
+    names = [*labels_of(groups), *(run.name for run in waiting)]
+    for name, figure_source in zip(names, (*groups, *waiting), strict=True):
         run = figure_source.first if isinstance(figure_source, SeedGroup) else figure_source
         cell = published_cell(run)
         if cell is None:
             continue
-        row = [run.name, run.teacher_name, short_name(run.student)]
+        row = [name, run.teacher_name, short_name(run.student)]
         for figure in FIGURES:
             ours = figure_source.values(figure) if isinstance(figure_source, SeedGroup) else []
             difference = [sum(ours) / len(ours) - cell[figure]] if ours else []
