@@ -74,11 +74,14 @@ def alignment_figure(groups: Sequence[SeedGroup]) -> Any:
         axes.set_xlabel(f"{title} between the input gradients of student and teacher", fontsize=9)
         figures.tidy(axes, grid="both")
     for axes in panels[::2]:
-        axes.set_ylabel("AutoAttack accuracy (%): small marks are runs,\nlarge ones means, arrows baseline to twin")
+        axes.set_ylabel("AutoAttack accuracy (%)")
     handles = panels[0].get_legend_handles_labels()
     columns_that_fit = max(1, CHARACTERS // (max(len(labels[id(group)]) for group in shown) + 8))
     ncols = min(4, len(shown), columns_that_fit)
-    figure.legend(*handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
+    title = "small marks are runs, large ones their means, arrows lead from a baseline to its twin"
+    figure.legend(
+        *handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9, title=title, title_fontsize=9
+    )
     return figure
 
 
