@@ -23,10 +23,11 @@ def alignment_notes(groups: Sequence[SeedGroup], gains: Sequence[Gain]) -> list[
         teacher, *rest = setting
         where = f"Alignment and robustness ({comma_list([short_name(teacher), *rest])})"
         if len(runs) >= FEWEST and len({run.name for run in runs}) > 1:
+            found = _correlations(students)
+            aside = ", and in brackets with the mean of each method taken off" if "(" in found else ""
             notes.append(
-                f"{where}, rank correlation with AutoAttack accuracy over {len(runs)} students, and in brackets with "
-                f"the mean of each method taken off: {_correlations(students)}. (It describes and does not test: "
-                "students of one method, or of one seed, are not independent.)"
+                f"{where}, rank correlation with AutoAttack accuracy over {len(runs)} students{aside}: {found}. (It "
+                "describes and does not test: students of one method, or of one seed, are not independent.)"
             )
         if len(pairs) >= FEWEST:
             rose = sum(base.autoattack < twin.autoattack for base, twin in pairs)
