@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 from argparse import Namespace
@@ -70,7 +71,7 @@ def test_the_flag_set_is_frozen(script, capsys):
         parse(script, "--help")
     assert caught.value.code == 0
     printed = re.findall(r"^ +(?:-h, )?--(\w+)(?: [A-Z_\d]+, --(\w+))?", capsys.readouterr().out, flags=re.MULTILINE)
-    expected = FLAGS[script] | {"help"} | ({"model"} if script == "train_teacher" else set())
+    expected = FLAGS[script] | {"help", "wandb"} | ({"model"} if script == "train_teacher" else set())
     assert {name for names in printed for name in names if name} == expected
 
 
@@ -387,6 +388,52 @@ def test_nowand_alone_means_1(argv, value):
     assert parse("adaad_IGDM", *argv, "--seed", "3").nowand == value
 
 
+@pytest.mark.parametrize(
+    ("argv", "nowand"),
+    [("--wandb", 0), ("--wandb 1", 0), ("--wandb 0", 1), ("--wandb 1 --nowand 0", 0), ("--nowand --wandb 0", 1)],
+)
+def test_wandb_is_nowand_without_the_negative(argv, nowand):
+    assert parse("adaad", *argv.split()) == parse("adaad", "--nowand", str(nowand))
+
+
+@pytest.mark.parametrize("argv", ["--wandb 1 --nowand 1", "--nowand 0 --wandb 0"])
+def test_wandb_and_nowand_may_not_contradict(argv, capsys):
+    assert re.search("--wandb: [01] contradicts --nowand [01]", refused(capsys, "adaad", *argv.split()))
+
+
+@pytest.mark.parametrize(
+    ("argv", "suggestion"),
+    [
+        (("--epoch", "10"), "--epochs"),
+        (("--ALPHA=3",), "--alpha"),
+        (("--ramp-epochs", "3"), "--ramp_epochs"),
+        (("--precision", "bf_16"), "bf16"),
+        (("--attack", "PGD"), "pgd"),
+    ],
+)
+def test_the_nearest_flag_or_choice_is_suggested(argv, suggestion, capsys):
+    assert f"; did you mean {suggestion}? (see" in refused(capsys, "adaad_IGDM", *argv)
+    assert "did you mean" not in refused(capsys, "adaad_IGDM", "--zzz")
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "suggestion"),
+    [
+        ("evaluate", "runs/a --attack pgd", "--attacks"),
+        ("evaluate", "runs/a --attacks autoatack", "autoattack"),
+        ("compare", "runs/a --htlm page.html", "--html"),
+        ("study", "a.toml --dryrun 1", "--dry_run"),
+        ("export", "runs/a --onx a.onnx", "--onnx"),
+    ],
+)
+def test_the_other_commands_suggest_too(script, argv, suggestion, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv.split()])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    assert caught.value.code == 2
+    assert f"; did you mean {suggestion}? (see {script}.py" in capsys.readouterr().err
+
+
 def test_wandb_flags():
     argv = "--wandb_tags a b --wandb_project p --wandb_entity e --wandb_name n"
     args = parse("ard", *argv.split())
@@ -526,7 +573,7 @@ def test_milestones_must_rise(capsys):
     [
         ("--aa_best 1", "argument --aa_best: 1 is not allowed without --holdout"),
         ("--swa_after 5 --epochs 5", "argument --swa_after: 5 is not allowed; below --epochs 5"),
-        ("--wandb_artifact 1", "argument --wandb_artifact: 1 is not allowed without --nowand 0"),
+        ("--wandb_artifact 1", "argument --wandb_artifact: 1 is not allowed without --wandb 1"),
     ],
 )
 def test_flags_that_need_others(argv, reason, capsys):

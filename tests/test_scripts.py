@@ -75,6 +75,10 @@ def test_script_from_flags_to_result(finished, home, script):
     printed = (home / f"{script}.txt").read_text()
     for text in ("PGD-20", "AutoAttack", "GD, GC", "of 8 test images", "hardware", f"runs/{script}/result.json"):
         assert text in printed
+    short_ramp = (
+        "largest weight of the IGDM term is 0.2, not alpha 20: the run has 2 of 200 ramp epochs. Use --ramp_epochs"
+    )
+    assert (short_ramp in printed) == ("IGDM" in script)
 
 
 def test_compare_prints_the_gain(finished, home):
@@ -122,5 +126,5 @@ def test_wandb_without_login_fails_before_training(home):
     clean = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(home), "NETRC": str(home / "none")}
     done = run(home, "rslad_cifar100", *FLAGS, "--nowand", "0", "--run_name", "nobody", **clean)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --nowand 0, but no one is logged in")
+    assert done.stderr.splitlines()[-1].startswith("error: --wandb 1, but no one is logged in")
     assert not (home / "runs" / "nobody" / "config.json").exists()

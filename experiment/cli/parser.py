@@ -1,8 +1,9 @@
 """A script's parser: the flags of its RECIPE and those of every script; strict, and complete in what it returns."""
 
 import argparse
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,8 +33,30 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """Parse all arguments; for an unknown flag the error suggests the nearest one."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((text.partition("=")[0] for text in unknown if text.startswith("-")), "")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{_suggestion(flag, self._option_string_actions)}")
+        return parsed
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            message = f"{error.message}{_suggestion(value, action.choices)}"
+            raise argparse.ArgumentError(action, message) from error
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def _suggestion(given: str, allowed: Iterable[str]) -> str:
+    """The allowed word nearest to the given one, as the end of an error line; empty if none is near."""
+    by_lower_case = {word.lower(): word for word in allowed}
+    near = difflib.get_close_matches(given.lower(), by_lower_case, n=1)
+    return f"; did you mean {by_lower_case[near[0]]}?" if near else ""
 
 
 def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
@@ -91,6 +114,7 @@ def parse_args(
         fill(args, given, defaults)
     except UserError as error:
         parser.error(str(error))
+    _settle_wandb(parser, args, given)
     _check(parser, args, given)
     args.device = resolve_device(parser, args.device, elsewhere=elsewhere)
     precision = "tf32" if args.device.startswith("cuda") else "fp32"
@@ -114,6 +138,15 @@ def _differs(args: argparse.Namespace, name: str, defaults: dict[str, Any]) -> b
         return True
 
 
+def _settle_wandb(parser: Parser, args: argparse.Namespace, given: set[str]) -> None:
+    """Replace --wandb by the --nowand that says the same: a run's settings hold nowand."""
+    if "wandb" in given:
+        if "nowand" in given and args.nowand == args.wandb:
+            parser.error(f"argument --wandb: {args.wandb} contradicts --nowand {args.nowand}; give one of the two")
+        args.nowand = 1 - args.wandb
+    del args.wandb
+
+
 def _check(parser: Parser, args: argparse.Namespace, given: set[str]) -> None:
     """Refuse what contradicts itself."""
     if "lr_milestones" in given and sorted(set(args.lr_milestones)) != args.lr_milestones:
@@ -123,7 +156,7 @@ def _check(parser: Parser, args: argparse.Namespace, given: set[str]) -> None:
     if args.swa_after >= args.epochs:
         parser.error(f"argument --swa_after: {args.swa_after} is not allowed; below --epochs {args.epochs}")
     if args.wandb_artifact and args.nowand:
-        parser.error("argument --wandb_artifact: 1 is not allowed without --nowand 0")
+        parser.error("argument --wandb_artifact: 1 is not allowed without --wandb 1")
 
 
 def resolve_device(parser: Parser, device: str, *, elsewhere: bool = False) -> str:

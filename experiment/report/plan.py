@@ -164,7 +164,7 @@ def _recipe(script: str) -> dict[str, Any]:
 
 
 def _flags_of(script: str) -> set[str]:
-    return set(vars(cli.parse_args(f"{script}.py", _recipe(script), [], elsewhere=True)))
+    return {"wandb", *vars(cli.parse_args(f"{script}.py", _recipe(script), [], elsewhere=True))}
 
 
 def _planned(

@@ -43,6 +43,13 @@ def header(
         lines.append(
             f"  warning  the attack's steps reach {reach:.4g} of epsilon {settings['epsilon']:.4g}: see --step_size"
         )
+    ramp, epochs = settings.get("ramp_epochs", 0), settings["epochs"]
+    if ramp > epochs:
+        reached, alpha = settings["alpha"] * epochs / ramp, settings["alpha"]
+        lines.append(
+            f"  warning  the largest weight of the {config['adds']} term is {reached:g}, not alpha {alpha:g}: "
+            f"the run has {epochs} of {ramp} ramp epochs. Use --ramp_epochs {epochs} to reach alpha."
+        )
     # What the method brings: all that may surprise in it is a setting.
     own = {name: settings[name] for name in (*config["outer_settings"], *config["added_settings"])}
     if own:

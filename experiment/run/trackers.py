@@ -34,7 +34,7 @@ class Trackers:
     """The mirrors that a run was asked for."""
 
     def __init__(self, args: argparse.Namespace, identity: str, folder: Path, *, enabled: bool) -> None:
-        """Open what --nowand 0 and --tensorboard 1 ask for; refuse what does not work.
+        """Open what --wandb 1 and --tensorboard 1 ask for; refuse what does not work.
 
         Args:
             identity: stable id of the run, under which a resumed run goes on.
@@ -77,14 +77,14 @@ class Wandb:
             import wandb
         except ImportError as error:
             raise UserError(
-                "--nowand 0 needs the package wandb: pip install -r requirements.txt, or --nowand 1"
+                "--wandb 1 needs the package wandb: pip install -r requirements.txt, or --wandb 0"
             ) from error
         # An explicit mode would beat WANDB_MODE, so it is left to the environment.
         self._online = os.environ.get("WANDB_MODE", "online") == "online"
-        ways_out = "WANDB_MODE=offline keeps the log here, --nowand 1 does without"
+        ways_out = "WANDB_MODE=offline keeps the log here, --wandb 0 does without"
         if self._online and not wandb.login(prompt=False, verify=False):
             # init() would prompt on a terminal, and a batch job would wait for ever.
-            raise UserError(f"--nowand 0, but no one is logged in to Weights & Biases: run `wandb login`; {ways_out}")
+            raise UserError(f"--wandb 1, but no one is logged in to Weights & Biases: run `wandb login`; {ways_out}")
         teacher = getattr(args, "teacher", None)
         parts = [_short(part) for part in (teacher, args.student, args.dataset) if part]
         try:
