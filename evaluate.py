@@ -26,12 +26,12 @@ def build_parser():
     add("--arch", default=None, help="architecture of bare weights: RES-18, ..., or FILE.py:function")
     add("--weights", default=None, help="the file of a RobustBench name, or of an architecture")
     add("--attacks", nargs="+", choices=ATTACKS, default=None, help="what to measure; default: all that applies")
-    add("--epsilon", **cli.METHOD_FLAGS["epsilon"], default=8 / 255)
+    add("--epsilon", **cli.options("epsilon"), default=8 / 255)
     add("--epsilons", type=cli.fraction, nargs="+", default=None, help="several budgets, for a curve per attack")
     add("--steps", type=cli.positive_int, default=None, help="of PGD (20) and C&W (30); a step is epsilon / 4")
     add("--restarts", type=cli.positive_int, default=1, help="of PGD and C&W: robust is what withstands all of them")
     add("--examples", type=cli.positive_int, default=None, help="the first so many test images; default: all")
-    add("--teacher", **cli.METHOD_FLAGS["teacher"], default=None)
+    add("--teacher", **cli.options("teacher"), default=None)
     add("--teacher_path", default=None, help="the weights of --teacher: RobustBench's .pt, or bare ones")
     switch = {"type": cli.switch, "metavar": "{0,1}", "default": 0}
     add("--per_class", **switch, help="1 prints the accuracy of every class")
@@ -48,9 +48,9 @@ def build_parser():
     add("--curve_figure", type=Path, metavar="FILE", default=None, help="accuracy over --epsilons as a picture")
     add("--out", type=Path, metavar="FILE.json", default=None, help="the record, if not evaluations/<time>_<what>.json")
     for name in ("dataset", "data_dir", "side", "aa_examples", "aa_batch", "device", "deterministic"):
-        add(f"--{name}", **cli.RUN_FLAGS[name])
+        add(f"--{name}", **cli.options(name))
     seeds = "random starts (0, as in every run) and AutoAttack (the run's seed) draw from it"
-    add("--seed", type=cli.RUN_FLAGS["seed"]["type"], default=None, help=seeds)
+    add("--seed", type=cli.options("seed")["type"], default=None, help=seeds)
     add("--precision", choices=("fp32", "tf32"), default=None, help="of float32 products; default the run's, or tf32")
     return parser
 

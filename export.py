@@ -15,16 +15,7 @@ from pathlib import Path
 from experiment import UserError, cli
 
 HUB_DATASETS = {"cifar100": "uoft-cs/cifar100", "cifar10": "uoft-cs/cifar10", "svhn": "ufldl-stanford/svhn"}
-PRIVATE_SETTINGS = (
-    "wandb_project",
-    "wandb_entity",
-    "wandb_name",
-    "wandb_tags",
-    "nowand",
-    "wandb",
-    "data_dir",
-    "run_dir",
-)
+PRIVATE_SETTINGS = cli.settings_with(cli.Role.PRIVATE)
 ROUNDING = 1e-3  # of the largest logit; float32 kernels of other libraries sum in another order
 
 CARD = """\

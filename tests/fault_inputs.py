@@ -85,9 +85,9 @@ def fuzz_flags(server: Server, home: Path, times: int) -> tuple[int, str]:
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 
-    from experiment import cli
+    from experiment.cli.flags import FLAGS
 
-    flags = sorted({*cli.METHOD_FLAGS, *cli.RUN_FLAGS, "preset", "teacher_path", "unknown"} - {"run_dir", "nowand"})
+    flags = sorted({*FLAGS, "unknown"} - {"run_dir", "nowand", "wandb"})
     done = 0
 
     @settings(max_examples=times, deadline=None, database=None, suppress_health_check=list(HealthCheck))

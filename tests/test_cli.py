@@ -308,6 +308,9 @@ def test_help_shows_defaults_as_they_are_typed(capsys):
     assert "(default: 2/255)" in text
     assert "(default: 20.0)" in text
     assert "default: None" not in text
+    titles = ("method:", "optimisation:", "attack:", "data:", "evaluation:", "run:", "tracking:", "examples:")
+    places = [text.index(f" {title} ") for title in titles]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("alias", ["BDM", "DEC", "LTD"])
@@ -592,7 +595,7 @@ def test_a_stray_word(capsys):
 def test_the_attack_choices_are_those_of_perturb(capsys):
     for attack in attacks.INNER_MAXIMISATIONS:
         assert parse("ard", "--attack", attack).attack == attack
-    assert cli.METHOD_FLAGS["attack"]["choices"] == attacks.INNER_MAXIMISATIONS
+    assert cli.options("attack")["choices"] == attacks.INNER_MAXIMISATIONS
 
 
 # The frame of every script

@@ -1,6 +1,6 @@
 """The command line: one table of flags for all scripts, and what a script's RECIPE makes of it."""
 
-from experiment.cli.flags import ALIASES, LATER_SETTINGS, METHOD_FLAGS, RUN_FLAGS
+from experiment.cli.flags import ALIASES, LATER_SETTINGS, Role, options, settings_with
 from experiment.cli.parser import Parser, parse_args, resolve_device
 from experiment.cli.presets import by_teacher_and_student
 from experiment.cli.run_name import last_part
@@ -10,17 +10,18 @@ from experiment.entry import guard
 __all__ = [
     "ALIASES",
     "LATER_SETTINGS",
-    "METHOD_FLAGS",
-    "RUN_FLAGS",
     "Parser",
+    "Role",
     "by_teacher_and_student",
     "fraction",
     "guard",
     "last_part",
     "number",
+    "options",
     "parse_args",
     "positive_int",
     "resolve_device",
+    "settings_with",
     "switch",
     "whole",
 ]

@@ -1,7 +1,8 @@
-"""The table of flags: one entry per name, whichever script has it."""
+"""The table of flags: one entry per name, whichever script has it, by the groups of --help."""
 
+import enum
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import attacks
 from experiment.cli.values import fraction, model_name, number, positive_int, run_name, switch, whole
@@ -13,160 +14,149 @@ ALIASES = {
 }
 """The papers' short names of RobustBench models, of CIFAR-100 and of CIFAR-10."""
 
-METHOD_FLAGS: dict[str, dict[str, Any]] = {
-    "teacher": {
-        "help": "BDM, DEC, LTD, any RobustBench Linf name for the data, a checkpoint, run folder or architecture"
+
+class Role(enum.Flag):
+    """What the value of a flag is used for, beside the training itself."""
+
+    NONE = 0
+    METHOD = enum.auto()
+    """Exists in the scripts whose RECIPE has it, with the RECIPE's default. In the run's name if it is not that."""
+    NAMED = enum.auto()
+    """Exists in every script. In the run's name if it is not the default."""
+    FREE = enum.auto()
+    """May change when a run is resumed: it changes no weight and no accuracy that is kept."""
+    AUTOATTACK = enum.auto()
+    """May change after the training, as long as nothing was attacked."""
+    MAY_DIFFER = enum.auto()
+    """May differ between compared runs: the experiment is the same."""
+    PRIVATE = enum.auto()
+    """Not published with an exported student."""
+    LATER = enum.auto()
+    """Not in config.json of the first runs of format 1, which did what the default does."""
+    COST = enum.auto()
+    """Runs that share it, and the script, take the same time."""
+
+
+class Flag(NamedTuple):
+    """One entry of the table."""
+
+    roles: Role
+    options: dict[str, Any]
+    """Arguments of argparse's add_argument."""
+
+
+METHOD, NAMED, FREE, AUTOATTACK, MAY_DIFFER, PRIVATE, LATER, COST = Role
+_TRACKING = FREE | MAY_DIFFER | PRIVATE
+_SWITCH: dict[str, Any] = {"type": switch, "metavar": "{0,1}", "default": 0}
+_COUNT: dict[str, Any] = {"type": whole(0), "default": 0}
+
+
+def _flag(text: str, roles: Role = Role.NONE, **options: Any) -> Flag:
+    return Flag(roles, {"help": text, **options})
+
+
+GROUPS: dict[str, dict[str, Flag]] = {
+    "method": {
+        "preset": _flag("the documented recipe, or the papers' published one", choices=("default", "paper"),
+                        default="default"),
+        "teacher": _flag("BDM, DEC, LTD, a RobustBench Linf name, checkpoint, run folder or architecture",
+                         METHOD | COST),
+        "teacher_path": _flag("downloaded RobustBench .pt file of --teacher", FREE | MAY_DIFFER, default=None),
+        "student": _flag("RES-18, MN-V2, RES-20, RES-8, WRN-d-w, or FILE.py:function", METHOD | COST, type=model_name),
+        "objective": _flag("adversarial training objective", METHOD, choices=("TRADES", "PGD-AT")),
+        "trades_weight": _flag("weight of TRADES' robust term (1/lambda in its paper)", METHOD, type=number()),
+        "target": _flag("teacher's target: T(x_adv) or T(x)", METHOD, choices=("adversarial", "clean")),
+        "ce_weight": _flag("lambda, the weight of CE(S(x_adv), y)", METHOD, type=number()),
+        "clean_weight": _flag("share of the clean term KL(T(x) || S(x)); 1/6 in the paper", METHOD, type=number(0, 1)),
+        "loss_scale": _flag("factor on the base loss; 0.1 in the paper", METHOD, type=number(above=True)),
+        "alpha": _flag("weight of the IGDM term at the end of its ramp", METHOD, type=number()),
+        "beta": _flag("the plus point is x + beta delta", METHOD, type=number()),
+        "gamma": _flag("the minus point is x - gamma delta", METHOD, type=number()),
+        "ramp_epochs": _flag("epochs after which the IGDM term's weight, alpha * epoch / ramp_epochs, is alpha", METHOD,
+                             type=positive_int),
     },
-    "student": {"type": model_name, "help": "RES-18, MN-V2, RES-20, RES-8, WRN-d-w, or FILE.py:function"},
-    "epochs": {"type": positive_int, "help": "number of epochs"},
-    "batch": {"type": positive_int, "help": "images per optimizer step, over all GPUs together"},
-    "lr": {"type": number(above=True), "help": "learning rate of SGD"},
-    "momentum": {"type": number(0, 1), "help": "momentum of SGD"},
-    "wd": {"type": number(), "help": "weight decay; the released code's is 2e-4"},
-    "lr_milestones": {
-        "type": positive_int,
-        "nargs": "*",
-        "help": "epochs after which lr is divided by 10; default 1/2 and 3/4 of the epochs",
+    "optimisation": {
+        "epochs": _flag("number of epochs", METHOD | COST, type=positive_int),
+        "batch": _flag("images per optimizer step, over all GPUs together", METHOD | COST, type=positive_int),
+        "lr": _flag("learning rate of SGD", METHOD, type=number(above=True)),
+        "momentum": _flag("momentum of SGD", METHOD, type=number(0, 1)),
+        "wd": _flag("weight decay; 2e-4 in the released code", METHOD, type=number()),
+        "lr_milestones": _flag("epochs after which lr is divided by 10 (default: 1/2 and 3/4 of the epochs)", METHOD,
+                               type=positive_int, nargs="*"),
     },
-    "epsilon": {"type": fraction, "help": "Linf budget, pixels in [0, 1]"},
-    "step_size": {"type": fraction, "help": "attack step, pixels in [0, 1]"},
-    "steps": {"type": positive_int, "help": "attack steps"},
     "attack": {
-        "choices": attacks.INNER_MAXIMISATIONS,
-        "help": "inner maximisation, by attacks.perturb; the default is the method's own",
+        "attack": _flag("inner maximisation of attacks.perturb", METHOD | COST, choices=attacks.INNER_MAXIMISATIONS),
+        "epsilon": _flag("Linf budget, pixels in [0, 1]", METHOD, type=fraction),
+        "step_size": _flag("size of an attack step, pixels in [0, 1]", METHOD, type=fraction),
+        "steps": _flag("number of attack steps", METHOD | COST, type=positive_int),
     },
-    "objective": {"choices": ("TRADES", "PGD-AT"), "help": "adversarial training objective"},
-    "trades_weight": {"type": number(), "help": "weight of TRADES' robust term (1/lambda in its paper)"},
-    "target": {"choices": ("adversarial", "clean"), "help": "teacher's target: T(x_adv) or T(x)"},
-    "ce_weight": {"type": number(), "help": "lambda, the weight of CE(S(x_adv), y)"},
-    "clean_weight": {"type": number(0, 1), "help": "share of the clean term KL(T(x) || S(x)); 1/6 in the paper"},
-    "loss_scale": {"type": number(above=True), "help": "factor on the base loss; 0.1 in the paper"},
-    "alpha": {"type": number(), "help": "weight of the IGDM term when its ramp is complete"},
-    "beta": {"type": number(), "help": "the plus point is x + beta delta"},
-    "gamma": {"type": number(), "help": "the minus point is x - gamma delta"},
-    "ramp_epochs": {"type": positive_int, "help": "the IGDM term's weight is alpha * epoch / ramp_epochs"},
-}
-"""Flags of the scripts whose RECIPE has the key; the default is the recipe's."""
+    "data": {
+        "dataset": _flag("cifar100, cifar10, svhn, digits (in scikit-learn), an .npz file, or a folder of images", COST,
+                         default="cifar100"),
+        "data_dir": _flag("data directory; CIFAR and SVHN are downloaded here if missing", _TRACKING,
+                          type=os.path.expanduser, default="data"),
+        "side": _flag("side in pixels to which images are reduced, by block means (0: unchanged)",
+                      NAMED | LATER | COST, **_COUNT),
+        "train_examples": _flag("size of a fixed subset of the training set, stratified by class (0: all)",
+                                NAMED | LATER | COST, **_COUNT),
+        "holdout": _flag("training images held out, stratified by class, to measure PGD-10 on (0: none)",
+                         NAMED | LATER | COST, **_COUNT),
+    },
+    "evaluation": {
+        "eval_after": _flag("epoch after which clean and PGD-20 accuracy are measured; the last epoch always is",
+                            MAY_DIFFER, type=whole(0), default=90),
+        "aa_examples": _flag("test images for AutoAttack (standard) after the training (0: none)", AUTOATTACK | COST,
+                             type=whole(0), default=10_000),
+        "aa_batch": _flag("images per AutoAttack chunk; each has its own random draws and is saved when done",
+                          AUTOATTACK | MAY_DIFFER, type=positive_int, default=250),
+        "aa_best": _flag("1 runs AutoAttack on the best epoch of --holdout too", AUTOATTACK | MAY_DIFFER | LATER,
+                         **_SWITCH),
+        "swa_after": _flag("epoch after which the weights are averaged; the average is measured too (0: none)",
+                           NAMED | LATER, **_COUNT),
+    },
+    "run": {
+        "seed": _flag("seed of weights, order, augmentation, attacks and AutoAttack", MAY_DIFFER, **_COUNT),
+        "device": _flag("auto, cpu, cuda or cuda:N", MAY_DIFFER, default="auto"),
+        "compile": _flag("1 compiles the networks with torch.compile", NAMED | COST, **_SWITCH),
+        "deterministic": _flag("1 makes runs on CUDA bit-identical too, slower", NAMED, **_SWITCH),
+        "precision": _flag("arithmetic of the networks (default: fp32 on the CPU, tf32 on CUDA)", NAMED | COST,
+                           choices=("fp32", "tf32", "bf16")),
+        "stop_on_collapse": _flag("0 continues with a student that predicts one class only", FREE | MAY_DIFFER | LATER,
+                                  **_SWITCH | {"default": 1}),
+        "checkpoint_minutes": _flag("minutes between checkpoints", FREE | MAY_DIFFER, type=number(above=True),
+                                    default=10.0),
+        "run_dir": _flag("folder of the run folders", _TRACKING, type=os.path.expanduser, default="runs"),
+        "run_name": _flag("name of the run folder (default: made of script, dataset, networks, changed flags and seed)",
+                          MAY_DIFFER, type=run_name),
+    },
+    "tracking": {
+        "nowand": _flag("the released code's flag: --nowand 0 is --wandb 1", _TRACKING,
+                        **_SWITCH | {"nargs": "?", "const": 1, "default": 1}),
+        "wandb": _flag("1 logs the metrics to Weights & Biases (default: 0)", PRIVATE,
+                       **_SWITCH | {"nargs": "?", "const": 1, "default": None}),
+        "wandb_project": _flag("W&B project", _TRACKING, default="robust-distillation"),
+        "wandb_entity": _flag("W&B entity (default: your own)", _TRACKING, default=None),
+        "wandb_name": _flag("W&B run name (default: the run folder's)", _TRACKING, default=None),
+        "wandb_tags": _flag("W&B tags", _TRACKING, nargs="*", default=[]),
+        "wandb_artifact": _flag("1 uploads the final student to Weights & Biases", _TRACKING | LATER, **_SWITCH),
+        "tensorboard": _flag("1 logs the metrics to TensorBoard, in the run folder", FREE | MAY_DIFFER | LATER,
+                             **_SWITCH),
+    },
+}  # fmt: skip
+"""By group and name. METHOD flags have no default here: it is the RECIPE's."""
 
-RUN_FLAGS: dict[str, dict[str, Any]] = {
-    "dataset": {
-        "default": "cifar100",
-        "help": "cifar100, cifar10, svhn, digits (in scikit-learn), an .npz file, or a folder of images",
-    },
-    "data_dir": {
-        "type": os.path.expanduser,
-        "default": "data",
-        "help": "where CIFAR and SVHN lie or are downloaded to",
-    },
-    "side": {
-        "type": whole(0),
-        "default": 0,
-        "help": "reduce the images to N x N pixels, each the mean of a block; 0 leaves them as they are",
-    },
-    "train_examples": {
-        "type": whole(0),
-        "default": 0,
-        "help": "train on so many of the training images, in the classes' shares, always the same ones; 0 for all",
-    },
-    "holdout": {
-        "type": whole(0),
-        "default": 0,
-        "help": "training images to set aside, in the classes' shares, and to measure PGD-10 on; 0 for none",
-    },
-    "eval_after": {
-        "type": whole(0),
-        "default": 90,
-        "help": "clean and PGD-20 accuracy in every epoch after this one, and in the last",
-    },
-    "aa_examples": {
-        "type": whole(0),
-        "default": 10_000,
-        "help": "test images for AutoAttack (standard) at the end; 0: none",
-    },
-    "aa_batch": {
-        "type": positive_int,
-        "default": 250,
-        "help": "images per AutoAttack chunk; random draws and resume go by chunks",
-    },
-    "aa_best": {
-        "type": switch,
-        "metavar": "{0,1}",
-        "default": 0,
-        "help": "1 runs AutoAttack on the best epoch of --holdout too",
-    },
-    "swa_after": {
-        "type": whole(0),
-        "default": 0,
-        "help": "average the weights of the epochs after this one and measure the average too; 0 for none",
-    },
-    "seed": {"type": whole(0), "default": 0, "help": "seed of weights, order, augmentation, attacks and AutoAttack"},
-    "device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
-    "precision": {
-        "choices": ("fp32", "tf32", "bf16"),
-        "help": "default fp32 on the CPU, tf32 on CUDA; bf16 doubles a CPU's speed where it has instructions for it",
-    },
-    "compile": {"type": switch, "metavar": "{0,1}", "default": 0, "help": "torch.compile the networks"},
-    "deterministic": {
-        "type": switch,
-        "metavar": "{0,1}",
-        "default": 0,
-        "help": "bit-identical runs on CUDA too, slower",
-    },
-    "stop_on_collapse": {
-        "type": switch,
-        "metavar": "{0,1}",
-        "default": 1,
-        "help": "0 trains on with a student that predicts one class only, as very unequal classes may ask for",
-    },
-    "checkpoint_minutes": {
-        "type": number(above=True),
-        "default": 10.0,
-        "help": "most minutes of training that a kill can lose",
-    },
-    "run_dir": {"type": os.path.expanduser, "default": "runs", "help": "folder of the run folders"},
-    "run_name": {
-        "type": run_name,
-        "help": "name of the run folder; default made of script, dataset, teacher, student, seed",
-    },
-    "nowand": {
-        "type": switch,
-        "metavar": "{0,1}",
-        "nargs": "?",
-        "const": 1,
-        "default": 1,
-        "help": "the released code's flag: --nowand 0 is --wandb 1",
-    },
-    "wandb": {
-        "type": switch,
-        "metavar": "{0,1}",
-        "nargs": "?",
-        "const": 1,
-        "help": "1 logs the metrics to Weights & Biases (default: 0)",
-    },
-    "wandb_project": {"default": "robust-distillation", "help": "W&B project"},
-    "wandb_entity": {"default": None, "help": "W&B entity"},
-    "wandb_name": {"default": None, "help": "W&B run name; default the run folder's"},
-    "wandb_tags": {"nargs": "*", "default": [], "help": "W&B tags"},
-    "wandb_artifact": {
-        "type": switch,
-        "metavar": "{0,1}",
-        "default": 0,
-        "help": "1 uploads the final student to Weights & Biases",
-    },
-    "tensorboard": {
-        "type": switch,
-        "metavar": "{0,1}",
-        "default": 0,
-        "help": "1 mirrors the metrics to TensorBoard, in the run folder",
-    },
-}
-"""Flags of every training script."""
+FLAGS = {name: flag for group in GROUPS.values() for name, flag in group.items()}
 
-NAMED_RUN_FLAGS = ("side", "train_examples", "holdout", "swa_after", "compile", "deterministic")
-"""Flags of these that a default run name tells where they are not the default; the rest moves no weight."""
 
-_LATER = (
-    "side", "train_examples", "holdout", "aa_best", "swa_after", "stop_on_collapse", "wandb_artifact", "tensorboard",
-)  # fmt: skip
-LATER_SETTINGS: dict[str, Any] = {name: RUN_FLAGS[name]["default"] for name in _LATER}
-"""Settings that the config.json of an earlier version lacks, and the values that stand for what it did."""
+def options(name: str) -> dict[str, Any]:
+    """Arguments of argparse's add_argument for one flag."""
+    return FLAGS[name].options
+
+
+def settings_with(role: Role) -> tuple[str, ...]:
+    """Names of the flags that have a role, in the order of the table."""
+    return tuple(name for name, flag in FLAGS.items() if role in flag.roles)
+
+
+LATER_SETTINGS = {name: options(name)["default"] for name in settings_with(Role.LATER)}
+"""Settings that config.json of an earlier version lacks, with the values that describe what it did."""

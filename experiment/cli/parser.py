@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from experiment import UserError
-from experiment.cli.flags import METHOD_FLAGS, NAMED_RUN_FLAGS, RUN_FLAGS
+from experiment.cli.flags import FLAGS, GROUPS, Role, settings_with
 from experiment.cli.presets import PAPER, default, defaults_of, fill
 from experiment.cli.run_name import default_run_name
 from experiment.cli.values import flag_like
 from experiment.entry import batch_of_script
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults as they would be typed: 8/255, and none where the text says what happens."""
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults as they are typed, such as 8/255; none where the help text says what happens."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         value = action.default
@@ -61,27 +61,33 @@ def _suggestion(given: str, allowed: Iterable[str]) -> str:
 
 def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
     """The parser of one script, before the defaults that depend on other flags are filled in."""
-    title = f"{recipe['method']}{'+' + recipe['adds'] if 'adds' in recipe else ''} on CIFAR-100 and friends"
-    parser = Parser(prog=Path(script).name, description=title)
-    if PAPER in recipe:
-        parser.add_argument(
-            "--preset",
-            choices=("default", "paper"),
-            default="default",
-            help="the documented recipe, or the papers' published one",
-        )
-    if "teacher" in recipe["networks"]:
-        parser.add_argument("--teacher_path", default=None, help="the downloaded RobustBench .pt file of --teacher")
-    own = {"help": "a setting of this script's own: its RECIPE and training_loss tell what it does"}
-    for name, value in defaults_of(recipe, "default").items():
-        # train_teacher.py's only network is no one's student: --model says the same there.
-        alias = ["--model"] if name == "student" and "teacher" not in recipe["networks"] else []
-        options = METHOD_FLAGS.get(name) or {"type": flag_like(value), **own}
-        shown = None if callable(value) else value  # what is computed, the flag's help tells
-        parser.add_argument(*alias, f"--{name}", dest=name, **options, default=shown)
-    for name, options in RUN_FLAGS.items():
-        parser.add_argument(f"--{name}", **options)
+    program = Path(script).name
+    distils = "teacher" in recipe["networks"]
+    title = f"{recipe['method']}{'+' + recipe['adds'] if 'adds' in recipe else ''} on CIFAR-100 and other data sets"
+    command = f"python {program} {'--teacher BDM ' if distils else ''}--student RES-18"
+    examples = f"examples:\n  {command}\n  {command} --epochs 100 --seed 1 --wandb 1"
+    parser = Parser(prog=program, usage="%(prog)s [--FLAG VALUE ...]", description=title, epilog=examples)
+    defaults = defaults_of(recipe, "default")
+    needs = {"preset": PAPER in recipe, "teacher_path": distils}
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    for title, flags in GROUPS.items():
+        for name, flag in flags.items():
+            if Role.METHOD not in flag.roles and needs.get(name, True):
+                groups[title].add_argument(f"--{name}", **flag.options)
+            elif name in defaults:
+                # train_teacher.py has no teacher: --model is another name of its --student.
+                alias = ["--model"] if name == "student" and not distils else []
+                default = _shown(defaults[name])
+                groups[title].add_argument(*alias, f"--{name}", dest=name, **flag.options, default=default)
+    for name in (name for name in defaults if name not in FLAGS):
+        options = {"type": flag_like(defaults[name]), "default": _shown(defaults[name])}
+        groups["method"].add_argument(f"--{name}", help="this script's own: see RECIPE and training_loss", **options)
     return parser
+
+
+def _shown(default: Any) -> Any:
+    """A default for --help: none if it is computed from other flags."""
+    return None if callable(default) else default
 
 
 def parse_args(
@@ -122,7 +128,9 @@ def parse_args(
     if args.precision == "tf32" and args.device == "cpu":
         parser.error("argument --precision: 'tf32' is not allowed on the CPU; fp32 or bf16")
     if args.run_name is None:
-        settled = {**{name: RUN_FLAGS[name].get("default") for name in NAMED_RUN_FLAGS}, "precision": precision}
+        settled = {name: FLAGS[name].options.get("default") for name in settings_with(Role.NAMED)} | {
+            "precision": precision
+        }
         changed = [name for name in defaults if name in given and _differs(args, name, defaults)]
         changed += [name for name, value in settled.items() if getattr(args, name) != value]
         args.run_name = default_run_name(script, args, (name for name in changed if name not in ("teacher", "student")))

@@ -42,10 +42,7 @@ def cost_of(run: PlannedRun, study: Study) -> Cost | None:
     Measured: the mean epoch, evaluation and AutoAttack of the study's runs with the same script, networks and data.
     Counted: operations of its passes, for networks and data whose size is known, at the expected speed of a GPU.
     """
-    alike = (
-        "teacher", "student", "dataset", "side", "train_examples", "holdout", "epochs", "batch", "steps", "attack",
-        "aa_examples", "precision", "compile",
-    )  # fmt: skip
+    alike = cli.settings_with(cli.Role.COST)
     same = [
         other
         for other in study.all_runs

@@ -221,13 +221,13 @@ def is_locked(path: Path) -> bool:
 
 def _check_folder(run: PlannedRun) -> None:
     """Refuse a folder whose run has other values of the flags that the study gives."""
-    from experiment.run import ATTACK_SETTINGS, free_settings
+    from experiment.run import free_settings
 
     path = run.folder / "config.json"
     if not path.is_file():
         return
     # Where it is resumed, the run itself decides on the device and on what was attacked.
-    free = {*RESERVED, "device", *ATTACK_SETTINGS, *free_settings(run.settings)}
+    free = {*RESERVED, "device", *cli.settings_with(cli.Role.AUTOATTACK), *free_settings(run.settings)}
     there = read_json(path).get("settings")
     there = cli.LATER_SETTINGS | (there if isinstance(there, dict) else {})
     differing = [

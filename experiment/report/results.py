@@ -6,16 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from experiment import UserError
-from experiment.cli import LATER_SETTINGS
+from experiment.cli import LATER_SETTINGS, Role, settings_with
 from experiment.files import file_sha256, read_json
 from experiment.report.run_record import FIRST_BROKEN_BY, RunRecord
 from experiment.report.text import ABSENT, comma_list, short_text
-
-MAY_DIFFER = (
-    "run_name", "run_dir", "data_dir", "teacher_path", "device", "nowand", "aa_batch", "checkpoint_minutes", "seed",
-    "eval_after", "aa_best", "tensorboard", "stop_on_collapse",
-)  # fmt: skip
-"""Settings that leave the experiment the same; those that begin with wandb_ come on top."""
 
 SCALARS_KEPT = ("probability", "logit")
 REPORT = ("gd", "gc", "remainder_student", "remainder_teacher")
@@ -259,4 +253,4 @@ def _curves(rows: list[dict[str, Any]], path: Path) -> dict[str, dict[int, float
 
 
 def _may_differ(setting: str) -> bool:
-    return setting in MAY_DIFFER or setting.startswith("wandb_")
+    return setting in settings_with(Role.MAY_DIFFER)

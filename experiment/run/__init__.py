@@ -1,7 +1,7 @@
 """The run folder: one run from its first step to result.json, through any number of kills."""
 
-from experiment.run.folder import ATTACK_SETTINGS, free_settings
+from experiment.run.folder import free_settings
 from experiment.run.loop import Run
 from experiment.run.provenance import provenance
 
-__all__ = ["ATTACK_SETTINGS", "Run", "free_settings", "provenance"]
+__all__ = ["Run", "free_settings", "provenance"]

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from experiment import UserError, data, files
-from experiment.cli import LATER_SETTINGS
+from experiment.cli import LATER_SETTINGS, Role, settings_with
 from experiment.engine import Engine
-from experiment.run.folder import ATTACK_SETTINGS, FORMAT
+from experiment.run.folder import FORMAT
 from experiment.run.provenance import provenance
 
 CHANGES = {
@@ -74,7 +74,7 @@ def resumed_config(there: dict[str, Any], here: dict[str, Any]) -> tuple[dict[st
     A trained run may be attacked otherwise than its config.json says: that then says so together with its result.json.
     """
     config = {**here, "device": there["device"], "processes": there.get("processes", here["processes"])}
-    attack = {name: here["settings"][name] for name in ATTACK_SETTINGS}
+    attack = {name: here["settings"][name] for name in settings_with(Role.AUTOATTACK)}
     before = {**LATER_SETTINGS, **there["settings"]}
     if all(before[name] == value for name, value in attack.items()):
         return {**config, "command": there["command"]}, None

@@ -12,18 +12,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from experiment import UserError, files
-from experiment.cli import LATER_SETTINGS
+from experiment.cli import LATER_SETTINGS, Role, settings_with
 
 FORMAT = 1
-
-FREE_SETTINGS = (
-    "nowand", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags", "wandb_artifact", "tensorboard",
-    "checkpoint_minutes", "data_dir", "run_dir", "teacher_path", "stop_on_collapse",
-)  # fmt: skip
-"""Settings that may change between a run and its resumption: they move no weight and no accuracy that is kept."""
-
-ATTACK_SETTINGS = ("aa_examples", "aa_batch", "aa_best")
-"""Settings that may change once the training is over, as long as nothing was attacked."""
 
 LEFTOVER = re.compile(r"\.[a-z]+(-\d+)?\.(pt|jsonl?)(\.\d+)?\.tmp|\.shared-[0-9a-f]+")
 """Names of files that a killed process was about to write, or that its ranks met in."""
@@ -31,7 +22,8 @@ LEFTOVER = re.compile(r"\.[a-z]+(-\d+)?\.(pt|jsonl?)(\.\d+)?\.tmp|\.shared-[0-9a
 
 def free_settings(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """The settings that may change in a run that has these: with --holdout, --eval_after tells which epochs compete."""
-    return FREE_SETTINGS if settings.get("holdout") else (*FREE_SETTINGS, "eval_after")
+    free = settings_with(Role.FREE)
+    return free if settings.get("holdout") else (*free, "eval_after")
 
 
 def lock(folder: Path) -> FileLock:
@@ -85,7 +77,7 @@ def find_run(folder: Path, script: str, args: argparse.Namespace) -> tuple[dict[
     result = files.read_json(folder / "result.json") if "result.json" in entries else None
     trained = {"student.pt", "last.pt"} <= entries  # without last.pt, it would train anew
     unattacked = trained and (result is None or (result.get("autoattack") is None and args.aa_examples > 0))
-    free = (*free_settings(vars(args)), *(ATTACK_SETTINGS if unattacked else ()))
+    free = (*free_settings(vars(args)), *(settings_with(Role.AUTOATTACK) if unattacked else ()))
     differing = _differing(config, {"script": script, **vars(args)}, free)
     if differing and foreign == ["config.json"]:
         return {}, None  # it never came to a checkpoint: there is nothing to lose
