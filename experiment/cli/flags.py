@@ -19,22 +19,14 @@ class Role(enum.Flag):
     """What the value of a flag is used for, beside the training itself."""
 
     NONE = 0
-    METHOD = enum.auto()
-    """Exists in the scripts whose RECIPE has it, with the RECIPE's default. In the run's name if it is not that."""
-    NAMED = enum.auto()
-    """Exists in every script. In the run's name if it is not the default."""
-    FREE = enum.auto()
-    """May change when a run is resumed: it changes no weight and no accuracy that is kept."""
-    AUTOATTACK = enum.auto()
-    """May change after the training, as long as nothing was attacked."""
-    MAY_DIFFER = enum.auto()
-    """May differ between compared runs: the experiment is the same."""
-    PRIVATE = enum.auto()
-    """Not published with an exported student."""
-    LATER = enum.auto()
-    """Not in config.json of the first runs of format 1, which did what the default does."""
-    COST = enum.auto()
-    """Runs that share it, and the script, take the same time."""
+    METHOD = enum.auto()  # in the scripts whose RECIPE has it, with the RECIPE's default; in the run's name if changed
+    NAMED = enum.auto()  # in every script; in the run's name if changed
+    FREE = enum.auto()  # may change when a run is resumed: it changes no weight and no accuracy that is kept
+    AUTOATTACK = enum.auto()  # may change after the training, as long as nothing was attacked
+    MAY_DIFFER = enum.auto()  # may differ between compared runs: the experiment is the same
+    PRIVATE = enum.auto()  # not published with an exported student
+    LATER = enum.auto()  # not in config.json of the first runs of format 1, which did what the default does
+    COST = enum.auto()  # runs that share it, and the script, take the same time
 
 
 class Flag(NamedTuple):
