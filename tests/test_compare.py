@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiment import UserError, cli, report
+from experiment import UserError, cli, evaluation, report
 from experiment.report import (
     comparison,
     exports,
@@ -560,6 +560,62 @@ def test_what_holds_no_run_is_refused(pair, tmp_path):
         compare(tmp_path / ("long" * 100))
     with pytest.raises(UserError, match="is not a run folder and holds none"):
         compare(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("student.pt", "is a file; compare.py takes folders"),
+        ("train/cat/1.png", "is a folder of images, .* --dataset "),
+        ("export/model.safetensors", "is an export, not a run folder"),
+        ("notes/notes.txt", "is not a run folder and holds none"),
+    ],
+)
+def test_a_source_of_the_wrong_kind_names_the_command_that_makes_a_run(name, kind, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    (path.parent / "config.json").write_text("{}") if path.parent.name == "export" else None
+    with pytest.raises(UserError, match=kind) as raised:
+        compare(tmp_path / Path(name).parts[0])
+    assert "python adaad_cifar100.py" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def measure_gradients(run: Path, logit_gc: float, epsilon: float = 8 / 255, examples: int = 450) -> None:
+    """A record of evaluate.py --attacks gradients."""
+    scalar = {"gd": 1.0, "gc": logit_gc, "remainder_student": 0.1, "remainder_teacher": 0.3}
+    report_ = {"gd": 0.1, "gc": 0.5, "definition": "g", "epsilon": epsilon, "examples": examples}
+    report_["scalars"] = dict.fromkeys(("probability", "logit"), scalar)
+    record = {"measured": ["gradients"], "student_sha256": "f" * 64, "dataset_sha256": "d" * 64}
+    evaluation.write_record(run, {**record, "teacher_sha256": "e" * 64, "gradients": report_})
+
+
+def test_gradients_are_those_at_the_runs_epsilon_on_the_most_images(tmp_path):
+    run = make_run(tmp_path / "run", epsilon=8 / 255, result={"student_sha256": "f" * 64})
+    measure_gradients(run, 0.4)
+    measure_gradients(run, 0.5)
+    measure_gradients(run, 0.6, examples=10)
+    measure_gradients(run, 0.7, epsilon=4 / 255)
+    printed = compare(run)
+    assert "0.500" in cells(printed, "AdaAD")
+    assert "(evaluate.py, the first 450 test images)" in printed
+
+
+def test_gradients_on_other_numbers_of_images_are_not_put_side_by_side(tmp_path):
+    for adds, examples in ((None, 450), ("IGDM", 100)):
+        run = make_run(tmp_path / f"run{adds}", adds, epsilon=8 / 255, result={"student_sha256": "f" * 64})
+        measure_gradients(run, 0.123, examples=examples)
+    printed = compare(tmp_path)
+    assert "0.123" in cells(printed, "AdaAD")
+    assert "0.123" not in cells(printed, "AdaAD+IGDM")
+    assert "runIGDM are left out: measured on 100 images, others on 450" in printed
+
+
+def test_correlations_within_methods_rank_ties_as_ties():
+    """Exact arithmetic on the record gives these; the rounding of float means must not break ties."""
+    printed = compare(ROOT / "docs/results/digits_student.json")
+    assert "GC +0.87 (+0.87), GD -0.60 (-0.56), logit GC +0.91 (+0.89), logit GD +0.19 (+0.76)." in printed
 
 
 def test_a_folder_of_runs_can_be_compared_again(tmp_path, capsys):

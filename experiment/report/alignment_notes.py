@@ -11,6 +11,8 @@ MEASURES = {"GC": ("gc", 1), "GD": ("gd", -1), "logit GC": ("logit_gc", 1), "log
 """By name: the attribute of a run, and the sign of a change that brings the student closer to the teacher."""
 FEWEST = 6
 """Of fewer students or pairs nothing is told."""
+DIGITS = 9
+"""Decimals of a value before it is ranked: far more than is printed, far fewer than a float has."""
 
 
 def alignment_notes(groups: Sequence[SeedGroup], gains: Sequence[Gain]) -> list[str]:
@@ -98,5 +100,6 @@ def _correlations(groups: Sequence[Sequence[RunRecord]]) -> str:
 
 
 def _centred(table: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Each value minus the mean of its column, rounded so that float error does not break ties."""
     means = [fmean(values) for values in zip(*table, strict=True)]
-    return [(x - means[0], y - means[1]) for x, y in table]
+    return [(round(x - means[0], DIGITS), round(y - means[1], DIGITS)) for x, y in table]

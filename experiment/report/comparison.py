@@ -4,7 +4,9 @@ A method that adds something to a base method (config.json's "adds") stands besi
 AutoAttack accuracy minus the baseline's, is told only if the two were made under the same conditions.
 """
 
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from experiment import UserError
 from experiment.report.exports import as_markdown, markdown_text
 from experiment.report.groups import Gain, SeedGroup, contrasts_of, gains_of, group_by_seed
 from experiment.report.notes import notes_of
-from experiment.report.run_record import PendingRun
+from experiment.report.run_record import PendingRun, RunRecord
 from experiment.report.sources import Runs
 from experiment.report.tables import Table, pending_table, published_table, results_table
 
@@ -26,6 +28,8 @@ class Comparison:
     refusals: list[str]
     pending: list[PendingRun]
     deeper: list[Path] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)
+    """Sentences about evaluate.py's gradients that are left out."""
 
     @cached_property
     def tables(self) -> list[Table]:
@@ -39,7 +43,12 @@ class Comparison:
         """Sentences for below the tables."""
         refused = [f"No gain: {refusal}." for refusal in self.refusals]
         deeper = [f"Left out: {len(self.deeper)} runs further down, such as {self.deeper[0]}."] if self.deeper else []
-        return [*notes_of(self.groups, [*self.gains, *contrasts_of(self.groups)], self.pending), *refused, *deeper]
+        return [
+            *notes_of(self.groups, [*self.gains, *contrasts_of(self.groups)], self.pending),
+            *self.unlike,
+            *refused,
+            *deeper,
+        ]
 
     def markdown(self) -> str:
         """Tables and notes."""
@@ -55,5 +64,27 @@ def comparison_of(runs: Runs) -> Comparison:
     """
     if not runs.finished and not runs.pending:
         raise UserError("there are no runs to compare")
-    groups = group_by_seed(runs.finished)
-    return Comparison(groups, *gains_of(groups), runs.pending, runs.deeper)
+    finished, unlike = _on_the_same_images(runs.finished)
+    groups = group_by_seed(finished)
+    return Comparison(groups, *gains_of(groups), runs.pending, runs.deeper, unlike)
+
+
+def _on_the_same_images(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
+    """The runs with evaluate.py's gradients only where measured on as many images as any; what was left out."""
+    most: dict[str, int] = defaultdict(int)
+    for run in runs:
+        most[run.dataset] = max(most[run.dataset], run.gradients.get("scalars_examples", 0))
+    kept, left_out = [], []
+    for run in runs:
+        images = run.gradients.get("scalars_examples")
+        if images is None or images == most[run.dataset]:
+            kept.append(run)
+            continue
+        gradients = {key: value for key, value in run.gradients.items() if not key.startswith("scalars")}
+        kept.append(replace(run, gradients=gradients))
+        left_out.append(
+            f"Logit GD and logit GC of {run.folder.name} are left out: measured on {images} images, others on "
+            f"{most[run.dataset]}. Measure again with: python evaluate.py {run.folder} --attacks gradients "
+            f"--examples {most[run.dataset]}"
+        )
+    return kept, left_out

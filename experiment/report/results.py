@@ -1,6 +1,7 @@
 """What a run's files hold, checked: config.json, metrics.jsonl, result.json."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from experiment import UserError
 from experiment.cli import LATER_SETTINGS, Role, settings_with
 from experiment.files import file_sha256, read_json
 from experiment.report.run_record import FIRST_BROKEN_BY, RunRecord
-from experiment.report.text import ABSENT, comma_list, short_text
+from experiment.report.text import ABSENT, comma_list, number_or_0, short_text
 
 SCALARS_KEPT = ("probability", "logit")
 REPORT = ("gd", "gc", "remainder_student", "remainder_teacher")
@@ -35,14 +36,7 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder} is an unfinished run (no result.json); to finish it, run this again: {command}")
     result, rows = read_json(folder / "result.json"), read_metrics(folder / "metrics.jsonl")
     evaluations = _evaluations(folder, config, result)
-    teacher = config.get("teacher_sha256")  # evaluate.py may have been given another one
-    aligned = [
-        record["gradients"]
-        for record in evaluations
-        if record.get("gradients") and record.get("teacher_sha256") == teacher
-    ]
-    if aligned:
-        reported = {**aligned[-1], "scalars_examples": aligned[-1].get("examples")}
+    if reported := _gradient_report(config, evaluations):
         result = {**result, "gradients": reported | (result.get("gradients") or {})}
     return checked_run(folder, config, result, rows, evaluations, weights_sha256(folder))
 
@@ -56,6 +50,23 @@ def _evaluations(folder: Path, config: dict[str, Any], result: dict[str, Any]) -
     # best.pt, an unfinished last.pt and other data leave their records in the same place.
     same = ("student_sha256", result.get("student_sha256")), ("dataset_sha256", config.get("dataset_sha256"))
     return tuple(record for record in records(folder) if all(record.get(key) == value for key, value in same))
+
+
+def _gradient_report(config: dict[str, Any], evaluations: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """What evaluate.py measured of the gradients with the run's teacher and epsilon: on the most images, newest."""
+    settings = config.get("settings")
+    epsilon = number_or_0(settings.get("epsilon")) if isinstance(settings, dict) else 0
+    alike = [
+        record["gradients"]
+        for record in reversed(evaluations)
+        if record.get("gradients")
+        and record.get("teacher_sha256") == config.get("teacher_sha256")
+        and math.isclose(number_or_0(record["gradients"].get("epsilon")), epsilon, abs_tol=1e-9)
+    ]
+    if not alike:
+        return {}
+    best = max(alike, key=lambda report: number_or_0(report.get("examples")))
+    return {**best, "scalars_examples": best.get("examples")}
 
 
 def weights_sha256(folder: Path) -> str | None:

@@ -16,6 +16,8 @@ from experiment.report.text import number_or_0
 
 DEPTH = 3
 """Folders of runs are looked for down to this level: runs/STUDY/RUN."""
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+MAKE_A_RUN = "A run is made with: python adaad_cifar100.py --run_name NAME"
 
 
 @dataclass
@@ -69,13 +71,22 @@ def _run_folders(source: Path) -> tuple[list[Path], list[Path]]:
     """The runs of the first level that has any, and those below it: another study's, which would not be compared."""
     # os.path.isdir and isfile answer False where Path's raise, such as for a name that is too long.
     if not os.path.isdir(source):
-        raise UserError(f"{source} is not a folder; give folders of runs, or folders that hold them")
+        kind = "file; compare.py takes folders, studies (.toml) and records (.json)"
+        raise UserError(
+            f"{source} is a {kind}. {MAKE_A_RUN}"
+            if os.path.isfile(source)
+            else f"{source} is not a folder; give folders of runs, or folders that hold them"
+        )
+    if os.path.isfile(source / "model.safetensors"):
+        raise UserError(f"{source} is an export, not a run folder. Give the run that it was made from. {MAKE_A_RUN}")
     levels = (sorted(path.parent for path in source.glob("*/" * level + "config.json")) for level in range(DEPTH))
     for found in levels:
         if found:
             below = (folder for level in levels for folder in level)
             return found, [folder for folder in below if not set(found) & set(folder.parents)]  # an export is no run
-    raise UserError(f"{source} is not a run folder and holds none: there is no config.json in it")
+    if any(path.suffix.lower() in IMAGES for path in source.glob("*/*")):
+        raise UserError(f"{source} is a folder of images, not a run folder. {MAKE_A_RUN} --dataset {source}")
+    raise UserError(f"{source} is not a run folder and holds none: there is no config.json in it. {MAKE_A_RUN}")
 
 
 def pending_of(run: PlannedRun) -> PendingRun:
