@@ -20,7 +20,11 @@ FROM_RUN = ("dataset", "data_dir", "side", "teacher", "teacher_path", "epsilon",
 
 def build_parser():
     """The parser, before a run's own settings become the defaults."""
-    parser = cli.Parser(prog="evaluate.py", description="Measure any network.")
+    parser = cli.Parser(
+        "evaluate.py",
+        description="Measure any network.",
+        examples=("runs/NAME --attacks clean pgd autoattack", "BDM --attacks clean pgd --examples 1000"),
+    )
     add = parser.add_argument
     add("what", metavar="WHAT", help="run folder, checkpoint, RobustBench name, or weights file with --arch")
     add("--arch", default=None, help="architecture of bare weights: RES-18, ..., or FILE.py:function")

@@ -63,7 +63,11 @@ SHA-256 of the state dict: `{student_sha256}`; of the teacher's file: `{teacher_
 
 def parse_args(argv=None):
     """The flags; the data for --onnx's check are the run's own unless told otherwise."""
-    parser = cli.Parser(prog="export.py", description="Export the student of a finished run.")
+    parser = cli.Parser(
+        "export.py",
+        description="Export the student of a finished run.",
+        examples=("runs/NAME --onnx student.onnx", "runs/NAME --hub student_hub"),
+    )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a finished run")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="write an ONNX file, checked with onnxruntime")
     parser.add_argument("--safetensors", type=Path, metavar="FILE", help="write the weights alone")

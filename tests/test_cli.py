@@ -380,6 +380,16 @@ def test_the_nearest_choice_is_suggested(argv, choice, capsys):
     assert f"; did you mean {choice}? (see" in refused(capsys, "adaad_IGDM", *argv.split())
 
 
+@pytest.mark.parametrize("script", ["evaluate", "compare", "study", "export"])
+def test_help_of_the_other_commands_ends_with_two_examples(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    heading, *examples = capsys.readouterr().out.splitlines()[-3:]
+    assert heading == "examples:"
+    assert all(example.startswith(f"  python {script}.py ") for example in examples)
+
+
 @pytest.mark.parametrize(
     ("script", "argv", "suggestion"),
     [

@@ -30,8 +30,10 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 class Parser(argparse.ArgumentParser):
     """Strict parsing; an error is one line on stderr and exit status 2."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+    def __init__(self, prog: str, *, examples: Sequence[str] = (), **kwargs: Any) -> None:
+        """Take argparse's arguments, and the arguments of the commonest commands for the end of --help."""
+        epilog = "\n".join(["examples:", *(f"  python {prog} {arguments}" for arguments in examples)])
+        super().__init__(prog, epilog=epilog if examples else None, allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         """Parse all arguments; for an unknown flag the error suggests the nearest one."""
@@ -64,9 +66,9 @@ def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
     program = Path(script).name
     distils = "teacher" in recipe["networks"]
     title = f"{recipe['method']}{'+' + recipe['adds'] if 'adds' in recipe else ''} on CIFAR-100 and other data sets"
-    command = f"python {program} {'--teacher BDM ' if distils else ''}--student RES-18"
-    examples = f"examples:\n  {command}\n  {command} --epochs 100 --seed 1 --wandb 1"
-    parser = Parser(prog=program, usage="%(prog)s [--FLAG VALUE ...]", description=title, epilog=examples)
+    networks = "--teacher BDM --student RES-18" if distils else "--student RES-18"
+    examples = (networks, f"{networks} --epochs 100 --seed 1 --wandb 1")
+    parser = Parser(program, examples=examples, usage="%(prog)s [--FLAG VALUE ...]", description=title)
     defaults = defaults_of(recipe, "default")
     needs = {"preset": PAPER in recipe, "teacher_path": distils}
     groups = {title: parser.add_argument_group(title) for title in GROUPS}

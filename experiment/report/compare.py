@@ -75,7 +75,11 @@ def _write_text(path: Path, text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse what to compare and where to write it, and compare."""
-    parser = cli.Parser(prog="compare.py", description="runs side by side: tables, plots, page")
+    parser = cli.Parser(
+        "compare.py",
+        description="Compare runs side by side: tables, plots, page.",
+        examples=("runs", "runs/BASELINE runs/IGDM --html comparison.html"),
+    )
     parser.add_argument(
         "sources",
         nargs="+",

@@ -19,7 +19,11 @@ from experiment.report.text import points
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse FILE.toml and the flags, print the grid and run it."""
-    parser = cli.Parser(prog="study.py", description="a grid of runs: what is finished is skipped, the rest goes on")
+    parser = cli.Parser(
+        "study.py",
+        description="Train a grid of runs. Finished runs are skipped, unfinished ones resume.",
+        examples=("studies/digits.toml --dry_run 1", "studies/digits.toml --jobs 2"),
+    )
     parser.add_argument("file", type=Path, metavar="FILE.toml", help="the study, such as studies/digits.toml")
     parser.add_argument("--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="the study is a folder in it")
     parser.add_argument(
