@@ -92,6 +92,11 @@ def test_a_grid_is_every_combination_with_the_flags_of_each_script(study_of):
     assert study.teacher.settings["student"] == "RES-8"
 
 
+def test_a_study_may_give_wandb_for_nowand(study_of):
+    study = study_of(TINY.replace("ramp_epochs = 1", "ramp_epochs = 1\nwandb = true"))
+    assert [run.settings["nowand"] for run in study.runs] == [0] * 4
+
+
 def test_what_is_in_the_grid_is_in_the_name(study_of):
     grid = 'alpha = [5, 20]\nstudent = ["RES-8"]\nteacher = ["BDM", "my/old.pt"]'
     text = TINY.replace("seed = [0, 1]", grid).replace("[settings.adaad_IGDM_cifar100]\nalpha = 5", "")

@@ -71,16 +71,16 @@ def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
     parser = Parser(program, examples=examples, usage="%(prog)s [--FLAG VALUE ...]", description=title)
     defaults = defaults_of(recipe, "default")
     needs = {"preset": PAPER in recipe, "teacher_path": distils}
-    groups = {title: parser.add_argument_group(title) for title in GROUPS}
-    for title, flags in GROUPS.items():
+    groups = {heading: parser.add_argument_group(heading) for heading in GROUPS}
+    for heading, flags in GROUPS.items():
         for name, flag in flags.items():
             if Role.METHOD not in flag.roles and needs.get(name, True):
-                groups[title].add_argument(f"--{name}", **flag.options)
+                groups[heading].add_argument(f"--{name}", **flag.options)
             elif name in defaults:
                 # train_teacher.py has no teacher: --model is another name of its --student.
                 alias = ["--model"] if name == "student" and not distils else []
                 default = _shown(defaults[name])
-                groups[title].add_argument(*alias, f"--{name}", dest=name, **flag.options, default=default)
+                groups[heading].add_argument(*alias, f"--{name}", dest=name, **flag.options, default=default)
     for name in (name for name in defaults if name not in FLAGS):
         options = {"type": flag_like(defaults[name]), "default": _shown(defaults[name])}
         groups["method"].add_argument(f"--{name}", help="this script's own: see RECIPE and training_loss", **options)
