@@ -907,7 +907,10 @@ def test_script(pair, tmp_path):
     assert bad.stderr == "error: none is not a folder; give folders of runs, or folders that hold them\n"
 
 
-@pytest.mark.parametrize("document", ["docs/results.md", "README.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "docs/results.md", *(f"docs/results/{path.name}" for path in ROOT.glob("docs/results/*.md"))],
+)
 def test_committed_tables_and_figures_are_those_of_the_committed_records(document, tmp_path):
     text = (ROOT / document).read_text()
     # A study that has no records stands with its published figures alone.

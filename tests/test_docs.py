@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,70 @@ def test_commands_are_accepted(page):
             cli.parse_args(module.__file__, module.RECIPE, [*flags, "--device", "cpu"])
         elif hasattr(module, "build_parser"):
             module.build_parser().parse_args(flags)
+
+
+def test_the_readme_loop_runs_with_two_files_alone(tmp_path):
+    """IGDM in a foreign loop: attacks.py and rslad_loss.py copied, nothing else of this repository."""
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    for name in ("attacks.py", "rslad_loss.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    use = """
+torch.manual_seed(0)
+student, teacher = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5)).double() for _ in range(2))
+x = torch.rand(4, 3, 2, 2).double()
+torch.manual_seed(0)
+with_igdm = training_loss(student, teacher.eval(), x, 2.0)
+torch.manual_seed(0)
+without = training_loss(student, teacher, x, 0.0)
+with_igdm.backward()
+print(with_igdm.item() > without.item() > 0, student[1].weight.grad.abs().sum().item() > 0, teacher[1].weight.grad)
+"""
+    (tmp_path / "loop.py").write_text(example + use)
+    done = subprocess.run([sys.executable, "loop.py"], check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("True True None\n", 0), done.stderr
+
+
+def test_the_picture_of_igdm_is_the_one_its_script_draws(tmp_path):
+    subprocess.run([sys.executable, ROOT / "docs/figures/igdm.py", tmp_path / "igdm.svg"], check=True)
+    assert (tmp_path / "igdm.svg").read_text() == (ROOT / "docs/figures/igdm.svg").read_text()
+
+
+def shown(number):
+    return number.replace("-", "−")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+@pytest.mark.parametrize(
+    "study", ["digits", "cifar10_16", "digits_teacher10", "digits_student", "digits_long", "digits_target"]
+)
+def test_gains_in_the_text_are_those_of_the_records(page, study):
+    """With the wider of the intervals in the notes that compare.py writes under a study's table."""
+    pattern = r"(\S+) points, 95 % interval (\S+) to (\S+)(?: \(bootstrap[^;]*; Student's over seeds (\S+) to (\S+)\))?"
+    notes = re.findall(pattern, (ROOT / f"docs/results/{study}.md").read_text())
+    assert notes
+    if page == "README.md" and study not in ("digits", "cifar10_16", "digits_target"):
+        return
+    text = " ".join((ROOT / page).read_text().split())
+    for gain, *ends in notes:
+        intervals = [ends[:2], ends[2:]] if ends[2] else [ends[:2]]
+        low, high = max(intervals, key=lambda interval: float(interval[1]) - float(interval[0]))
+        assert shown(gain) in text, gain
+        assert f"{shown(low)} to {shown(high)}" in text, (low, high)
+
+
+def test_pairs_counted_in_the_text_are_those_of_the_records():
+    signs = "AutoAttack rose", "GC rose", "GD fell", "logit GC rose", "logit GD fell"
+    pattern = r"of (\d+) pairs of one seed: " + ", ".join(rf"{sign} in (\d+)" for sign in signs)
+    text, total = (ROOT / "docs/results.md").read_text(), 0
+    for study in ("digits", "cifar10_16", "digits_teacher10", "digits_student", "digits_long"):
+        ((pairs, autoattack, gc, gd, logit_gc, logit_gd),) = re.findall(
+            pattern, (ROOT / f"docs/results/{study}.md").read_text()
+        )
+        row = " | ".join(f"{count} of {pairs}" for count in (logit_gd, logit_gc, gd, gc, autoattack))
+        assert f"| {row} |" in text, study
+        assert logit_gd == pairs
+        total += int(pairs)
+    assert f"in all {total} pairs of five studies" in " ".join((ROOT / "README.md").read_text().split())
 
 
 FLAGS = [
