@@ -749,3 +749,83 @@ def test_rslad_takes_no_gradient_of_its_target(setting):
     assert all(parameter.grad is None for parameter in teacher.parameters())
     F.softmax(target, dim=1)[:, 0].sum().backward()  # its graph is still whole
     assert teacher.linear.weight.grad is not None
+
+
+# AdaAD with a teacher that is evaluated at every K-th step only
+
+
+class CountedNet(nn.Module):
+    """Counts forward and backward passes; logits are a function of the flattened image."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.forwards, self.backwards = logits, 0, 0
+
+    def forward(self, x):
+        self.forwards += 1
+        z = self.logits(x)
+        if z.requires_grad:
+            z.register_hook(self._count)
+        return z
+
+    def _count(self, gradient):
+        self.backwards += 1
+
+
+def linear_logits(seed):
+    weight = torch.randn(CLASSES, 3 * 7 * 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return lambda x: x.flatten(1) @ weight.T
+
+
+def kept_teacher_reference(student, teacher, x, every):
+    """The attack with a kept teacher, written out; for linear networks, whose Jacobians are constant matrices."""
+    students, teachers = (net(torch.eye(147, dtype=x.dtype).view(147, 3, 7, 7)).T for net in (student, teacher))
+    z = x + 0.001 * torch.randn(x.shape)
+    for k in range(STEPS):
+        s = student(z).log_softmax(1)
+        if k % every == 0:
+            t = teacher(z).log_softmax(1)
+            p = t.exp()
+            dkl_dt = p * (t - s - (p * (t - s)).sum(1, keepdim=True))
+        gradient = (s.exp() - p) @ students + dkl_dt @ teachers
+        z = z + STEP_SIZE * gradient.sign().view_as(x)
+        z = torch.min(torch.max(z, x - EPSILON), x + EPSILON).clamp(0, 1)
+    return z
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, STEPS, STEPS + 5])
+def test_kept_teacher_equals_the_closed_form_of_linear_networks(every):
+    x, _ = images()
+    student, teacher = linear_logits(1), linear_logits(2)
+    torch.manual_seed(5)
+    expected = kept_teacher_reference(student, teacher, x, every)
+    torch.manual_seed(5)
+    x_adv = attacks.adaad(CountedNet(student), CountedNet(teacher), x, EPSILON, STEP_SIZE, STEPS, every)
+    assert torch.equal(x_adv, expected)
+
+
+@pytest.mark.parametrize(("every", "evaluations"), [(1, 4), (2, 2), (3, 2), (4, 1), (100, 1)])
+def test_kept_teacher_is_evaluated_at_every_kth_step(every, evaluations):
+    x, _ = images()
+    student, teacher = CountedNet(linear_logits(1)), CountedNet(linear_logits(2))
+    attacks.adaad(student, teacher, x, EPSILON, STEP_SIZE, STEPS, every)
+    assert (teacher.forwards, teacher.backwards) == (evaluations, evaluations)
+    assert (student.forwards, student.backwards) == (STEPS, STEPS)
+
+
+def test_a_teacher_kept_for_one_step_is_adaad():
+    # The surrogate of a kept teacher at K = 1, against the paper's objective: the same gradient by another formula.
+    x, _ = images()
+    student, teacher = network(1).eval(), network(2).eval()
+    objective = attacks._with_kept_teacher(student, teacher, 1)
+    x = x.requires_grad_()
+    (kept,) = torch.autograd.grad(objective(x), [x])
+    (paper,) = torch.autograd.grad(attacks.kl_divergence(student(x), teacher(x), reduction="sum"), [x])
+    torch.testing.assert_close(kept, paper, rtol=1e-12, atol=1e-14)  # float64 rounding of another order of sums
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_teacher_every_starts_at_one(every):
+    x, _ = images()
+    with pytest.raises(ValueError, match=f"teacher_every {every} is out of range"):
+        attacks.adaad(network(1), network(2), x, teacher_every=every)

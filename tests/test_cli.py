@@ -124,7 +124,7 @@ TAUGHT = {"preset": "default", "teacher": "BDM", "teacher_path": None}
 DEFAULTS = {
     "ard": {"attack": "pgd", "target": "adversarial", "ce_weight": 0.0},
     "rslad": {"attack": "rslad", "target": "adversarial", "clean_weight": 0.0, "loss_scale": 1.0},
-    "adaad": {"attack": "adaad"},
+    "adaad": {"attack": "adaad", "teacher_every": 1},
 }
 IGDM_DEFAULTS = {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200}
 
@@ -637,4 +637,10 @@ def test_a_script_by_its_command_line():
     assert done.stdout == ""
     assert done.stderr == (
         "error: argument --epochs: '0' is not allowed; a whole number from 1 (see rslad_IGDM_cifar100.py --help)\n"
+    )
+
+
+def test_teacher_every_needs_the_attack_that_asks_the_teacher(capsys):
+    assert "--teacher_every: 5 is not allowed with --attack rslad" in refused(
+        capsys, "adaad_IGDM", "--teacher_every", "5", "--attack", "rslad"
     )

@@ -81,6 +81,8 @@ GROUPS: dict[str, dict[str, Flag]] = {
         "epsilon": _flag("Linf budget, pixels in [0, 1]", METHOD, type=fraction),
         "step_size": _flag("size of an attack step, pixels in [0, 1]", METHOD, type=fraction),
         "steps": _flag("number of attack steps", METHOD | COST, type=positive_int),
+        "teacher_every": _flag("evaluate the teacher at every K-th attack step; 1 in the paper",
+                               METHOD | LATER | COST, type=positive_int, default=1),
     },
     "data": {
         "dataset": _flag("cifar100, cifar10, svhn, digits (in scikit-learn), an .npz file, or a folder of images", COST,
@@ -135,7 +137,7 @@ GROUPS: dict[str, dict[str, Flag]] = {
                              **_SWITCH),
     },
 }  # fmt: skip
-"""By group and name. METHOD flags have no default here: it is the RECIPE's."""
+"""By group and name. The default of a METHOD flag is the RECIPE's."""
 
 FLAGS = {name: flag for group in GROUPS.values() for name, flag in group.items()}
 

@@ -80,7 +80,7 @@ def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
                 # train_teacher.py has no teacher: --model is another name of its --student.
                 alias = ["--model"] if name == "student" and not distils else []
                 default = _shown(defaults[name])
-                groups[heading].add_argument(*alias, f"--{name}", dest=name, **flag.options, default=default)
+                groups[heading].add_argument(*alias, f"--{name}", dest=name, **(flag.options | {"default": default}))
     for name in (name for name in defaults if name not in FLAGS):
         options = {"type": flag_like(defaults[name]), "default": _shown(defaults[name])}
         groups["method"].add_argument(f"--{name}", help="this script's own: see RECIPE and training_loss", **options)
@@ -123,7 +123,7 @@ def parse_args(
     except UserError as error:
         parser.error(str(error))
     _settle_wandb(parser, args, given)
-    _check(parser, args, given)
+    _check(parser, args, given, defaults.get("attack"))
     args.device = resolve_device(parser, args.device, elsewhere=elsewhere)
     precision = "tf32" if args.device.startswith("cuda") else "fp32"
     args.precision = args.precision or precision
@@ -157,10 +157,15 @@ def _settle_wandb(parser: Parser, args: argparse.Namespace, given: set[str]) -> 
     del args.wandb
 
 
-def _check(parser: Parser, args: argparse.Namespace, given: set[str]) -> None:
+def _check(parser: Parser, args: argparse.Namespace, given: set[str], recipe_attack: str | None) -> None:
     """Refuse what contradicts itself."""
     if "lr_milestones" in given and sorted(set(args.lr_milestones)) != args.lr_milestones:
         parser.error(f"argument --lr_milestones: {args.lr_milestones} is not allowed; epochs in rising order")
+    if getattr(args, "teacher_every", 1) > 1 and args.attack != recipe_attack:
+        parser.error(
+            f"argument --teacher_every: {args.teacher_every} is not allowed with --attack {args.attack} (expected "
+            f"--attack {recipe_attack})"
+        )
     if args.aa_best and not args.holdout:
         parser.error("argument --aa_best: 1 is not allowed without --holdout, whose images tell the best epoch")
     if args.swa_after >= args.epochs:

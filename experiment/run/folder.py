@@ -102,7 +102,8 @@ def new_id() -> str:
 
 
 def _differing(config: dict[str, Any], here: dict[str, Any], free: tuple[str, ...]) -> list[str]:
-    there = {**LATER_SETTINGS, "script": config["script"], **config["settings"]}
+    later = {name: value for name, value in LATER_SETTINGS.items() if name in here}
+    there = {**later, "script": config["script"], **config["settings"]}
     names = [name for name in {**there, **here} if name not in free]
     return [
         f"{name[:40]} {_setting(name, there)} there, {_setting(name, here)} now"
