@@ -412,9 +412,20 @@ def test_alignment_and_robustness_are_counted_and_correlated(tmp_path):
     assert (
         "Logit GD and logit GC: the same with g = gradient of logits[true class] (evaluate.py, the first 400" in printed
     )
-    assert "mean over students: of the probability 0.15, of the logit 0.15; of the teacher's 0.30 and 0.30." in printed
     report.compare([tmp_path / "runs"], tmp_path / "out", lambda text: None)
     assert "logit GC" in (tmp_path / "out" / "alignment.svg").read_text()
+
+
+@pytest.mark.parametrize(("setting", "values"), [("teacher_every", (1, 2)), ("attack", ("adaad", "pgd"))])
+def test_variants_of_a_method_are_labelled_and_compared(setting, values, tmp_path):
+    for value, robust in zip(values, (0.38, 0.36), strict=True):
+        path = make_run(tmp_path / "runs" / str(value), robust=robust) / "config.json"
+        config = json.loads(path.read_text())
+        config["settings"][setting] = value
+        path.write_text(json.dumps(config))
+    printed = compare(tmp_path / "runs")
+    first, second = (f"AdaAD ({setting} {value})" for value in values)
+    assert f"{second} minus {first} (BDM, RES-18, digits): -2.00 points" in printed
 
 
 def test_what_lies_between_methods_is_taken_off(tmp_path):

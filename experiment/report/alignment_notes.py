@@ -39,25 +39,7 @@ def alignment_notes(groups: Sequence[SeedGroup], gains: Sequence[Gain]) -> list[
                 if None not in (changes := [_change(pair, key) for pair in pairs])
             ]
             notes.append(f"{where}, of {len(pairs)} pairs of one seed: AutoAttack rose in {rose}, {comma_list(moved)}.")
-        notes += _remainder_notes(where, runs)
     return notes
-
-
-def _remainder_notes(where: str, runs: Sequence[RunRecord]) -> list[str]:
-    """How much the gradient, of which alignment speaks, says about what an attack does."""
-    means = {}
-    for scalar in ("probability", "logit"):
-        for network in ("student", "teacher"):
-            values = [run.of_scalar(scalar, f"remainder_{network}") for run in runs]
-            if not values or None in values:
-                return []
-            means[scalar, network] = f"{fmean(values):.2f}"
-    shares = (f"of the {scalar} {means[scalar, 'student']}" for scalar in ("probability", "logit"))
-    return [
-        f"{where}, share of the change under the student's PGD-20 that its gradient at the clean image does not "
-        f"explain, mean over students: {comma_list(shares)}; of the teacher's {means['probability', 'teacher']} and "
-        f"{means['logit', 'teacher']}."
-    ]
 
 
 def _pairs(gain: Gain) -> list[tuple[RunRecord, RunRecord]]:

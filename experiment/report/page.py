@@ -7,7 +7,6 @@ from typing import Any
 from experiment.report import figures
 from experiment.report.comparison import Comparison
 from experiment.report.groups import SeedGroup, unequal_settings
-from experiment.report.page_plots import page_figures
 from experiment.report.plots import all_figures
 from experiment.report.tables import TEXT_COLUMNS, labels_of
 
@@ -17,11 +16,6 @@ ABOUT = {
     "gains": "Gain over the baseline, with its 95 % interval and a dot per seed.",
     "alignment": "Do alignment and robustness move together? Arrows lead from a baseline to its twin.",
     "headroom": "Gain against what the teacher is ahead of the baseline.",
-    "losses": "Loss terms by epoch, means over seeds.",
-    "attacks": "What is left after each of AutoAttack's attacks.",
-    "gradients": "Distance (GD) and cosine (GC) between the input gradients of student and teacher.",
-    "epsilons": "Accuracy against the attack's budget, from the records of evaluate.py.",
-    "classes": "Accuracy by class, from the records of evaluate.py.",
 }
 """What is read from each figure; also its text for those who do not see it."""
 
@@ -32,7 +26,7 @@ def page(comparison: Comparison) -> str:
     """The page: tables, notes, figures as SVG, settings that differ, commands, versions and hashes."""
     from jinja2 import Environment
 
-    drawn = {**all_figures(comparison.groups, comparison.gains), **page_figures(comparison.groups)}
+    drawn = all_figures(comparison.groups, comparison.gains)
     template = resources.files("experiment.report").joinpath("page.html").read_text(encoding="utf-8")
     # Everything is escaped but the SVG, whose text matplotlib escapes.
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
