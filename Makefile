@@ -48,9 +48,9 @@ $(RUNS)/adaad/result.json: $(RUNS)/teacher/result.json
 $(RUNS)/adaad_IGDM/result.json: $(RUNS)/teacher/result.json
 	$(ONE) $(PY) adaad_IGDM_cifar100.py $(STUDENT) --alpha 5 --ramp_epochs 10 --run_name adaad_IGDM
 
-# The figures of docs/performance.md at a size for CPUs; on a GPU run the modules with their defaults. On a machine that
+# The figures of docs/performance_tables.md at a size for CPUs; on a GPU run the modules with their defaults. On a machine that
 # does something else at the same time: OMP_NUM_THREADS=1 make bench.
-# INSERT=docs/performance.md also writes the tables between their markers there.
+# INSERT=docs/performance_tables.md also writes the tables between their markers there.
 BENCH := --device cpu --teacher WRN-16-4 --batch 16
 CPU_TRICKS := product "without folding BatchNorm" "without channels_last" "without reuse of passes" "without all three"
 BFLOAT16 := $(shell grep -m 1 -o -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null)

@@ -1,7 +1,7 @@
 """All that some minutes of a GPU can settle, most important first: correctness, the fastest step, what is left of it.
 
     python -m benchmarks.gpu_check --minutes 9 --out DIR --commit SHA     # on the GPU machine, which keeps nothing
-    python -m benchmarks.report DIR --insert docs/performance.md          # at home, from DIR/gpu_check.json
+    python -m benchmarks.report DIR --insert docs/performance_tables.md          # at home, from DIR/gpu_check.json
     python -m benchmarks.gpu_check --rehearse --out DIR                   # all of it at toy size, on a CPU
 
 Each part is a process of its own with a limit of its own; what it leaves of its time the later ones get. The JSON file

@@ -1,6 +1,6 @@
 """Figures as JSON and as Markdown tables, written where they are asked for.
 
-    python -m benchmarks.report DIR --insert docs/performance.md
+    python -m benchmarks.report DIR --insert docs/performance_tables.md
 
 writes the tables of the JSON files in DIR, made on another machine, between the markers of a Markdown file that bear
 the files' names: `gpu_check.json` goes to `<!-- begin gpu_check -->`. Without --insert it prints them.

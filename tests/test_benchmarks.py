@@ -346,7 +346,7 @@ def test_insert_replaces_what_is_between_its_markers(tmp_path):
     "mark", ["gpu_check", "evidence", "training_step_cuda", "training_step_cpu", "evaluation_cuda"]
 )
 def test_the_page_has_a_place_for_every_report(mark):
-    report.split_at(Path(__file__).parent.parent / "docs" / "performance.md", mark)
+    report.split_at(Path(__file__).parent.parent / "docs" / "performance_tables.md", mark)
 
 
 @pytest.mark.parametrize("module", [training_step, evaluation])

@@ -142,6 +142,22 @@ def test_pairs_counted_in_the_text_are_those_of_the_records():
     assert f"in all {total} pairs of five studies" in " ".join((ROOT / "README.md").read_text().split())
 
 
+def test_the_table_of_performance_is_made_of_measured_figures():
+    measured = (ROOT / "docs/performance_tables.md").read_text()
+    rows = re.findall(
+        r"^\| ((?:ARD|RSLAD|AdaAD)\S*) \| (.*) \|$", (ROOT / "docs/performance.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) == 6
+    for method, cells in rows:
+        name = method.replace("+", "_").replace("AdaAD", "adaad").replace("RSLAD", "rslad").replace("ARD", "ard")
+        published, here, ratio, bfloat16, *counts = cells.split(" | ")
+        assert f"| {name}, published order | {published} (" in measured
+        assert re.search(rf"\| {name}, product, fp32, eager \| {here} \([^|]*\| {ratio} \(", measured)
+        fast = re.search(rf"\| {name}, product, bf16, eager \| [^|]*\| (\S+) \(", measured)
+        assert bfloat16 == (fast[1] if fast else "-")
+        assert f"| WRN-28-10 → RES-18, {name} | 5.243 | {' | '.join(counts)} |" in measured
+
+
 FLAGS = [
     *("--dataset", "digits", "--teacher", "teacher", "--student", "RES-8", "--batch", "256", "--epochs", "6"),
     *("--steps", "2", "--epsilon", "0.4", "--step_size", "0.2", "--eval_after", "0", "--aa_examples", "8"),
