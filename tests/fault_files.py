@@ -37,7 +37,7 @@ def damaged_checkpoints(server: Server, home: Path, expected: dict, times: int, 
             assert harmless or (folder / "last.damaged.pt").read_bytes() == content
             reproduces(server, script, home, name, expected[script])
             shutil.rmtree(folder)
-        yield f"last.pt {kind}", times, "previous.pt used, said so, damaged file put aside; bit for bit the same"
+        yield f"last.pt {kind}", times, "warning, previous.pt used, damaged file kept aside; bit-identical"
     for path in (whole / "last.pt", whole / "previous.pt"):
         path.write_bytes(path.read_bytes()[:-5000])
     before = tree(whole)

@@ -23,15 +23,15 @@ def kill_at_random(server: Server, home: Path, expected: dict, times: int, seed:
             kills += 1
         assert result_of(home / "runs" / name) == expected[script], name
         shutil.rmtree(home / "runs" / name)
-    return kills, f"{runs} runs, each went on to its end; weights, metrics rows and AutoAttack bit for bit the same"
+    return kills, f"{runs} runs, each resumed to the end; weights, metrics and AutoAttack bit-identical"
 
 
 POINTS = {
     "inside the attack": ("attack", 2, 23),
     "in an optimizer step": ("step", 1, 11),
     "while last.pt is written": ("write:last.pt", 1, 600_000),
-    "before last.pt gets its name": ("replace:last.pt", 1, 14),
-    "after last.pt has got its name": ("replace:last.pt", 1, 14),
+    "before last.pt is renamed": ("replace:last.pt", 1, 14),
+    "after last.pt is renamed": ("replace:last.pt", 1, 14),
     "while previous.pt is kept": ("replace:previous.pt", 1, 13),
     "while metrics.jsonl is written": ("write:metrics.jsonl", 1, 150),
     "while config.json is written": ("write:config.json", 1, 900),
@@ -55,7 +55,7 @@ def kill_at_points(server: Server, home: Path, expected: dict, times: int, point
             server.run(script, [*SMALL, "--run_name", name], home, faults=[fault]).expect(-signal.SIGKILL)
             reproduces(server, script, home, name, expected[script])
             shutil.rmtree(home / "runs" / name)
-        yield f"SIGKILL {place}", times, "the same command went on; everything bit for bit the same"
+        yield f"SIGKILL {place}", times, "resumed, bit-identical"
 
 
 def interrupt(server: Server, home: Path, expected: dict, times: int, seed: int = 2) -> tuple[int, str]:
@@ -76,7 +76,7 @@ def interrupt(server: Server, home: Path, expected: dict, times: int, seed: int 
             )
         reproduces(server, script, home, name, expected[script], flags)
         shutil.rmtree(home / "runs" / name)
-    return times, "one line, exit status 75, state saved; the same command went on; everything bit for bit the same"
+    return times, "one line, exit status 75, state saved; resumed, bit-identical"
 
 
 def two_processes(server: Server, home: Path) -> tuple[int, str]:

@@ -173,4 +173,4 @@ def stopped_ranks(home: Path, times: int, seed: int = 6) -> Iterator[tuple[str, 
             assert result_of(folder) == expected, kind
             shutil.rmtree(folder)
         end = "killed" if number == signal.SIGKILL else "all ranks stopped after the same step, one line, saved"
-        yield f"torchrun, two ranks: {kind}", times, f"{end}; the same command went on; everything bit for bit the same"
+        yield f"torchrun, two ranks: {kind}", times, f"{end}; resumed, bit-identical"

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from fault_files import crafted_files, damaged_checkpoints, fuzz_files
@@ -108,11 +109,20 @@ def main() -> None:
         args.write.write_text(with_rows(args.write.read_text(), lines[2:], minutes))
     elif args.write:
         text = (
-            "# Reliability\n\nEvery fault that was tried on real runs (AdaAD and AdaAD+IGDM, RES-8 on digits, on the "
+            "# Reliability\n\nFaults injected into real runs (AdaAD and AdaAD+IGDM, RES-8 on digits, CPU), how often, "
         )
-        text += "CPU), how often, and what happened. A row is printed only after its assertions held.\n\n"
+        text += "and the outcome. A row is printed only after its assertions hold.\n\n"
         footer = f"{measured}\n\nPrinted by `make test-faults` in {minutes:.0f} minutes: {machine()}."
-        args.write.write_text(text + "\n".join(lines) + f"\n\n{footer}\n")
+        args.write.write_text(text + "\n".join([*lines[:2], *grouped(lines[2:])]) + f"\n\n{footer}\n")
+
+
+def grouped(rows: list[str]) -> list[str]:
+    """Merge neighbouring rows with the same outcome; their counts are added."""
+    merged = []
+    for outcome, group in groupby((row.strip("| ").split(" | ") for row in rows), key=lambda cells: cells[2]):
+        faults, times, _ = zip(*group, strict=True)
+        merged.append(f"| {'; '.join(faults)} | {sum(map(int, times))} | {outcome} |")
+    return merged
 
 
 def machine() -> str:
@@ -128,7 +138,7 @@ def with_rows(page: str, rows: list[str], minutes: float) -> str:
     kept = [line for line in page.splitlines() if not line.startswith(("| torchrun", "The rows of torchrun"))]
     last = max(i for i, line in enumerate(kept) if line.startswith("|"))
     note = f"The rows of torchrun were printed by `python tests/fault_run.py --part ranks` in {minutes:.0f} minutes: "
-    kept[last + 1 : last + 1] = rows
+    kept[last + 1 : last + 1] = grouped(rows)
     return "\n".join(kept).rstrip() + f"\n\n{note}{machine()}.\n"
 
 

@@ -30,7 +30,7 @@ def storage(server: Server, home: Path, expected: dict, times: int, seed: int = 
             assert not list((home / "runs" / name).rglob(".*.tmp"))
             reproduces(server, script, home, name, expected[script])
             shutil.rmtree(home / "runs" / name)
-        yield kind, times, "one line, exit status 2, no partial file; the same command went on, bit for bit"
+        yield kind, times, "one line, exit status 2, no partial file; resumed, bit-identical"
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def real_mounts(server: Server, home: Path, expected: dict) -> Iterator[tuple[st
             (home / "full" / "filler").unlink()
             server.run(script, flags, home).expect(0)
             assert result_of(home / "full" / "r") == expected[script]
-        outcome = "one line, exit status 2; with room again it went on, bit for bit" if done else denied
+        outcome = "one line, exit status 2; resumed after space was freed, bit-identical" if done else denied
         yield "a disk (tmpfs) that fills up in mid-run", int(done), outcome
     with mounted(home / "small", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as done:
         if done:
