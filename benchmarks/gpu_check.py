@@ -6,7 +6,8 @@
 
 Each part is a process of its own with a limit of its own; what it leaves of its time the later ones get. The JSON file
 is written after every setting: whatever kills this command, what was measured is there. A part that fails, or runs
-into its limit, says so, and the next begins.
+into its limit, says so, and the next begins. A rehearsal has no minutes: its limits follow from the seconds that its
+first part took. On a CPU without bfloat16 instructions it leaves the bfloat16 measurements out.
 """
 
 import argparse
@@ -48,10 +49,20 @@ def networks_of(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     )
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether a device has bfloat16 instructions; a CPU without them emulates them, up to a hundred times slower."""
+    return device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def rates_of(device: str) -> list[str]:
+    """The precisions that are measured on a device."""
+    return ["fp32", *(["tf32"] if device == "cuda" else []), *(["bf16"] if has_bfloat16(device) else [])]
+
+
 def tops_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The ceilings that the first part measured; measured now where it did not."""
     there = _parts(args).get("machine", {}).get("ceilings", [])
-    rates = ["fp32", *(["tf32"] if args.device == "cuda" else []), "bf16"]
+    rates = rates_of(args.device)
     return there if len(there) == len(rates) else measure.ceilings(torch.device(args.device), rates, args.rounds)
 
 
@@ -104,7 +115,7 @@ def baseline(args: argparse.Namespace) -> Rows:
     networks, tops = networks_of(args), tops_of(args)
     batches = measure.make_batches(args.batch, torch.device(args.device))
     published = training_step.setting_of(METHOD, networks, batches, "published", "fp32", 0)
-    for precision in ("tf32", "bf16") if args.device == "cuda" else ("fp32", "bf16"):
+    for precision in rates_of(args.device)[1 if args.device == "cuda" else 0 :]:
         setting = training_step.setting_of(METHOD, networks, batches, "product", precision, 0)
         published.seconds.clear()
         measure.take_turns([published, setting], args.rounds, args.repeats)
@@ -176,7 +187,7 @@ def fidelity(args: argparse.Namespace) -> Rows:
         start = attacks.gaussian_start(x) if name == "adaad" else attacks.uniform_start(x, 0.1)
         first = (attacked(name, "fp32", 1) - start).sign()
         reached = objective(name, attacked(name, "fp32", 10))
-        for precision in (*(["tf32"] if device.type == "cuda" else []), "bf16", "fp16"):
+        for precision in (*rates_of(device.type)[1:], "fp16"):
             flipped = ((attacked(name, precision, 1) - start).sign() != first).float().mean().item()
             ratio = objective(name, attacked(name, precision, 10)) / reached
             fields = {"method": name, "precision": precision}
@@ -204,23 +215,26 @@ def autoattack(args: argparse.Namespace) -> Rows:
 
 @dataclass(frozen=True)
 class Part:
-    """One part: what it yields, and its share of the minutes."""
+    """One part: what it yields, its share of the minutes, and whether it measures bfloat16 alone."""
 
     rows: Callable[[argparse.Namespace], Rows]
     minutes: float
+    bfloat16: bool = False
 
 
 PARTS = {
     "machine": Part(machine, 0.5),
     "tests": Part(tests, 2),
-    "convolutions": Part(convolutions, 1),
+    "convolutions": Part(convolutions, 1, bfloat16=True),
     "baseline": Part(baseline, 1),
-    "step": Part(step, 3),
-    "profile": Part(profile, 0.75),
+    "step": Part(step, 3, bfloat16=True),
+    "profile": Part(profile, 0.75, bfloat16=True),
     "fidelity": Part(fidelity, 0.75),
-    "launches": Part(launches, 0.5),
+    "launches": Part(launches, 0.5, bfloat16=True),
     "autoattack": Part(autoattack, 4),
 }
+PATIENCE = 50
+"""In a rehearsal, a part has this many times the seconds that its share of the first part's would be."""
 FIRST = tuple(name for name in PARTS if name != "autoattack")
 TOY = {
     **{"device": "cpu", "teacher": "DM-WRN-10-1", "student": "RES-8", "batch": 4, "rounds": 1, "repeats": 1},
@@ -236,8 +250,8 @@ def run_part(name: str, args: argparse.Namespace) -> None:
         print(json.dumps({"kind": kind, "row": row}), flush=True)
 
 
-def watch_part(name: str, args: argparse.Namespace, limit: float, found: dict[str, Any]) -> None:
-    """Run a part in a process of its own, for `limit` seconds at most; write its rows as they come."""
+def watch_part(name: str, args: argparse.Namespace, limit: float | None, found: dict[str, Any]) -> None:
+    """Run a part in a process of its own, for `limit` seconds at most if there is one; write its rows as they come."""
     command = [sys.executable, "-m", "benchmarks.gpu_check", *sys.argv[1:], "--part", name]
     part = found["parts"][name] = {"status": "running", "seconds": 0.0}
     started, stopped = time.monotonic(), threading.Event()
@@ -251,8 +265,9 @@ def watch_part(name: str, args: argparse.Namespace, limit: float, found: dict[st
                 stopped.set()
                 os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
 
-            timer = threading.Timer(limit, stop)
-            timer.start()
+            timer = threading.Timer(limit or 0.0, stop)
+            if limit is not None:
+                timer.start()
             try:
                 for line in process.stdout:
                     try:
@@ -310,6 +325,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+LEFT_OUT = "left out: this CPU has no bfloat16 instructions"
+
+
+def limit_of(i: int, args: argparse.Namespace, found: dict[str, Any], end: float) -> float | None:
+    """Seconds that the i-th part may take: its share of what is left, or in a rehearsal of what the first one took."""
+    shares = [PARTS[later].minutes for later in args.parts[i:]]
+    if not args.rehearse:
+        return max(0.0, end - time.monotonic()) * shares[0] / sum(shares)
+    measured = [(PARTS[name].minutes, part["seconds"]) for name, part in found["parts"].items() if part["seconds"]]
+    if not measured:
+        return None
+    minutes, seconds = measured[0]
+    return PATIENCE * seconds * shares[0] / minutes
+
+
 def main() -> None:
     """Run the parts one after another; a summary last."""
     args = parse_args()
@@ -320,14 +350,16 @@ def main() -> None:
     end = time.monotonic() + 60 * args.minutes
     found = {**report.about("gpu_check", args, torch.device(args.device)), "parts": {}}
     for i, name in enumerate(args.parts):
-        shares = [PARTS[later].minutes for later in args.parts[i:]]
-        limit = max(0.0, end - time.monotonic()) * shares[0] / sum(shares)
-        watch_part(name, args, limit, found)
+        if PARTS[name].bfloat16 and not has_bfloat16(args.device):
+            found["parts"][name] = {"status": LEFT_OUT, "seconds": 0.0}
+            print(f"{name}: {LEFT_OUT}", flush=True)
+            continue
+        watch_part(name, args, limit_of(i, args, found, end), found)
         print(f"{name}: {found['parts'][name]['status']}, {found['parts'][name]['seconds']:.0f} s", flush=True)
     text = report.text_of(found)
     (args.out / "gpu_check.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}", flush=True)
-    bad = [name for name, part in found["parts"].items() if part["status"] != "done"]
+    bad = [name for name, part in found["parts"].items() if part["status"] not in ("done", LEFT_OUT)]
     if bad:
         raise UserError(f"not complete: {', '.join(bad)}; the rest is in {args.out}")
 

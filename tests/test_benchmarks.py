@@ -379,7 +379,7 @@ def test_gpu_check_writes_its_figures_and_report_its_tables(monkeypatch, tmp_pat
     found = check(monkeypatch, tmp_path, ["machine", "fidelity"], "--commit", "abc1234")
     assert found["commit"] == "abc1234"
     assert [part["status"] for part in found["parts"].values()] == ["done", "done"]
-    assert {row["precision"] for row in found["parts"]["machine"]["ceilings"]} == {"fp32", "bf16"}
+    assert [row["precision"] for row in found["parts"]["machine"]["ceilings"]] == gpu_check.rates_of("cpu")
     for row in found["parts"]["fidelity"]["fidelity"]:
         assert 0 <= row["flipped"] < 0.2
         assert row["objective_ratio"] == pytest.approx(1, abs=0.05)
@@ -389,21 +389,25 @@ def test_gpu_check_writes_its_figures_and_report_its_tables(monkeypatch, tmp_pat
     report.main()
     text = page.read_text()
     assert "abc1234" in text
-    assert "| adaad, bf16 |" in text
+    assert "| adaad, fp16 |" in text
     assert "not yet measured" not in text
 
 
 def test_a_part_of_the_gpu_check_that_fails_or_does_not_end_leaves_the_others(monkeypatch, tmp_path):
-    """The first has no time, the second names a file that is none, the third is measured."""
+    """The first never ends, the second names a file that is none, the third is measured; these two have no limit."""
     monkeypatch.setattr("sys.argv", ["gpu_check.py", "--rehearse", "--out", str(tmp_path)])
     args = gpu_check.parse_args(["--rehearse", "--out", str(tmp_path)])
     found = {"parts": {}}
-    gpu_check.watch_part("fidelity", args, 0.1, found)
+    (tmp_path / "python").write_text("#!/bin/sh\nwhile :; do sleep 1; done\n")
+    (tmp_path / "python").chmod(0o755)
+    with monkeypatch.context() as endless:
+        endless.setattr("sys.executable", str(tmp_path / "python"))
+        gpu_check.watch_part("fidelity", args, 0.1, found)
     assert found["parts"]["fidelity"]["status"].startswith("stopped at its limit")
     (tmp_path / "gpu_check.json").write_text("{")
-    gpu_check.watch_part("profile", args, 60, found)
+    gpu_check.watch_part("profile", args, None, found)
     assert found["parts"]["profile"]["status"].startswith("failed: error:")
-    gpu_check.watch_part("machine", args, 60, found)
+    gpu_check.watch_part("machine", args, None, found)
     assert found["parts"]["machine"]["status"] == "done"
     assert found == json.loads((tmp_path / "gpu_check.json").read_text())
 
@@ -415,10 +419,27 @@ def test_a_librarys_word_is_no_figure(monkeypatch, tmp_path):
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setenv("SAID", said)
     found = {"parts": {}}
-    gpu_check.watch_part("machine", argparse.Namespace(out=tmp_path), 60, found)
+    gpu_check.watch_part("machine", argparse.Namespace(out=tmp_path), None, found)
     assert found["parts"]["machine"]["status"] == "done"
     assert found["parts"]["machine"]["ceilings"] == [{"precision": "fp32"}]
     assert "Downloading" in (tmp_path / "gpu_check.log").read_text()
+
+
+def test_a_rehearsal_leaves_out_what_the_cpu_has_no_instructions_for(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(
+        "sys.argv", ["gpu_check.py", "--rehearse", "--out", str(tmp_path), "--parts", "step", "profile"]
+    )
+    gpu_check.main()
+    assert "step: left out: this CPU has no bfloat16 instructions" in capsys.readouterr().out
+    assert gpu_check.rates_of("cpu") == ["fp32"]
+
+
+def test_the_limits_of_a_rehearsal_follow_from_its_first_part(tmp_path):
+    args = gpu_check.parse_args(["--rehearse", "--out", str(tmp_path), "--parts", "machine", "tests"])
+    assert gpu_check.limit_of(0, args, {"parts": {}}, end=0.0) is None
+    limits = [gpu_check.limit_of(1, args, {"parts": {"machine": {"seconds": s}}}, end=0.0) for s in (3.0, 300.0)]
+    assert limits[1] == pytest.approx(100 * limits[0])  # a machine a hundred times slower has a hundred times as long
 
 
 def test_gpu_check_refuses_a_machine_without_a_gpu(capsys, tmp_path):

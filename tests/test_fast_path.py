@@ -195,8 +195,13 @@ def test_the_networks_own_shape_is_robustbenchs():
 
 
 @pytest.mark.parametrize("name", ["RES-8", "WRN-10-1", "padded"])
-def test_stored_weights_equal_autocasts_to_the_bit(name):
-    """The same rounding of the same weights, once a step instead of once a pass; float32 passes know nothing of it."""
+def test_stored_weights_are_autocasts_weights(name):
+    """The same rounding of the same weights, once a step instead of once a pass; float32 passes know nothing of it.
+
+    Logits and gradients are compared within a bound: autocast and a stored weight may meet different kernels, which
+    sum in different orders and round each layer's output to bfloat16, 2^-8 of it, anew. Of logits and gradients as
+    vectors, that moves some of these units per layer, and here there are at most ten layers.
+    """
     torch.manual_seed(0)
     network = padded_network(torch.float32) if name == "padded" else build_model(name, CLASSES)
     x = torch.rand(4, 3, 32, 32)
@@ -212,7 +217,7 @@ def test_stored_weights_equal_autocasts_to_the_bit(name):
                 logits = fast(x_in)
                 gradients.append((logits, torch.autograd.grad(logits.float().square().sum(), x_in)[0]))
         for ours, expected in zip(*gradients, strict=True):
-            assert torch.equal(ours, expected)
+            assert (ours - expected).norm() <= 10 * 2**-7 * expected.norm()
         with attacks.frozen(stored), torch.no_grad():
             assert torch.equal(stored(x), casting(x))
         network.train()(x).square().mean().backward()
