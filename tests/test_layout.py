@@ -17,7 +17,7 @@ PACKAGES = ("cifar100_models", "experiment")
 
 # Floors of experiment/, from below: imports go down only, also those inside functions.
 FLOORS = (
-    ("files", "entry", "compat", "optim"),
+    ("text", "files", "entry", "compat", "optim"),
     ("cli",),
     ("data", "teachers", "engine"),
     ("evaluation",),

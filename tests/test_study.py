@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment import RunStopped, UserError
+from experiment import RunStopped, UserError, text
 from experiment.report import costs, live, plan, processes, slurm, study_main
 
 ROOT = Path(__file__).parents[1]
@@ -154,8 +154,10 @@ def test_a_dry_run_prints_commands_costs_and_published_figures(capsys, tmp_path)
     rows = {line.split()[0]: line.split() for line in out.splitlines() if " to do " in line}
     assert len(rows) == 36
     assert rows["adaad_IGDM_RES-18_BDM_seed0"][-3:] == ["64.44", "36.19", "30.32"]
-    # 129.8 GMAC per image (counted by hand elsewhere) x 50,000 x 200 x 2 at 300 TFLOP/s, and AutoAttack.
-    assert float(rows["adaad_IGDM_RES-18_BDM_seed0"][3]) == pytest.approx((2.596e18 + 3.4e16) / 300e12 / 3600, abs=0.01)
+    # 129.8 GMAC per image (counted by hand elsewhere) x 50,000 x 200 x 2, PGD-20 and clean accuracy of 10,000 images
+    # after 110 epochs (42 x 0.556 GMAC x 2), and AutoAttack; at 150 TFLOP/s.
+    flops = 2.596e18 + 110 * 10_000 * 42 * 0.556e9 * 2 + 3.4e16
+    assert float(rows["adaad_IGDM_RES-18_BDM_seed0"][3]) == pytest.approx(flops / 150e12 / 3600, abs=0.01)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,10 +175,44 @@ def test_the_costs_follow_the_settings(study_of):
         study = study_of(text + more)
         return costs.cost_of(study.runs[0], study).hours
 
-    assert hours("train_examples = 25000\nholdout = 12500") == pytest.approx(hours("") / 4)
     student, teacher = (costs.forward_macs(name) for name in ("RES-18", "BDM"))
+    evaluation = 42 * student * 10_000 * 2 / 150e12 / 3600  # once: --eval_after is 90
+    training = hours("") - evaluation
+    assert hours("train_examples = 25000\nholdout = 12500") - evaluation == pytest.approx(training / 4)
+    assert hours("eval_after = 5") == pytest.approx(training + 5 * evaluation)
+    assert hours('precision = "bf16"') == pytest.approx(hours("") / 2)
     passes = [(12 + n + 4) * student + (12 + n) * teacher for n in (10, 30)]  # forward 12 and 22, backward the rest
-    assert hours("steps = 20") / hours("") == pytest.approx(passes[1] / passes[0])
+    assert (hours("steps = 20") - evaluation) / training == pytest.approx(passes[1] / passes[0])
+    thinned = (12 + 10 + 4) * student + (2 + 2 + 2) * teacher  # the teacher at two of ten steps, and twice for the loss
+    assert (hours("teacher_every = 5") - evaluation) / training == pytest.approx(thinned / passes[0])
+
+
+def test_an_unknown_cost_is_not_zero_hours(capsys, tmp_path):
+    study_main([str(ROOT / "studies" / "digits.toml"), "--dry_run", "1", "--run_dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert out.endswith("61 unfinished runs: not known before the first epoch\n")
+    assert "hours, one run at a time" not in out
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("runs/a/student.pt", "a"),
+        ("runs/eps0.1", "eps0.1"),
+        ("runs/eps0.2", "eps0.2"),
+        ("data/cifar10.npz", "cifar10"),
+        ("nets.py:build", "nets.build"),
+        ("Wang2023Better_WRN-28-10", "Wang2023Better_WRN-28-10"),
+        ("student.pt", "student"),
+    ],
+)
+def test_one_short_name_of_a_path(what, name):
+    assert text.short_name(what) == name
+
+
+@pytest.mark.parametrize(("epsilon", "written"), [(8 / 255, "8/255"), (40 / 255, "40/255"), (0.15, "0.15"), (0, "0")])
+def test_one_way_to_write_a_budget(epsilon, written):
+    assert text.budget(epsilon) == written
 
 
 def test_only_takes_some_runs_and_says_when_it_takes_none(capsys, tmp_path):

@@ -3,7 +3,6 @@
 from experiment.cli.flags import ALIASES, LATER_SETTINGS, Role, options, settings_with
 from experiment.cli.parser import Parser, parse_args, resolve_device
 from experiment.cli.presets import by_teacher_and_student
-from experiment.cli.run_name import last_part
 from experiment.cli.values import fraction, number, positive_int, switch, whole
 from experiment.entry import guard
 
@@ -15,7 +14,6 @@ __all__ = [
     "by_teacher_and_student",
     "fraction",
     "guard",
-    "last_part",
     "number",
     "options",
     "parse_args",

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from experiment.text import short_name
+
 LONGEST = 160
 """Characters; file systems take 255 bytes, and names come on top of it."""
 
@@ -19,24 +21,13 @@ def default_run_name(script: str, args: argparse.Namespace, changed: Iterable[st
         changed: the flags whose values are not what they would be if they were not given.
     """
     preset = "paper" if getattr(args, "preset", "default") == "paper" else None
-    networks = (last_part(str(getattr(args, flag))) for flag in ("dataset", "teacher", "student") if flag in args)
+    networks = (short_name(str(getattr(args, flag))) for flag in ("dataset", "teacher", "student") if flag in args)
     parts = [Path(script).stem.removesuffix("_cifar100"), *networks, preset]
     parts += [f"{flag}{_compact(getattr(args, flag))}" for flag in changed]
     name = "_".join(part for part in parts if part)
     if len(name) > LONGEST:
         name = f"{name[:LONGEST]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return f"{name}_seed{args.seed}"
-
-
-def last_part(what: str) -> str:
-    """A name as it is; of a path what tells it from others: no folders, no suffix."""
-    file, colon, function = what.rpartition(":")
-    if colon and file.endswith(".py"):
-        return f"{Path(file).stem}.{function}"
-    path = Path(what)
-    if path.name == "student.pt" and path.parent.name:  # all runs have one
-        return path.parent.name
-    return path.stem if path.suffix in (".pt", ".pth", ".safetensors", ".npz") else path.name
 
 
 def _compact(value: Any) -> str:

@@ -27,7 +27,7 @@ from experiment.evaluation.record_files import (
     save_adversarial,
     write_record,
 )
-from experiment.evaluation.record_text import attack_label, budget, record_text
+from experiment.evaluation.record_text import attack_label, record_text
 from experiment.evaluation.second_opinion import beside_torchattacks
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "autoattack",
     "autoattack_curve",
     "beside_torchattacks",
-    "budget",
     "check_figure_name",
     "check_network",
     "check_output",

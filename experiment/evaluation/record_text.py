@@ -1,10 +1,10 @@
 """An evaluation record as lines for the terminal."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from experiment.evaluation.accuracy import STEPS
+from experiment.text import budget
 
 NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD", "cw": "C&W", "autoattack": "AutoAttack"}
 
@@ -89,9 +89,3 @@ def _gradients(report: dict[str, Any]) -> Iterator[str]:
         yield f"  {name}: f = {row['definition']}"
     yield f"  {report['alignment_definition']}"
     yield f"  {report['remainder_definition']}; at epsilon {budget(report['epsilon'])}"
-
-
-def budget(epsilon: float) -> str:
-    """8/255 rather than 0.03137."""
-    whole = round(255 * epsilon)
-    return f"{whole}/255" if 0 < whole <= 32 and math.isclose(whole / 255, epsilon) else f"{epsilon:g}"

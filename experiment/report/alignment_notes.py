@@ -5,7 +5,8 @@ from statistics import fmean
 
 from experiment.report.groups import Gain, SeedGroup
 from experiment.report.run_record import RunRecord
-from experiment.report.text import comma_list, short_name
+from experiment.report.text import comma_list
+from experiment.text import short_name
 
 MEASURES = {"GC": ("gc", 1), "GD": ("gd", -1), "logit GC": ("logit_gc", 1), "logit GD": ("logit_gd", -1)}
 """By name: the attribute of a run, and the sign of a change that brings the student closer to the teacher."""

@@ -1,6 +1,7 @@
 """What a run would cost: from measured epochs where there are any, else from counted operations."""
 
 import functools
+import math
 import re
 import tomllib
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ class Cost:
 
 COUNTED_STEPS = 10
 """Steps of the attack in the passes of costs.toml."""
+PASSES_OF_EVALUATION = 42
+"""Clean accuracy, and PGD-20: twenty times forward and backward to the input, and once forward."""
 
 
 @functools.cache
@@ -75,13 +78,20 @@ def _counted(run: PlannedRun) -> Cost | None:
     teacher = forward_macs(str(settings.get("teacher")))
     if passes is None or images is None or student is None or teacher is None or settings.get("side"):
         return None
+    if "device" in run.given and settings["device"] == "cpu":
+        return None
     images = (settings.get("train_examples") or images) - settings.get("holdout", 0)
-    inner = settings["steps"] - COUNTED_STEPS
-    of_student = passes[0] + passes[1] + 2 * passes[2] + 2 * inner
-    of_teacher = passes[3] + passes[4] + (2 * inner if passes[4] else 0)
+    of_student = passes[0] + passes[1] + 2 * passes[2] + 2 * (settings["steps"] - COUNTED_STEPS)
+    of_teacher = passes[3] + passes[4]
+    if passes[4]:  # the attack evaluates the teacher, forward and backward
+        of_teacher += 2 * (math.ceil(settings["steps"] / settings.get("teacher_every", 1)) - COUNTED_STEPS)
     flops = 2 * (of_student * student + of_teacher * teacher) * images * settings["epochs"]
+    evaluated = max(1, settings["epochs"] - settings["eval_after"])
+    flops += 2 * PASSES_OF_EVALUATION * student * table["test_images"][settings["dataset"]] * evaluated
     flops += table["autoattack"]["flops_per_image_and_mac"] * student * settings["aa_examples"]
-    return Cost(flops / table["expected"]["flops_per_second"] / 3600, EXPECTED)
+    # The plan is for a GPU, whose default is tf32, also where it is made on a machine without one.
+    precision = settings["precision"] if "precision" in run.given else "tf32"
+    return Cost(flops / table["expected"]["flops_per_second"][precision] / 3600, f"{EXPECTED} in {precision}")
 
 
 @functools.cache

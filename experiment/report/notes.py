@@ -9,7 +9,8 @@ from experiment.report.published import published_cell, published_epochs, source
 from experiment.report.run_record import PendingRun
 from experiment.report.statistics import seeds_needed
 from experiment.report.tables import labels_of
-from experiment.report.text import ABSENT, budget, comma_list, p_value, points, short_text
+from experiment.report.text import ABSENT, comma_list, p_value, points, short_text
+from experiment.text import budget
 
 GAINS_TO_FIND = (0.01, 0.02, 0.03)
 """Gains, in fractions, for which the number of seeds is told."""

@@ -20,6 +20,7 @@ from typing import Any
 
 from experiment import UserError, cli
 from experiment.files import read_json
+from experiment.text import short_name
 
 ROOT = Path(__file__).resolve().parents[2]
 TEACHER_SCRIPT = "train_teacher"
@@ -198,7 +199,7 @@ def _name(script: str, varied: dict[str, Any]) -> str:
         value = varied[flag]
         text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
         if flag in networks:
-            parts.append(cli.last_part(text))
+            parts.append(short_name(text))
         else:
             parts.append(f"{flag}{text}".replace("/", "-"))
     return "_".join(parts)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiment.report.text import number_or_0, short_name
+from experiment.report.text import number_or_0
+from experiment.text import short_name
 
 FIRST_BROKEN_BY = ("clean", "apgd-ce", "apgd-t", "fab-t", "square")
 """AutoAttack's attacks in their order, after the clean pass."""

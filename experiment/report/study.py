@@ -103,22 +103,27 @@ def show_grid(study: Study) -> None:
 def show_costs(study: Study) -> None:
     """Print each run's command and state, what it would cost, and what was published for it."""
     table = [["run", "state", "hours", "from", "published clean", "PGD-20", "AutoAttack"]]
-    total = 0.0
+    total, unknown = 0.0, 0
     for run in study.all_runs:
         print(run.command)
         cost, cell, state = cost_of(run, study), published_cell(pending_of(run)), run.state()
         total += cost.hours if cost and state != FINISHED else 0.0
-        hours, source = (f"{cost.hours:.2f}", cost.source) if cost else ("-", "not known before its first epoch")
+        unknown += cost is None and state != FINISHED
+        hours, source = (f"{cost.hours:.2f}", cost.source) if cost else ("-", UNKNOWN)
         table.append([run.name, state, hours, source, *(points([cell[key]]) if cell else "-" for key in CELL)])
     if all(row[4:] == ["-"] * 3 for row in table[1:]):
         table = [row[:4] for row in table]
     print("\n" + as_text(table))
-    print(f"\n{total:.1f} hours for what is not finished, one run at a time")
-    if any(row[3] == EXPECTED for row in table):
+    unfinished = sum(row[1] != FINISHED for row in table[1:])
+    known = UNKNOWN if unknown == unfinished > 0 else f"{total:.1f} hours, one run at a time"
+    more = f"; {unknown} of them {UNKNOWN}" if 0 < unknown < unfinished else ""
+    print(f"\n{unfinished} unfinished runs: {known}{more}")
+    if any(row[3].startswith(EXPECTED) for row in table[1:]):
         print(f"{EXPECTED}: operations counted, at the speed expected (not measured) of {counted()['expected']['on']}")
 
 
 CELL = ("clean", "pgd20", "autoattack")
+UNKNOWN = "not known before the first epoch"
 
 
 def check_machine(study: Study, devices: Sequence[str] = ()) -> None:

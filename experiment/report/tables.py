@@ -1,11 +1,13 @@
 """The tables: runs side by side with their gains, our figures beside published ones, runs that are not finished."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from experiment.report.groups import Gain, SeedGroup
 from experiment.report.published import FIGURES, published_cell
 from experiment.report.run_record import PendingRun
-from experiment.report.text import ABSENT, points, short_name, short_text, spread
+from experiment.report.text import ABSENT, points, short_text, spread
+from experiment.text import short_name
 
 TEXT_COLUMNS = ("method", "teacher", "student", "dataset", "run", "state")
 """Columns that are set to the left; figures are set to the right."""
@@ -36,7 +38,7 @@ def results_table(groups: Sequence[SeedGroup], gains: Sequence[Gain]) -> Table:
         "method": labels_of(groups),
         "teacher": [group.first.teacher_name for group in groups],
         "student": [short_name(group.first.student) for group in groups],
-        "dataset": [short_name(group.first.dataset) for group in groups],
+        "dataset": [Path(group.first.dataset).name for group in groups],
     }
     for figure, head in HEADS.items():
         columns[head] = [points(group.values(figure)) for group in groups]

@@ -1,10 +1,7 @@
 """Values and numbers as text, for messages, labels and tables."""
 
 import json
-import math
 from collections.abc import Iterable, Sequence
-from fractions import Fraction
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -18,11 +15,6 @@ def short_text(value: Any) -> str:
     text = " ".join((value if isinstance(value, str) else json.dumps(value)).split())
     # Checksums: twelve characters tell any two apart.
     return text if len(text) <= 60 else f"{text[:12]}..."
-
-
-def short_name(name: str) -> str:
-    """A network's name; of a path its last part, as absolute paths do not belong into tables."""
-    return Path(name).name.removesuffix(".pt") if "/" in name or name.endswith(".pt") else name
 
 
 def escaped(text: str) -> str:
@@ -51,12 +43,6 @@ def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
         return "-"
     mean = f"{fmean(values):{sign}.{digits}f}"
     return f"{mean} ± {stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def budget(epsilon: float) -> str:
-    """8/255 rather than 0.03137."""
-    whole = Fraction(epsilon * 255).limit_denominator(10)
-    return f"{whole.numerator}/255" if whole.denominator == 1 and math.isclose(whole / 255, epsilon) else f"{epsilon:g}"
 
 
 def p_value(value: float) -> str:

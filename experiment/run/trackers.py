@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import UserError
+from experiment.text import short_name
 
 
 def named_metrics(row: dict[str, Any]) -> dict[str, float]:
@@ -86,7 +87,7 @@ class Wandb:
             # init() would prompt on a terminal, and a batch job would wait for ever.
             raise UserError(f"--wandb 1, but no one is logged in to Weights & Biases: run `wandb login`; {ways_out}")
         teacher = getattr(args, "teacher", None)
-        parts = [_short(part) for part in (teacher, args.student, args.dataset) if part]
+        parts = [short_name(part) for part in (teacher, args.student, args.dataset) if part]
         try:
             self._run = wandb.init(
                 project=args.wandb_project,
@@ -132,12 +133,6 @@ class Wandb:
         if self._artifact:
             self._run.log_artifact(str(student), name=f"student-{self._run.id}", type="model")
         self._run.finish()
-
-
-def _short(name_or_path: str) -> str:
-    """A name, or what a path is called: its file, or for a run's student.pt the run."""
-    path = Path(name_or_path)
-    return path.parent.name if path.name == "student.pt" and path.parent.name else path.stem
 
 
 class TensorBoard:
