@@ -131,7 +131,7 @@ def read_record(run, name):
     from experiment import files
 
     if not (run / name).is_file():
-        raise UserError(f"{run} is not the folder of a finished run: it holds no {name}")
+        raise UserError(f"{run} is not the folder of a finished run: it holds no {name}. {files.advice(run)}")
     return files.read_json(run / name)
 
 

@@ -228,6 +228,21 @@ def read_student(path: Path, *, unfinished: bool = False) -> dict[str, Any]:
     return {name: content.get(name) for name in names} | {"path": path}
 
 
+MAKE_A_RUN = "A run is made with: python adaad_cifar100.py --run_name NAME"
+
+
+def advice(folder: Path) -> str:
+    """What to do about a folder that is not a finished run: one sentence with the command."""
+    if (folder / "config.json").is_file():
+        command = read_json(folder / "config.json").get("command")
+        if isinstance(command, str) and not (folder / "result.json").is_file():
+            return f"Resume the run with: {command}"
+    if (folder / "model.safetensors").is_file():
+        return "It is an export: give the run that it was made from."
+    runs = sorted(path.parent for path in folder.glob("*/config.json"))
+    return f"It holds runs: give one of them, such as {runs[0]}" if runs else MAKE_A_RUN
+
+
 def _read(path: Path, *, unfinished: bool) -> tuple[Path, dict[str, Any]]:
     """The file of a student checkpoint or run folder, and what it holds."""
     path = Path(path)
@@ -236,7 +251,7 @@ def _read(path: Path, *, unfinished: bool) -> tuple[Path, dict[str, Any]]:
         found = [path / name for name in names if (path / name).exists()]
         if not found:
             kind = "a run with a checkpoint" if unfinished else "a finished run"
-            raise UserError(f"{path} holds no {' or '.join(names)}; it is not the folder of {kind}")
+            raise UserError(f"{path} holds no {' or '.join(names)}; it is not the folder of {kind}. {advice(path)}")
         path = found[0]
     content = load(path)
     if unfinished and isinstance(content, dict) and "optimizer" in content:

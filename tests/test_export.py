@@ -8,6 +8,7 @@ import torch
 from fault_files import small_npz
 from fault_server import ROOT
 
+import evaluate
 import export
 import hubconf
 from experiment import UserError, compat, data, evaluation, files
@@ -248,3 +249,29 @@ def test_no_export_replaces_what_the_run_holds(run, command, capsys):
             command(flag, target)
         assert said in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "advised"),
+    [
+        ("empty", "A run is made with: python adaad_cifar100.py --run_name NAME"),
+        ("unfinished", "Resume the run with: python ard_cifar100.py --run_name unfinished"),
+        ("study", "It holds runs: give one of them, such as "),
+        ("export", "It is an export: give the run that it was made from."),
+    ],
+)
+def test_a_folder_of_the_wrong_kind_names_what_to_do(kind, advised, command, monkeypatch, tmp_path, capsys):
+    folder = tmp_path / kind
+    run_folder = folder / "a" if kind == "study" else folder
+    run_folder.mkdir(parents=True)
+    if kind in ("unfinished", "study"):
+        files.write_json(run_folder / "config.json", {"command": "python ard_cifar100.py --run_name unfinished"})
+    if kind == "export":
+        (folder / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"is not the folder of a (finished run|run with)") as caught:
+        command("--safetensors", tmp_path / "s.safetensors", folder=folder)
+    assert advised in str(caught.value)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(folder)])
+    with pytest.raises(UserError) as caught:
+        evaluate.main()
+    assert advised in str(caught.value)

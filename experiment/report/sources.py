@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import UserError
-from experiment.files import read_json
+from experiment.files import MAKE_A_RUN, read_json
 from experiment.report.plan import PlannedRun, is_locked, read_study
 from experiment.report.records import read_records
 from experiment.report.results import read_metrics, read_run
@@ -17,7 +17,6 @@ from experiment.report.text import number_or_0
 DEPTH = 3
 """Folders of runs are looked for down to this level: runs/STUDY/RUN."""
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-MAKE_A_RUN = "A run is made with: python adaad_cifar100.py --run_name NAME"
 
 
 @dataclass
