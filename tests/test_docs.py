@@ -19,6 +19,7 @@ from reference import CLOSE, kl
 
 import attacks
 from experiment import cli
+from experiment.report import costs
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PRODUCT = [
@@ -156,6 +157,32 @@ def test_the_table_of_performance_is_made_of_measured_figures():
         fast = re.search(rf"\| {name}, product, bf16, eager \| [^|]*\| (\S+) \(", measured)
         assert bfloat16 == (fast[1] if fast else "-")
         assert f"| WRN-28-10 → RES-18, {name} | 5.243 | {' | '.join(counts)} |" in measured
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 10])
+def test_the_cost_of_teacher_every_is_counted(every):
+    """Passes counted on networks that are called, times the operations of one pass."""
+    row = re.search(
+        rf"^\| `--teacher_every {every}`[^|]*\| (\S+) \| (\S+) \|$",
+        (ROOT / "docs/performance.md").read_text(),
+        re.MULTILINE,
+    )
+    student, teacher = costs.forward_macs("RES-18") / 1e9, costs.forward_macs("WRN-28-10") / 1e9
+    asked = CallCount()
+    attacks.adaad(CallCount(), asked, torch.rand(2, 3, 4, 4), steps=10, teacher_every=every)
+    for written, student_passes, teacher_passes in zip(row.groups(), (23, 26), (1, 2), strict=True):
+        expected = student_passes * student + (teacher_passes + 2 * asked.calls) * teacher
+        assert float(written) == pytest.approx(expected, abs=0.06)  # one decimal is printed
+
+
+class CallCount(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x.flatten(1)
 
 
 FLAGS = [
