@@ -21,20 +21,14 @@ def gains_figure(gains: Sequence[Gain]) -> Any:
     axes.axvline(0, color="0.2", linewidth=1)
     for row, gain in enumerate(gains):
         color = figures.method_color(gain.group.first.method)
-        for interval, width in ((gain.interval, 3.0), (gain.over_seeds, 1.0)):
-            if interval:
-                low, high = (100 * end for end in interval)
-                axes.plot([low, high], [row, row], color=color, linewidth=width, solid_capstyle="butt")
+        axes.plot([100 * end for end in gain.interval], [row, row], color=color, linewidth=3, solid_capstyle="butt")
         axes.plot([100 * gain.mean], [row], "|", color=color, markersize=18, markeredgewidth=3)
         values = [100 * value for value in gain.by_seed.values()]
         axes.plot(values, [row + 0.24] * len(values), "o", color=color, alpha=0.6, markersize=5, markeredgewidth=0)
     axes.set_yticks(range(len(gains)), labels)
     axes.set_ylim(len(gains) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(
-        "gain in AutoAttack accuracy (points): mean, 95 % intervals (thick: bootstrap over\nseeds and images, "
-        "thin: Student's over seeds), below them a dot per seed"
-    )
+    axes.set_xlabel("gain in AutoAttack accuracy (points): mean and 95 % interval,\nbelow them a dot per seed")
     figures.tidy(axes, grid="x")
     return figure
 
@@ -99,12 +93,12 @@ def headroom_figure(gains: Sequence[Gain], teachers: Mapping[str, Mapping[str, f
         base = {run.seed: run.autoattack for run in gain.baseline.runs}
         ahead = [100 * (teacher - base[seed]) for seed in gain.by_seed]
         # No dot per seed: a seed whose baseline is unlucky has more headroom and more gain, without any cause but that.
-        low, high = zip(gain.interval, gain.over_seeds or gain.interval, strict=True)
-        ends = [[100 * (gain.mean - min(low))], [100 * (max(high) - gain.mean)]]
+        low, high = gain.interval
+        ends = [[100 * (gain.mean - low)], [100 * (high - gain.mean)]]
         style |= {"linestyle": "", "markersize": 8, "capsize": 4, "label": label}
         axes.errorbar([fmean(ahead)], [100 * gain.mean], yerr=ends, **style)
     axes.set_xlabel("headroom: AutoAttack accuracy of the teacher minus the baseline's (points)")
-    axes.set_ylabel("gain in AutoAttack accuracy (points)\nwith the wider of its 95 % intervals")
+    axes.set_ylabel("gain in AutoAttack accuracy (points)\nwith its 95 % interval")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figures.tidy(axes, grid="both")
     return figure

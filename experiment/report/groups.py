@@ -68,7 +68,7 @@ class Gain:
     p_values: dict[int, float]
     """McNemar's, by seed; empty if it is not known which images fell."""
     interval: tuple[float, float]
-    """95 %, of the mean."""
+    """95 %, of the mean: with several seeds the wider of Student's t over seeds and the bootstrap or unpaired one."""
     paired: bool
     """Whether the interval is of the bootstrap over seeds and images; else it is of unpaired accuracies."""
 
@@ -78,23 +78,10 @@ class Gain:
         return fmean(self.by_seed.values())
 
     @property
-    def over_seeds(self) -> tuple[float, float] | None:
-        """Student's 95 % interval over the seeds, with several: of few seeds a bootstrap has too narrow an idea."""
-        if len(self.by_seed) == 1:
-            return None
-        half = t_half_width(list(self.by_seed.values()))
-        return self.mean - half, self.mean + half
-
-    @property
     def verdict(self) -> str:
-        """Within noise, unless the interval (with several seeds Student's over the seeds too) leaves out 0."""
+        """Whether the interval includes 0."""
         low, high = self.interval
-        if low <= 0 <= high:
-            return "within noise"
-        if len(self.by_seed) == 1:
-            return "beyond the noise of the images; that of the seeds is unknown"
-        low, high = self.over_seeds
-        return "within noise" if low <= 0 <= high else "beyond noise"
+        return "it includes 0" if low <= 0 <= high else "it excludes 0"
 
 
 def group_by_seed(runs: Sequence[RunRecord]) -> list[SeedGroup]:
@@ -206,11 +193,20 @@ def _gain(group: SeedGroup, baseline: SeedGroup, pairs: Sequence[tuple[RunRecord
     if all(base and twin for base, twin in flags):
         table = [[int(t) - int(b) for b, t in zip(base, twin, strict=True)] for base, twin in flags]
         p_values = {twin.seed: mcnemar(*both) for (_, twin), both in zip(pairs, flags, strict=True)}
-        return Gain(group, baseline, by_seed, p_values, bootstrap_interval(table), paired=True)
+        interval = _wider(bootstrap_interval(table), by_seed)
+        return Gain(group, baseline, by_seed, p_values, interval, paired=True)
     means = [fmean(run.autoattack for run in side) for side in zip(*pairs, strict=True)]
     half = unpaired_half_width(*means, group.first.attack["examples"])
     mean = fmean(by_seed.values())
-    return Gain(group, baseline, by_seed, {}, (mean - half, mean + half), paired=False)
+    return Gain(group, baseline, by_seed, {}, _wider((mean - half, mean + half), by_seed), paired=False)
+
+
+def _wider(interval: tuple[float, float], by_seed: dict[int, float]) -> tuple[float, float]:
+    """`interval`, or with several seeds Student's over the seeds where that is wider."""
+    if len(by_seed) == 1:
+        return interval
+    mean, half = fmean(by_seed.values()), t_half_width(list(by_seed.values()))
+    return max(interval, (mean - half, mean + half), key=lambda ends: ends[1] - ends[0])
 
 
 def unequal_settings(groups: Sequence[SeedGroup]) -> list[str]:

@@ -100,16 +100,14 @@ def _attack_notes(groups: Sequence[SeedGroup], labels: dict[int, str]) -> list[s
 def _gain_notes(gain: Gain, labels: dict[int, str]) -> list[str]:
     first, seeds = gain.group.first, list(gain.by_seed)
     low, high = (100 * end for end in gain.interval)
-    if gain.paired:
-        how = "bootstrap over seeds and images" if len(seeds) > 1 else "bootstrap over images"
-    else:
-        how = "unpaired, as it is not recorded which images fell"
+    how = "bootstrap over images" if gain.paired else "unpaired, as it is not recorded which images fell"
+    if len(seeds) > 1:
+        what = "the bootstrap over seeds and images" if gain.paired else "the unpaired accuracies'"
+        how = f"the wider of Student's t over seeds and {what}"
     text = (
         f"{labels[id(gain.group)]} minus {labels[id(gain.baseline)]} ({first.teacher_name}, {first.student}, "
         f"{first.dataset}): {100 * gain.mean:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f} ({how}"
     )
-    if gain.over_seeds:
-        text += "; Student's over seeds {:+.2f} to {:+.2f}".format(*(100 * end for end in gain.over_seeds))
     text += f"): {gain.verdict}."
     if gain.p_values:
         values = (f"{100 * gain.by_seed[seed]:+.2f} (p {p_value(gain.p_values[seed])})" for seed in seeds)
