@@ -67,7 +67,7 @@ def _measured(run: PlannedRun, same: Sequence[PlannedRun]) -> Cost | None:
     if not epochs:
         return None
     seconds = fmean(epochs) * run.settings["epochs"] + (fmean(rest) if rest else 0.0)
-    attack = "" if rest or not run.settings["aa_examples"] else ", AutoAttack not measured yet"
+    attack = "" if rest else ", evaluation and AutoAttack not measured yet"
     return Cost(seconds / 3600, f"measured, {fmean(speeds):.0f} images/s{attack}")
 
 
@@ -85,13 +85,16 @@ def _counted(run: PlannedRun) -> Cost | None:
     of_teacher = passes[3] + passes[4]
     if passes[4]:  # the attack evaluates the teacher, forward and backward
         of_teacher += 2 * (math.ceil(settings["steps"] / settings.get("teacher_every", 1)) - COUNTED_STEPS)
-    flops = 2 * (of_student * student + of_teacher * teacher) * images * settings["epochs"]
+    training = 2 * (of_student * student + of_teacher * teacher) * images * settings["epochs"]
     evaluated = max(1, settings["epochs"] - settings["eval_after"])
-    flops += 2 * PASSES_OF_EVALUATION * student * table["test_images"][settings["dataset"]] * evaluated
-    flops += table["autoattack"]["flops_per_image_and_mac"] * student * settings["aa_examples"]
+    measuring = 2 * PASSES_OF_EVALUATION * student * table["test_images"][settings["dataset"]] * evaluated
+    measuring += table["autoattack"]["flops_per_image_and_mac"] * student * settings["aa_examples"]
     # The plan is for a GPU, whose default is tf32, also where it is made on a machine without one.
     precision = settings["precision"] if "precision" in run.given else "tf32"
-    return Cost(flops / table["expected"]["flops_per_second"][precision] / 3600, f"{EXPECTED} in {precision}")
+    speeds = table["expected"]["flops_per_second"]
+    # Evaluation and AutoAttack never run in bfloat16.
+    seconds = training / speeds[precision] + measuring / speeds["fp32" if precision == "fp32" else "tf32"]
+    return Cost(seconds / 3600, f"{EXPECTED} in {precision}")
 
 
 @functools.cache
