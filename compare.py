@@ -1,4 +1,4 @@
-"""Runs side by side, each method's baseline beside its IGDM twin: python compare.py DIR... [--html FILE ...]."""
+"""Compare runs: each method with and without IGDM, side by side: python compare.py DIR... [--html FILE ...]."""
 
 from experiment import cli, report
 

@@ -3,8 +3,8 @@
     python -m benchmarks.evaluation --out runs/bench/evaluation.json
 
 The network is the real architecture with random weights, images are random. AutoAttack runs at so small a budget that
-(nearly) every image withstands every attack, which then spends all of its iterations: the seconds are those of a robust
-image, the dear ones of a real run. Beside the product, on equal work: torchattacks' PGD, and the loop that
+nearly every image stays correctly classified and every attack runs all of its iterations: the seconds are those of a
+robust image, the expensive ones of a real run. Beside the product, on equal work: torchattacks' PGD, and the loop that
 robustbench's `benchmark` runs, where these packages are installed.
 """
 

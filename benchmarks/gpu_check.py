@@ -329,11 +329,12 @@ LEFT_OUT = "left out: this CPU has no bfloat16 instructions"
 
 
 def limit_of(i: int, args: argparse.Namespace, found: dict[str, Any], end: float) -> float | None:
-    """Seconds that the i-th part may take: its share of what is left, or in a rehearsal of what the first one took."""
+    """Seconds for the i-th part: a share of the time left; in a rehearsal, a multiple of the first finished part's."""
     shares = [PARTS[later].minutes for later in args.parts[i:]]
     if not args.rehearse:
         return max(0.0, end - time.monotonic()) * shares[0] / sum(shares)
-    measured = [(PARTS[name].minutes, part["seconds"]) for name, part in found["parts"].items() if part["seconds"]]
+    done = ((name, part) for name, part in found["parts"].items() if part["status"] == "done")
+    measured = [(PARTS[name].minutes, part["seconds"]) for name, part in done]
     if not measured:
         return None
     minutes, seconds = measured[0]

@@ -92,7 +92,7 @@ def training_step(
 
 
 def pgd_correct(model: nn.Module, x: Tensor, y: Tensor, steps: int = 20, weight_gradients: bool = True) -> int:
-    """Images of one batch that withstand PGD.
+    """Count the images of one batch that are correctly classified under PGD.
 
     Args:
         weight_gradients: call ``loss.backward()``, as the evaluation that TRADES published does and many copied: it

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_cases import EPSILON, Masked, labelled, replace_run, tiny_network, without_seconds
+from limits import HANGS
 from torch import nn
 
 import attacks
@@ -230,7 +231,7 @@ def test_two_ranks_share_the_work_and_agree_with_one(quick_autoattack, tmp_path)
         f"{evaluation.pgd_accuracy(network, x, y, EPSILON, steps=3, batch=4)}\n{evaluation.accuracy(network, x, y)}\n"
         f"{without_seconds(evaluation.autoattack(network, x, y, EPSILON, batch=3, show_progress=False))}\n"
     )
-    found = [process.communicate(timeout=200) for process in ranks]
+    found = [process.communicate(timeout=HANGS) for process in ranks]
     assert [out for out, _ in found] == [expected, expected], found
     assert "AutoAttack: 11 of 11 images" in found[0][1]  # all ranks' images, on rank 0 only
     assert "AutoAttack" not in found[1][1]
@@ -275,6 +276,6 @@ def test_a_rank_that_is_done_waits_longer_than_the_groups_timeout(tmp_path):
     script.write_text(SLOW_RANK.format(root=str(ROOT), shared=tmp_path / "shared", folder=str(folder)))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = [subprocess.Popen([sys.executable, str(script), str(rank)], cwd=tmp_path, **pipes) for rank in range(2)]
-    found = [process.communicate(timeout=200) for process in ranks]
+    found = [process.communicate(timeout=HANGS) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], found
     assert sorted(out.partition("]")[0] for out, _ in found) in (["[4", "[5"], ["[", "[4, 5"]), found

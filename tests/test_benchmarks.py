@@ -438,8 +438,13 @@ def test_a_rehearsal_leaves_out_what_the_cpu_has_no_instructions_for(monkeypatch
 def test_the_limits_of_a_rehearsal_follow_from_its_first_part(tmp_path):
     args = gpu_check.parse_args(["--rehearse", "--out", str(tmp_path), "--parts", "machine", "tests"])
     assert gpu_check.limit_of(0, args, {"parts": {}}, end=0.0) is None
-    limits = [gpu_check.limit_of(1, args, {"parts": {"machine": {"seconds": s}}}, end=0.0) for s in (3.0, 300.0)]
+
+    def limit_after(seconds, status):
+        return gpu_check.limit_of(1, args, {"parts": {"machine": {"seconds": seconds, "status": status}}}, end=0.0)
+
+    limits = [limit_after(seconds, "done") for seconds in (3.0, 300.0)]
     assert limits[1] == pytest.approx(100 * limits[0])  # a machine a hundred times slower has a hundred times as long
+    assert limit_after(0.1, "failed: error") is None  # a part that failed at once shows nothing about the machine
 
 
 def test_gpu_check_refuses_a_machine_without_a_gpu(capsys, tmp_path):

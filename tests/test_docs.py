@@ -15,6 +15,7 @@ import sys
 import pytest
 import torch
 from fault_server import ROOT, TIMES
+from limits import HANGS
 from reference import CLOSE, kl
 
 import attacks
@@ -211,7 +212,7 @@ def start(home, script, *flags):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     return out
 
@@ -236,7 +237,7 @@ def test_the_seventh_method_trains_stops_resumes_and_is_compared(seventh, small)
     for line in stopped.stdout:
         if re.match("epoch 1/3", line):
             stopped.send_signal(signal.SIGTERM)
-    _, err = stopped.communicate(timeout=120)
+    _, err = stopped.communicate(timeout=HANGS)
     assert stopped.returncode == 75, err
     assert not (home / "runs/saad_resumed/result.json").exists()
     finish(start(home, "saad_cifar100.py", *FLAGS, "--run_name", "saad_resumed"))

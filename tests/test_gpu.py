@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from limits import HANGS
 from reference import CLASSES, SCRIPTS, product_run, reference_run, settings
 
 import attacks
@@ -117,7 +118,7 @@ def run(tmp_path, name, script, *flags):
     command = [sys.executable, str(ROOT / script), "--dataset", "digits", "--epochs", "2", "--batch", "128"]
     command += ["--steps", "2", "--aa_examples", "0", "--run_dir", str(tmp_path), "--run_name", name, *flags]
     command += ["--device", DEVICE]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS, check=False)
     return done
 
 
@@ -166,7 +167,7 @@ def test_a_deterministic_run_resumes_to_the_same_bits(tmp_path, teacher_path):
     command = [sys.executable, str(tmp_path / "stopping.py"), "--dataset", "digits", "--epochs", "2", "--batch", "128"]
     command += ["--steps", "2", "--aa_examples", "0", "--run_dir", str(tmp_path), "--run_name", "stopped", *flags]
     command += ["--device", DEVICE]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=300, check=False)
+    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=HANGS, check=False)
     assert not (tmp_path / "stopped" / "result.json").exists()
     done = run(tmp_path, "stopped", "adaad_IGDM_cifar100.py", *flags)
     assert done.returncode == 0, done.stderr
@@ -193,7 +194,7 @@ def test_out_of_memory_is_one_line(tmp_path, teacher_path):
     )
     command = [sys.executable, str(tmp_path / "small.py"), "--dataset", "digits", "--teacher", str(teacher_path)]
     command += ["--student", "WRN-28-10", "--batch", "1400", "--aa_examples", "0", "--run_dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "--batch" in done.stderr

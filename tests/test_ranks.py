@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import HANGS
 from torch import nn
 
 import adaad_IGDM_cifar100 as script
@@ -74,7 +75,7 @@ def begin(count, *command, cwd=ROOT, **environment):
 def launch(count, *command, status=0, **environment):
     """Run a command in `count` processes to its end; what they printed, after a look at their exit status."""
     processes = begin(count, *command, **environment)
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    outputs = [process.communicate(timeout=HANGS)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == status, output
     return outputs
@@ -170,7 +171,7 @@ def stop(processes, after, *signals):
     for rank, number in signals:
         processes[rank].send_signal(number)
         time.sleep(0.2)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=HANGS)[0] for process in processes]
     outputs[0] = printed + outputs[0]
     return outputs
 

@@ -17,6 +17,7 @@ import torch
 from fault_files import small_npz
 from fault_kills import POINTS
 from fault_server import ROOT, SCRIPTS, SMALL, result_of, stopped_run
+from limits import HANGS
 
 from experiment import UserError, data, evaluation, files
 from experiment.run import Run, checks, provenance
@@ -90,7 +91,7 @@ def test_signal_saves_and_stops(small, number):
             break
     time.sleep(0.3)
     process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=HANGS)
     assert process.returncode == 75, error
     assert error.count("\n") == 1
     saved = files.load(small.home / "runs" / name / "last.pt")

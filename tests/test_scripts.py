@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from fault_server import ROOT, TEACHER, TIMES
+from limits import HANGS
 
 SCRIPTS = [f"{method}{igdm}_cifar100" for method in ("ard", "rslad", "adaad") for igdm in ("", "_IGDM")]
 # An epsilon at which AutoAttack is over after its first attack.
@@ -25,7 +26,7 @@ def run(home, script, *flags, **environment):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
         check=False,
     )
 

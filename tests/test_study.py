@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from limits import HANGS
 
 from experiment import RunStopped, UserError, text
 from experiment.report import costs, live, plan, processes, slurm, study_main
@@ -334,7 +335,7 @@ def test_a_study_is_stopped_and_goes_on_and_a_failed_run_stops_no_other(tmp_path
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 75, err
     assert "teacher: stopped, " + ("saved" if (runs / "teacher" / "last.pt").exists() else "before it had") in out
     assert "stopped by SIGINT; the same command goes on" in err

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import HANGS
 from torch import nn
 
 from cifar100_models import build_model
@@ -491,7 +492,7 @@ def run(program, *, path=None):
     extra = {"PYTHONPATH": os.pathsep.join(map(str, [*([path] if path else []), ROOT])), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
-        env={**os.environ, **extra}, capture_output=True, text=True, timeout=120, check=False, cwd=path or ROOT,
+        env={**os.environ, **extra}, capture_output=True, text=True, timeout=HANGS, check=False, cwd=path or ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
