@@ -111,12 +111,14 @@ def convolutions(args: argparse.Namespace) -> Rows:
 
 
 def baseline(args: argparse.Namespace) -> Rows:
-    """The published order, and the product's eager step in TF32 and bfloat16."""
+    """The published order; the product's eager step in TF32 and bfloat16, and asking the teacher less often."""
     networks, tops = networks_of(args), tops_of(args)
     batches = measure.make_batches(args.batch, torch.device(args.device))
     published = training_step.setting_of(METHOD, networks, batches, "published", "fp32", 0)
-    for precision in rates_of(args.device)[1 if args.device == "cuda" else 0 :]:
-        setting = training_step.setting_of(METHOD, networks, batches, "product", precision, 0)
+    precisions = rates_of(args.device)[1 if args.device == "cuda" else 0 :]
+    for precision, every in [*((name, 1) for name in precisions), (precisions[-1], 5), (precisions[-1], 10)]:
+        fields = (METHOD, networks, batches, "product", precision, 0)
+        setting = training_step.setting_of(*fields, teacher_every=every)
         published.seconds.clear()
         measure.take_turns([published, setting], args.rounds, args.repeats)
         for timed in (published, setting):

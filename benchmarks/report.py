@@ -45,7 +45,8 @@ def _step(row: Row) -> str:
     name = f"{row['method']}, "
     if row["step"] == "published":
         return name + "published order"
-    return f"{name}{row['step']}, {row['precision']}, {'compiled' if row['compile'] else 'eager'}"
+    every = f", --teacher_every {row['teacher_every']}" if "teacher_every" in row else ""
+    return f"{name}{row['step']}, {row['precision']}, {'compiled' if row['compile'] else 'eager'}{every}"
 
 
 def _memory(row: Row) -> str:

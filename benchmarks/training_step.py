@@ -48,13 +48,22 @@ class ProductStep:
     """
 
     def __init__(
-        self, method: str, networks: Networks, batches: list, precision: str, compiled: int, trick: str = "product"
+        self,
+        method: str,
+        networks: Networks,
+        batches: list,
+        precision: str,
+        compiled: int,
+        trick: str = "product",
+        teacher_every: int = 1,
     ) -> None:
         """Args: method, the script's name without _cifar100; batches, (x, y) to go round; the rest is the engine's."""
         self.student, teacher = networks
         self.script = importlib.import_module(f"{method}_cifar100")
         device, size = str(batches[0][0].device), len(batches[0][0])
         flags = {"preset": "paper", "device": device, "batch": size, "precision": precision, "compile": compiled}
+        if teacher_every > 1:
+            flags["teacher_every"] = teacher_every
         argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         self.args = cli.parse_args(self.script.__file__, self.script.RECIPE, argv)
         measure.RESEARCH_CODE.apply()  # a trick's switch must not outlive it; the engine sets what it needs
@@ -93,7 +102,14 @@ def published_step(method: str, networks: Networks, batches: list) -> Callable[[
 
 
 def setting_of(
-    method: str, networks: Networks, batches: list, kind: str, precision: str, compiled: int, trick: str = "product"
+    method: str,
+    networks: Networks,
+    batches: list,
+    kind: str,
+    precision: str,
+    compiled: int,
+    trick: str = "product",
+    teacher_every: int = 1,
 ) -> measure.Setting:
     """A step that is ready to be timed, on copies of the networks."""
 
@@ -101,9 +117,11 @@ def setting_of(
         copies = copy.deepcopy(networks)
         if kind == "published":
             return published_step(method, copies, batches)
-        return ProductStep(method, copies, batches, precision, compiled, trick)
+        return ProductStep(method, copies, batches, precision, compiled, trick, teacher_every)
 
     fields = {"method": method, "step": kind, "precision": precision, "compile": compiled}
+    if teacher_every > 1:
+        fields["teacher_every"] = teacher_every
     return measure.Setting(fields, batches[0][0].device, build)
 
 
@@ -113,7 +131,8 @@ def row_of(
     """A timed setting's figures; the ratio is the baseline's seconds over its own."""
     setting.check_finite()
     row = {**setting.fields, **measure.speed(batch, setting.seconds), **measure.ratio(baseline, setting.seconds)}
-    row["gflop_per_image"] = convolutions.gflop_of_step(row["method"], networks)[row["step"]]
+    counted = convolutions.gflop_of_step(row["method"], networks, row.get("teacher_every", 1))
+    row["gflop_per_image"] = counted[row["step"]]
     row["tflops"] = row["gflop_per_image"] * row["images_per_second"] / 1e3
     # Convolutions of the published step run in TF32 on CUDA: the framework's default.
     rate = "tf32" if row["step"] == "published" and setting.device.type == "cuda" else row["precision"]
@@ -129,6 +148,12 @@ def method_rows(
     batches = measure.make_batches(args.batch, device)
     kinds = [("published", "fp32", 0), *(("product", p, c) for p in args.precisions for c in args.compile)]
     settings = [setting_of(method, networks, batches, *kind) for kind in kinds]
+    if method.startswith("adaad"):
+        fastest = (args.precisions[-1], args.compile[-1])
+        settings += [
+            setting_of(method, networks, batches, "product", *fastest, teacher_every=every)
+            for every in args.teacher_every
+        ]
     measure.take_turns(settings, args.rounds, args.repeats)
     rows = [row_of(setting, settings[0].seconds, networks, args.batch, tops) for setting in settings]
     return rows, min(settings[1:], key=lambda setting: min(setting.seconds))
@@ -269,6 +294,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=cli.whole(2), default=128, help="images per step")
     add("--precisions", nargs="+", choices=("fp32", "tf32", "bf16"), help="default fp32 on the CPU, all on CUDA")
     add("--compile", nargs="+", type=int, choices=(0, 1), help="0, 1 or both; default 0 on the CPU, both on CUDA")
+    add("--teacher_every", nargs="*", type=cli.whole(2), default=[], help="also time AdaAD's step at these values")
     add("--repeats", type=cli.positive_int, help="steps per turn; default 1 on the CPU, 4 on CUDA")
     add("--profile", type=int, choices=(0, 1), default=0, help="profile the last method's fastest setting")
     add(
