@@ -30,7 +30,7 @@ from benchmarks import convolutions, measure, profiling, published, report
 from benchmarks.tricks import TRICKS
 from experiment import UserError, cli, optim
 from experiment.data import Data
-from experiment.engine import Engine, FastPath
+from experiment.engine import Engine
 from experiment.files import read_json, write_json
 from experiment.run import Run
 
@@ -67,12 +67,12 @@ class ProductStep:
         argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         self.args = cli.parse_args(self.script.__file__, self.script.RECIPE, argv)
         measure.RESEARCH_CODE.apply()  # a trick's switch must not outlive it; the engine sets what it needs
-        self.engine = Engine(self.args, FastPath(**TRICKS[trick].fast_path))
+        self.engine = Engine(self.args)
         self.optimizer = optim.sgd(self.student, self.args)
         self.engine.distribute(self.student, self.optimizer)
         optim.set_lr(self.optimizer, self.args, EPOCH)
         self.fast_student, self.fast_teacher = self.engine.accelerate(self.student), self.engine.accelerate(teacher)
-        TRICKS[trick].change(self)
+        TRICKS[trick](self)
         self._batches = itertools.cycle(batches)
 
     def __call__(self) -> dict[str, torch.Tensor]:
@@ -170,8 +170,6 @@ def trick_rows(
     torch._dynamo.config.recompile_limit = 8 * (len(TRICKS) + 1)
     product = setting_of(method, networks, batches, "product", precision, compiled)
     for name in args.tricks:
-        if TRICKS[name].teacher_attacks and not method.startswith("adaad"):
-            continue
         try:
             product.seconds.clear()
             setting = product

@@ -4,6 +4,7 @@ Tolerance: folding and replaying reorder sums; in float64 that leaves some 1e-13
 """
 
 import copy
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from cifar100_models import build_model
 from experiment import UserError, data
 from experiment.engine import Engine
 from experiment.engine.accelerated import Accelerated
-from experiment.engine.folding import FrozenLayer, folded_view
+from experiment.engine.folding import FoldedConv, folded_view
 
 
 def engine(**changes):
@@ -60,7 +61,7 @@ def test_folded_view_equals_the_model_and_follows_its_weights(name):
     torch.manual_seed(0)
     model = settled(name)
     fast, x = accelerated(model), torch.rand(4, 3, 8, 8, dtype=torch.float64)
-    folded = sum(isinstance(m, FrozenLayer) for m in fast.view.graph.modules())
+    folded = sum(isinstance(m, FoldedConv) for m in fast.view.graph.modules())
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     # In pre-activation blocks only bn2, and the first bn1 of all, follow a convolution that no one else reads.
     assert folded == (norms if not name.startswith("WRN") else 4)
@@ -175,7 +176,7 @@ def test_no_pass_runs_twice(method, networks, batches):
     machine = engine()
     fast = {network: machine.accelerate(network) for network in (student, teacher)}
     for network, wrapped in fast.items():
-        wrapped._views = {}  # so that every pass runs through the counter
+        wrapped.view = None  # so that every pass runs through the counter
         network.passes = 0  # tracing counted one
     product_run(method, student, teacher, batches[:1], args, wrap=fast.get, around=machine.step)
     in_attack = (args.steps, args.steps if args.attack == "adaad" else 0)
@@ -337,3 +338,34 @@ def test_a_ranks_usual_batch_is_its_own_share():
         assert one.accelerate(build_model("RES-8", CLASSES)).batch == len(x)
         shares.append(len(x))
     assert shares == [42, 43, 43]
+
+
+def test_bfloat16_compiled_is_bfloat16_eager(monkeypatch):
+    """The pair that GPU training runs: the same steps, traced and untraced, the odd last batch eager.
+
+    Without autocast's cache of casts: it adds up a weight's gradients over the passes of a step in bfloat16, a graph in
+    float32.
+    """
+    torch.compiler.reset()
+    plain_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: plain_compile(model, backend="aot_eager", **options))
+    torch.manual_seed(0)
+    networks = build_model("RES-8", CLASSES), build_model("RES-8", CLASSES).eval()
+    data = [(torch.rand(n, 3, 8, 8), torch.randint(CLASSES, (n,))) for n in (6, 6, 4)]
+    found = []
+    for compiled in (0, 1):
+        student, teacher = copy.deepcopy(networks)
+        machine = engine(precision="bf16", compile=compiled)
+
+        @contextmanager
+        def step(machine=machine):
+            with machine.step():
+                torch.set_autocast_cache_enabled(False)
+                yield
+
+        torch.manual_seed(5)
+        around = {"wrap": machine.accelerate, "around": step}
+        product_run("adaad_IGDM", student, teacher, data, settings("adaad_IGDM"), **around)
+        found.append(student.state_dict())
+    for (name, ours), expected in zip(found[1].items(), found[0].values(), strict=True):
+        assert torch.equal(ours, expected), name

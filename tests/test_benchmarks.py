@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import importlib.util
 import json
 import math
 import sys
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks import (
     convolutions,
+    dm_wide_resnet,
     evaluation,
     gpu_check,
     gpu_evidence,
@@ -257,20 +259,6 @@ def test_every_trick_runs_and_is_finite(monkeypatch):
     for row in rows:
         check_speed(row, 2)
     torch.compiler.reset()
-
-
-def test_flipped_input_gradients_are_the_gradients():
-    from benchmarks.tricks import FlippedGradient
-
-    torch.manual_seed(0)
-    x, weight, bias = torch.rand(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4)
-    found = []
-    for function in (FlippedGradient.apply, lambda *given: nn.functional.conv2d(*given, padding=1)):
-        x_in = x.double().requires_grad_()
-        out = function(x_in, weight.double(), bias.double())
-        found.append((out, torch.autograd.grad(out.square().sum(), x_in)[0]))
-    for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -518,3 +506,31 @@ def test_equal_settings_of_the_pair(tmp_path):
     ard, igdm = (gpu_evidence.commands(args)[name] for name in gpu_evidence.STUDENTS)
     added = [word for word in igdm if word not in ard]
     assert added == ["ard_IGDM_cifar100.py", "--alpha", "20.0", "--ramp_epochs", "ard_IGDM"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("robustbench") is None, reason="needs robustbench")
+def test_the_networks_own_shape_is_robustbenchs():
+    theirs, ours = dm_wide_resnet.build(16, 2, 7), dm_wide_resnet.DMWideResNet(16, 2, 7)
+    assert type(theirs) is not type(ours)
+    shapes = [sorted(tuple(p.shape) for p in network.parameters()) for network in (theirs, ours)]
+    assert shapes[0] == shapes[1]
+    # With the same weights, in the order of use, the same function.
+    layers = [
+        [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
+        for network in (theirs.eval(), ours.eval())
+    ]
+    used = []
+    for network, own_layers in zip((theirs, ours), layers, strict=True):
+        order = []
+        hooks = [m.register_forward_hook(lambda m, *_, order=order: order.append(m)) for m in own_layers]
+        with torch.no_grad():
+            network(torch.rand(1, 3, 32, 32))
+        for hook in hooks:
+            hook.remove()
+        used.append(order)
+    for theirs_layer, our_layer in zip(*(sorted(o, key=lambda m: type(m).__name__) for o in used), strict=True):
+        our_layer.load_state_dict(theirs_layer.state_dict())
+    ours.mean, ours.std = theirs.mean, theirs.std
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)

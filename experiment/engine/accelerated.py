@@ -8,8 +8,8 @@
   second pass would have moved them;
 - with compile, both go through torch.compile, at one static shape; other shapes (the last, odd batch) run eagerly.
 
-`FastPath` has more, off until it is measured on a GPU. The equality is tested in float64 against the plain networks
-(tests/test_accelerate.py, tests/test_fast_path.py), the gain is measured by ``python -m benchmarks.training_step``.
+The equality is tested in float64 against the plain networks (tests/test_accelerate.py), and the gain is measured by
+``python -m benchmarks.training_step``.
 """
 
 from dataclasses import dataclass
@@ -17,28 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from experiment.engine.folding import FrozenLayer, folded_view
-
-
-@dataclass(frozen=True)
-class FastPath:
-    """Further ways to spare a GPU work, each a switch; ``python -m benchmarks.training_step --tricks`` times them.
-
-    Attributes:
-        merge_pads: folded convolutions do the padding written before them.
-        stored_weights: frozen passes under bfloat16 autocast read weights stored so, instead of casting them.
-        attack_graph: a step of the attack is compiled as one graph.
-        cuda_graph: a step of the attack is captured on CUDA and replayed.
-    """
-
-    merge_pads: bool = False
-    stored_weights: bool = False
-    attack_graph: bool = False
-    cuda_graph: bool = False
-
-
-DEFAULT = FastPath()
-"""What has been measured to pay."""
+from experiment.engine.folding import FoldedConv, folded_view
 
 
 @dataclass
@@ -64,7 +43,7 @@ class View:
     def __init__(self, graph: fx.GraphModule, compiled: bool) -> None:
         self.graph = graph
         self.compiled = torch.compile(graph, dynamic=False) if compiled else graph
-        self._layers = [module for module in graph.modules() if isinstance(module, FrozenLayer)]
+        self._layers = [module for module in graph.modules() if isinstance(module, FoldedConv)]
         self._sources = [tensor for layer in self._layers for tensor in layer.sources]
         self._made_from: tuple[int, ...] | None = None
 
@@ -84,20 +63,21 @@ class View:
 class Accelerated(nn.Module):
     """A network that is called like `model`, shares its weights, and does no work twice."""
 
-    def __init__(self, model: nn.Module, *, compiled: bool, batch: int, fast_path: FastPath = DEFAULT) -> None:
+    def __init__(self, model: nn.Module, *, compiled: bool, batch: int) -> None:
         """Wrap a network; its weights stay where they are.
 
         Args:
             model: the student or the teacher.
             compiled: run batches of `batch` images through torch.compile.
             batch: the usual number of images.
-            fast_path: what else to spare.
+
+        Attributes:
+            view: the folded view that frozen passes run on; None where the model cannot be traced.
         """
         super().__init__()
         self.model, self.batch = model, batch
-        dtypes = [None] + [torch.bfloat16] * fast_path.stored_weights
-        graphs = {dtype: folded_view(model, merge_pads=fast_path.merge_pads, dtype=dtype) for dtype in dtypes}
-        self._views = {dtype: View(graph, compiled) for dtype, graph in graphs.items() if graph is not None}
+        graph = folded_view(model)
+        self.view = None if graph is None else View(graph, compiled)
         self._weights = tuple(model.parameters())  # walking the modules at each call takes longer than the rest of it
         self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._replays = all(norm.track_running_stats and norm.momentum is not None for norm in self._norms)
@@ -106,17 +86,6 @@ class Accelerated(nn.Module):
         self._keep = torch.cat(keep) if keep else None
         self._passes: list[RememberedPass] | None = None
         self._compiled = (torch.compile(model, dynamic=False) if compiled else model,)  # in a tuple: no submodule
-
-    @property
-    def view(self) -> View | None:
-        """The view that a frozen pass runs on now, if the model could be traced."""
-        kind = self._weights[0].device.type if self._weights else "cpu"
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return self._views.get(dtype) or self._views.get(None)
-
-    def refresh_view(self) -> None:
-        """Let the view follow the weights, for a caller that compiles a frozen pass into a graph of its own."""
-        self.view.refresh()
 
     def begin_step(self) -> None:
         """From now on remember passes; forget those of the step before."""
@@ -131,15 +100,13 @@ class Accelerated(nn.Module):
 
         A fused optimizer makes such changes, and so does whoever writes to ``parameter.data``.
         """
-        for view in self._views.values():
-            view.forget()
+        if self.view is not None:
+            self.view.forget()
         if self._passes is not None:
             self._passes = []
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's logits of x (N, 3, H, W)."""
-        if torch.compiler.is_compiling():  # a frozen pass in a graph of the caller's, who has refreshed the view
-            return self.view.graph(x)
         train, grad = self.model.training, torch.is_grad_enabled()
         if train:
             self._statistics_move()
@@ -176,8 +143,8 @@ class Accelerated(nn.Module):
 
     def _statistics_move(self) -> None:
         """A train-mode pass, run or repeated, moves what eval-mode passes depend on, without a trace in its version."""
-        for view in self._views.values():
-            view.forget()
+        if self.view is not None:
+            self.view.forget()
         if self._passes is not None:
             self._passes = [earlier for earlier in self._passes if earlier.train]
 

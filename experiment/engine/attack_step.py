@@ -1,43 +1,34 @@
-"""The gradient step of an attack in one piece: as one compiled graph, as one CUDA graph, or as both.
+"""The gradient step of an attack as a CUDA graph.
 
-A step runs two networks forward and backward to the input and moves the images: some hundred kernels, which the host
-has to start one by one. Both ways compute what ``attacks.sign_step`` does.
+A step runs two networks forward and backward to the input, then moves the images. That is some thousand kernels, and
+the host needs longer to launch them than an H200 needs to run them. A graph launches all of them at once.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import attacks
 
 
-def functional_step(
-    objective: Callable[..., Tensor], x_adv: Tensor, x: Tensor, epsilon: float, step_size: float, given: tuple
-) -> Tensor:
-    """`attacks.sign_step` without a change in place, which a compiler takes as one graph: forward, gradient, move."""
-    gradient = torch.func.grad(objective)(x_adv, *given)
-    moved = x_adv + step_size * gradient.sign()
-    return torch.clamp(moved, min=x - epsilon, max=x + epsilon).clamp(0, 1)
+class GraphedStep:
+    """A step for ``attacks.steps_by`` that captures `attacks.sign_step` once and replays it.
 
+    Batches of another size, networks without a folded view, and objectives that keep something from one step to the
+    next (``--teacher_every``) take `attacks.sign_step` as it is. On the CPU, which has no graphs, the same work is done
+    on the same static buffers.
+    """
 
-class AttackStep:
-    """A step for ``attacks.steps_by``, for batches of one size; others take `attacks.sign_step`."""
-
-    def __init__(self, networks: Sequence[Any], batch: int, *, graph: bool, cuda_graph: bool) -> None:
-        """Nothing is compiled or captured before the first step.
+    def __init__(self, networks: Sequence[Any], batch: int) -> None:
+        """Nothing is captured before the first step.
 
         Args:
-            networks: the accelerated networks, which are told to follow their weights before each step.
+            networks: the accelerated networks; their views follow the weights before each step.
             batch: the usual number of images.
-            graph: compile the step as one graph.
-            cuda_graph: capture it on CUDA, with buffers of its own, and replay it.
         """
-        self._networks, self._batch, self._cuda_graph = networks, batch, cuda_graph
-        self._step = attacks.sign_step
-        if graph:
-            self._step = torch.compile(functional_step, fullgraph=True, dynamic=False)
+        self._networks, self._batch = networks, batch
         self._captured: dict[tuple, tuple[list[Tensor], Callable[[], object], Any]] = {}
 
     def __call__(
@@ -50,27 +41,13 @@ class AttackStep:
         given: tuple[Tensor, ...],
     ) -> Tensor:
         """One step, as ``attacks.sign_step``; the result is a tensor of its own."""
-        if len(x) != self._batch or any(network.view is None for network in self._networks):
+        models = tuple(cell.cell_contents for cell in objective.__closure__ or ())
+        stateless = all(isinstance(model, nn.Module) for model in models)
+        if len(x) != self._batch or not stateless or any(network.view is None for network in self._networks):
             return attacks.sign_step(objective, x_adv, x, epsilon, step_size, given)
         for network in self._networks:
-            network.refresh_view()
-        x_adv = x_adv.detach()
-        if self._cuda_graph:
-            return self._replay(objective, x_adv, x, epsilon, step_size, given)
-        return self._step(objective, x_adv, x, epsilon, step_size, given)
-
-    def _replay(
-        self,
-        objective: Callable[..., Tensor],
-        x_adv: Tensor,
-        x: Tensor,
-        epsilon: float,
-        step_size: float,
-        given: tuple[Tensor, ...],
-    ) -> Tensor:
-        """The step on static buffers: captured at its first call, replayed afterwards."""
-        models = tuple(cell.cell_contents for cell in objective.__closure__ or ())
-        inputs = (x_adv, x, *given)
+            network.view.refresh()
+        inputs = (x_adv.detach(), x, *given)
         layout = tuple((tensor.shape, tensor.dtype, tensor.stride()) for tensor in inputs)
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
@@ -80,7 +57,7 @@ class AttackStep:
 
             def run() -> None:
                 moved, centre, *rest = buffers
-                moved.copy_(self._step(objective, moved, centre, epsilon, step_size, tuple(rest)))
+                moved.copy_(attacks.sign_step(objective, moved, centre, epsilon, step_size, tuple(rest)))
 
             # The models are kept, so that no other object can take their ids.
             self._captured[key] = (buffers, _captured(run, x.device), models)
@@ -88,13 +65,11 @@ class AttackStep:
         for buffer, tensor in zip(buffers, inputs, strict=True):
             buffer.copy_(tensor)
         replay()
-        return buffers[
-            0
-        ].clone()  # the next replay overwrites the buffer, and the step's passes are remembered by x_adv
+        return buffers[0].clone()  # the next replay overwrites the buffer
 
 
 def _captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """What does run()'s work again: the replay of a CUDA graph; on the CPU, which has none, run itself."""
+    """What does run()'s work again: the replay of a CUDA graph; on the CPU, run itself."""
     if device.type != "cuda":
         return run
     side = torch.cuda.Stream()

@@ -13,8 +13,8 @@ from torch import nn
 
 import attacks
 from experiment import UserError
-from experiment.engine.accelerated import DEFAULT, Accelerated, FastPath
-from experiment.engine.attack_step import AttackStep
+from experiment.engine.accelerated import Accelerated
+from experiment.engine.attack_step import GraphedStep
 from experiment.engine.requests import StepRequests
 
 
@@ -29,18 +29,17 @@ class Engine:
         store: the key-value store that the ranks met in; None for a single process.
     """
 
-    def __init__(self, args: argparse.Namespace, fast_path: FastPath = DEFAULT) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         """Set the process up: ranks, device, TF32, determinism, seed.
 
         Args:
             args: uses ``device``, ``precision``, ``compile``, ``batch``, ``deterministic`` and ``seed``.
-            fast_path: what `accelerate` and `step` spare beyond what they always do.
         """
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.precision, self.compile, self._batch = args.precision, bool(args.compile), args.batch
         self._fast: list[Accelerated] = []
-        self._fast_path, self._attack_step = fast_path, None
+        self._attack_step: GraphedStep | None = None
         self.device = self._own_device(args.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -157,11 +156,10 @@ class Engine:
         model.to(memory_format=torch.channels_last)
         # This rank's share of a full batch: those of 128 images on three ranks are not alike.
         batch = self._batch * (self.rank + 1) // self.world - self._batch * self.rank // self.world
-        fast = Accelerated(model, compiled=self.compile, batch=batch, fast_path=self._fast_path)
+        fast = Accelerated(model, compiled=self.compile, batch=batch)
         self._fast.append(fast)
-        graph, cuda_graph = self._fast_path.attack_graph, self._fast_path.cuda_graph
-        if graph or cuda_graph:
-            self._attack_step = AttackStep(self._fast, batch, graph=graph, cuda_graph=cuda_graph)
+        if self.compile and self.device.type == "cuda" and self.world == 1:  # with several ranks: not measured
+            self._attack_step = GraphedStep(self._fast, batch)
         return fast
 
     @contextmanager
