@@ -1,6 +1,6 @@
 """Compare runs: each method with and without IGDM, side by side: python compare.py DIR... [--html FILE ...]."""
 
-from experiment import cli, report
+from experiment import cli, compare
 
 if __name__ == "__main__":
-    cli.guard(report.compare_main)
+    cli.guard(compare.main)

@@ -1,6 +1,6 @@
 """A grid of runs from one file, started, watched and resumed: python study.py studies/digits.toml [--jobs N]."""
 
-from experiment import cli, report
+from experiment import cli, study
 
 if __name__ == "__main__":
-    cli.guard(report.study_main)
+    cli.guard(study.main)

@@ -68,6 +68,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of metrics.jsonl.
+
+    Raises:
+        UserError: the file is missing, unreadable, or has a line that is not a JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text: {error.reason} at byte {error.start}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} is not valid JSON: {str(error).splitlines()[0]}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number} holds a JSON {type(row).__name__}; an object is needed")
+        rows.append(row)
+    return rows
+
+
 def save(path: Path, value: dict[str, Any], previous: Path | None = None) -> None:
     """torch.save tensors and plain types, atomically; the file that was at `path` before stays as `previous`.
 

@@ -3,6 +3,12 @@
 import math
 from pathlib import Path
 
+TEXT_COLUMNS = ("method", "teacher", "student", "dataset", "run", "state")
+"""Columns that are set to the left; figures are set to the right."""
+
+Table = list[list[str]]
+"""Text cells, header first."""
+
 SUFFIXES = (".pt", ".pth", ".safetensors", ".npz")
 
 
@@ -24,3 +30,52 @@ def budget(epsilon: float) -> str:
     """A perturbation size in pixels of [0, 1]: 8/255 rather than 0.03137; 0.15, which is no whole level, as it is."""
     levels = round(255 * epsilon)
     return f"{levels}/255" if levels > 0 and math.isclose(levels / 255, epsilon) else f"{epsilon:g}"
+
+
+def as_text(table: Table, width: int | None = None) -> str:
+    """A table for the terminal, figures to the right.
+
+    Args:
+        width: of the terminal: a wider table says in a line above it what is the same in all rows, and folds names.
+            Without it nothing is moved or folded, whatever takes the text.
+    """
+    import io
+
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    shared, table = _narrowed(table, width) if width else ([], table)
+    # rich is one off, and fills a width that it is given.
+    limit = width - 1 if width and _natural_width(table) > width else None
+    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, width=limit)
+    for head, *cells in zip(*table, strict=True):
+        # A name keeps room for its longest word; where it is tight, figures break before their ±.
+        words = [len(word) for cell in (head, *cells) for word in cell.split()]
+        side = "left" if head in TEXT_COLUMNS else "right"
+        drawn.add_column(Text(head), justify=side, overflow="fold", min_width=min(10, max(words)))
+    for row in table[1:]:
+        drawn.add_row(*map(Text, row))
+    output = io.StringIO()
+    Console(file=output, width=10_000, color_system=None, legacy_windows=False).print(drawn)
+    lines = [line.rstrip() for line in output.getvalue().splitlines()]
+    return "\n".join([f"all: {', '.join(shared)}"] * bool(shared) + lines)
+
+
+def _natural_width(table: Table) -> int:
+    """Of the table with nothing folded."""
+    return sum(max(map(len, column)) + 3 for column in zip(*table, strict=True))
+
+
+def _narrowed(table: Table, width: int) -> tuple[list[str], Table]:
+    """Move columns with one value only out of a table that is too wide: what they say, and the table without them."""
+    shared = []
+    for head in ("dataset", "AutoAttack images", "n seeds", "student", "teacher"):
+        if _natural_width(table) <= width or head not in table[0]:
+            continue
+        at = table[0].index(head)
+        if len({row[at] for row in table[1:]}) == 1:
+            shared.append(f"{head} {table[1][at]}")
+            table = [row[:at] + row[at + 1 :] for row in table]
+    return shared, table

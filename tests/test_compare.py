@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiment import UserError, cli, evaluation, report
-from experiment.report import (
+from experiment import UserError, cli, evaluation
+from experiment import compare as comparing
+from experiment.compare import (
     comparison,
     exports,
     figures,
@@ -25,8 +26,8 @@ from experiment.report import (
     run_record,
     sources,
     statistics,
-    tables,
 )
+from experiment.text import as_text
 
 ROOT = Path(__file__).parents[1]
 ADDED = {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200}
@@ -102,7 +103,7 @@ def pair(tmp_path):
 def compare(*folders: Path) -> str:
     """Tables and notes as they are printed, without writing or drawing; refuses as compare.py does."""
     found = comparison.comparison_of(sources.read_sources(folders))
-    text = "\n".join([*map(tables.as_text, found.tables), "", *found.notes])
+    text = "\n".join([*map(as_text, found.tables), "", *found.notes])
     if found.refusals:
         raise UserError("; ".join(found.refusals))
     return text
@@ -117,7 +118,7 @@ def cells(printed: str, name: str) -> list[str]:
 def test_pair_is_printed_written_and_drawn(pair, tmp_path):
     lines: list[str] = []
     out = tmp_path / "out"
-    report.compare(pair, out, lines.append)
+    comparing.compare(pair, out, lines.append)
     printed = "\n".join(lines)
     assert cells(printed, "method")[7:] == ["IGDM gain", "n seeds", "AutoAttack images"]
     assert cells(printed, "AdaAD") == ["AdaAD", "BDM", "RES-18", "digits", "80.00", "40.00", "38.00", "-", "1", "100"]
@@ -140,11 +141,11 @@ def test_pair_is_printed_written_and_drawn(pair, tmp_path):
 
 def test_a_narrow_terminal_is_told_once_what_all_rows_share(pair):
     (table,) = comparison.comparison_of(sources.read_sources(pair)).tables
-    lines = tables.as_text(table, 80).splitlines()
+    lines = as_text(table, 80).splitlines()
     assert lines[0] == "all: dataset digits, AutoAttack images 100, n seeds 1"
     assert max(map(len, lines)) <= 80
     assert cells("\n".join(lines), "AdaAD+IGDM") == ["AdaAD+IGDM", "BDM", "RES-18", "80.00", "40.00", "41.00", "+3.00"]
-    assert tables.as_text(table, 300) == tables.as_text(table)
+    assert as_text(table, 300) == as_text(table)
 
 
 def test_loss_of_accuracy_is_a_negative_gain(tmp_path):
@@ -412,7 +413,7 @@ def test_alignment_and_robustness_are_counted_and_correlated(tmp_path):
     assert (
         "Logit GD and logit GC: the same with g = gradient of logits[true class] (evaluate.py, the first 400" in printed
     )
-    report.compare([tmp_path / "runs"], tmp_path / "out", lambda text: None)
+    comparing.compare([tmp_path / "runs"], tmp_path / "out", lambda text: None)
     assert "logit GC" in (tmp_path / "out" / "alignment.svg").read_text()
 
 
@@ -452,20 +453,20 @@ def test_a_column_that_some_seeds_lack_is_none_of_theirs(tmp_path):
 
 def test_records_are_not_written_from_records(pair, tmp_path):
     kept = tmp_path / "kept.json"
-    report.compare_main([*map(str, pair), "--out", str(tmp_path / "out"), "--records", str(kept)])
+    comparing.main([*map(str, pair), "--out", str(tmp_path / "out"), "--records", str(kept)])
     before = kept.read_bytes()
     with pytest.raises(UserError, match="records among the sources"):
-        report.compare_main([str(kept), "--out", str(tmp_path / "out"), "--records", str(kept)])
+        comparing.main([str(kept), "--out", str(tmp_path / "out"), "--records", str(kept)])
     assert kept.read_bytes() == before
 
 
 def test_inserting_is_all_that_insert_does(pair, tmp_path, capsys):
     """No other file, no two sources of one name, and no prose lost to a mark that does not end."""
     kept, page = tmp_path / "my-runs.2.json", tmp_path / "page.md"
-    report.compare_main([*map(str, pair), "--out", str(tmp_path / "out"), "--records", str(kept)])
+    comparing.main([*map(str, pair), "--out", str(tmp_path / "out"), "--records", str(kept)])
     page.write_text("<!-- begin my-runs.2 -->\n\nprose\n\n<!-- begin my-runs.2 -->\n<!-- end my-runs.2 -->\n")
     with pytest.raises(SystemExit):
-        report.compare_main([str(kept), "--insert", str(page), "--csv", str(tmp_path / "a.csv")])
+        comparing.main([str(kept), "--insert", str(page), "--csv", str(tmp_path / "a.csv")])
     assert "not together with --csv" in capsys.readouterr().err
     other = tmp_path / "other" / kept.name
     other.parent.mkdir()
@@ -496,7 +497,7 @@ def test_any_method_and_addition_of_ones_own(tmp_path):
     printed = compare(*folders)
     assert cells(printed, "method")[7] == "Mine gain"
     assert cells(printed, "$My_|x`+Mine")[7] == "+2.00"
-    report.compare(folders, tmp_path, lambda text: None)
+    comparing.compare(folders, tmp_path, lambda text: None)
     assert r"| $My\_\|x\`+Mine |" in (tmp_path / "comparison.md").read_text()
 
 
@@ -552,7 +553,7 @@ def test_many_rows_are_drawn(tmp_path):
     ]
     rows = (folders[0] / "metrics.jsonl").read_text().splitlines()
     (folders[0] / "metrics.jsonl").write_text(rows[-1] + "\n")
-    report.compare(folders, tmp_path, lambda text: None)
+    comparing.compare(folders, tmp_path, lambda text: None)
     assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
 
 
@@ -634,7 +635,7 @@ def test_a_folder_of_runs_can_be_compared_again(tmp_path, capsys):
     make_run(tmp_path / "runs" / "base"), make_run(tmp_path / "runs" / "twin", "IGDM", robust=0.41)
     (tmp_path / "runs" / "logs").mkdir()
     for _ in range(2):
-        report.compare_main([str(tmp_path / "runs")])
+        comparing.main([str(tmp_path / "runs")])
         assert cells(capsys.readouterr().out, "AdaAD+IGDM")[7] == "+3.00"
     assert (tmp_path / "runs" / "comparison.md").exists()
     assert "+3.00" in compare(tmp_path), "a level further up"
@@ -647,7 +648,7 @@ def test_unfinished_runs_are_shown_and_never_compared(pair, tmp_path):
     assert "1 runs are not finished" in printed
     assert "points, 95 %" not in printed
     (pair[0] / "result.json").unlink()
-    report.compare(pair, tmp_path / "out", lambda text: None)
+    comparing.compare(pair, tmp_path / "out", lambda text: None)
     assert "unfinished" in (tmp_path / "out" / "comparison.md").read_text()
 
 
@@ -704,9 +705,9 @@ def test_records_give_the_same_tables_as_the_folders(tmp_path, capsys):
         make_run(tmp_path / "runs" / f"base{seed}", seed=seed, fell=base, result={"gradients": gradients})
         make_run(tmp_path / "runs" / f"twin{seed}", "IGDM", seed=seed, fell=twin, result={"gradients": gradients})
     records, out = tmp_path / "mine.json", ["--out", str(tmp_path / "out")]
-    report.compare_main([str(tmp_path / "runs"), "--records", str(records), *out])
+    comparing.main([str(tmp_path / "runs"), "--records", str(records), *out])
     first = capsys.readouterr().out.replace(f"records   {records}\n", "")
-    report.compare_main([str(records), *out])
+    comparing.main([str(records), *out])
     assert capsys.readouterr().out == first
     assert len(records.read_text().splitlines()) == 2 + 4, "a line per run"
 
@@ -729,7 +730,7 @@ def test_documents_take_figures_and_several_sources_at_once(tmp_path):
         runs = [make_run(tmp_path / method / "a", method=method)]
         runs.append(make_run(tmp_path / method / "b", "IGDM", method=method, robust=0.41))
         sources_of.append(tmp_path / f"{method}.json")
-        report.compare_main([*map(str, runs), "--out", str(tmp_path), "--records", str(sources_of[-1])])
+        comparing.main([*map(str, runs), "--out", str(tmp_path), "--records", str(sources_of[-1])])
     document = tmp_path / "docs" / "results.md"
     document.parent.mkdir()
     marks = "AdaAD+RSLAD gains figure", "AdaAD+RSLAD table", "RSLAD", "other"
@@ -762,7 +763,7 @@ def test_documents_take_figures_and_several_sources_at_once(tmp_path):
 )
 def test_records_tell_no_folder_of_the_machine(tmp_path, command, kept):
     folder = make_run(tmp_path / "a", config={"command": command}, result={"command": command})
-    report.compare_main([str(folder), "--out", str(tmp_path), "--records", str(tmp_path / "r.json")])
+    comparing.main([str(folder), "--out", str(tmp_path), "--records", str(tmp_path / "r.json")])
     (line,) = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert line["config"]["command"] == line["result"]["command"] == kept
 
@@ -777,7 +778,7 @@ def test_damaged_records_are_refused(tmp_path):
 
 def test_csv_and_latex(pair, tmp_path):
     more = make_run(tmp_path / "m", method="M_1 & 50%", robust=0.395)
-    report.compare_main(
+    comparing.main(
         [*map(str, (*pair, more)), "--out", str(tmp_path), "--csv", f"{tmp_path}/a.csv", "--latex", f"{tmp_path}/a.tex"]
     )
     with open(tmp_path / "a.csv", newline="") as file:
@@ -801,7 +802,7 @@ def test_csv_and_latex(pair, tmp_path):
         ("result.json", "", "result.json is not valid JSON"),
         ("result.json", '{"format": 1}', "files of two runs"),
         ("metrics.jsonl", '{"epoch": 1}\n{"epo', "metrics.jsonl, line 2 is not valid JSON"),
-        ("metrics.jsonl", "3\n", "a JSON object is needed"),
+        ("metrics.jsonl", "3\n", "an object is needed"),
         ("metrics.jsonl", '{"clean": 0.5}\n', "epoch is absent"),
         ("metrics.jsonl", '{"epoch": 1, "clean": 50}\n', "clean is 50; a fraction from 0 to 1"),
         ("metrics.jsonl", '{"epoch": 1, "clean": NaN}\n', "clean is NaN"),
@@ -848,7 +849,7 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path, data):
         found = comparison.Comparison(
             made := groups.group_by_seed([results.read_run(folder)]), *groups.gains_of(made), []
         )
-        assert all(map(tables.as_text, found.tables))
+        assert all(map(as_text, found.tables))
         assert found.markdown()
         assert exports.as_latex(made, found.tables[0])
     except UserError:
@@ -858,7 +859,7 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path, data):
 def test_a_name_that_is_not_text_is_escaped(tmp_path):
     """A path that is not UTF-8 reaches Python, and JSON, as lone surrogates."""
     folders, lines = [make_run(tmp_path / "a", teacher="runs/\udcff"), make_run(tmp_path / "b")], []
-    report.compare(folders, tmp_path / "\udcff", lines.append)
+    comparing.compare(folders, tmp_path / "\udcff", lines.append)
     assert cells("\n".join(lines), "AdaAD")[1] == r"\udcff"
     assert r"runs/\udcff" in (tmp_path / "\udcff" / "comparison.md").read_text()
 
@@ -866,15 +867,13 @@ def test_a_name_that_is_not_text_is_escaped(tmp_path):
 def test_out_that_cannot_be_made_is_refused(pair, tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(UserError, match="cannot be made a folder"):
-        report.compare(pair, tmp_path / "file")
+        comparing.compare(pair, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is(pair, tmp_path):
     with pytest.raises(UserError, match=r"--csv .*none/a\.csv: .*none is not a folder"):
-        report.compare_main(
-            [*map(str, pair), "--out", str(tmp_path / "out"), "--csv", str(tmp_path / "none" / "a.csv")]
-        )
+        comparing.main([*map(str, pair), "--out", str(tmp_path / "out"), "--csv", str(tmp_path / "none" / "a.csv")])
     assert not (tmp_path / "out").exists()
 
 
@@ -889,12 +888,12 @@ def test_output_that_nobody_reads_is_no_error(pair, tmp_path):
 
 def test_output_goes_beside_the_runs_or_here(pair, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    report.compare_main(["base", "twin"])
+    comparing.main(["base", "twin"])
     assert "plots     comparison.png, " in capsys.readouterr().out
     elsewhere = make_run(tmp_path / "elsewhere" / "base")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    report.compare_main([str(elsewhere), str(pair[1])])
+    comparing.main([str(elsewhere), str(pair[1])])
     assert (tmp_path / "here" / "comparison.md").exists()
 
 

@@ -20,7 +20,7 @@ from reference import CLOSE, kl
 
 import attacks
 from experiment import cli
-from experiment.report import costs
+from experiment.study import costs
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PRODUCT = [

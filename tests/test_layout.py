@@ -22,7 +22,8 @@ FLOORS = (
     ("data", "teachers", "engine"),
     ("evaluation",),
     ("run",),
-    ("report",),
+    ("study",),
+    ("compare",),
 )
 # Same floor, one direction: a teacher's command line checks it on data.
 BESIDE = {("teachers", "data")}
@@ -35,7 +36,7 @@ ALLOWED = {
     "entry": {"cifar100_models"},  # a mistake in the user's own network is a line
     "teachers": {"cifar100_models"},  # bare weights need their architecture
     "cli": {"cifar100_models", "attacks"},  # --student is checked before anything is built; --attack's choices
-    "report": {"cifar100_models"},  # a dry run counts the operations of the networks
+    "study": {"cifar100_models"},  # a dry run counts the operations of the networks
 }
 
 

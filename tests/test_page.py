@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 import pytest
 from test_compare import flags_of, make_run
 
-from experiment import evaluation, report
+from experiment import evaluation
+from experiment.compare import main
 
 
 class Outline(HTMLParser):
@@ -49,7 +50,7 @@ def outline(tmp_path_factory):
             (run / "evaluations/gradients.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
             (run / "evaluations/gradients.png").write_bytes(b"\x89PNG")
     path = folder / "page.html"
-    report.compare_main([str(folder), "--html", str(path), "--out", str(folder / "out")])
+    main([str(folder), "--html", str(path), "--out", str(folder / "out")])
     outline = Outline()
     outline.feed(path.read_text())
     return outline

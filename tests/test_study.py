@@ -11,7 +11,8 @@ import pytest
 from limits import HANGS
 
 from experiment import RunStopped, UserError, text
-from experiment.report import costs, live, plan, processes, slurm, study_main
+from experiment.study import costs, live, plan, processes, slurm
+from experiment.study import main as study_main
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -148,13 +149,12 @@ def test_the_studies_of_the_project_resolve(path, tmp_path):
     assert len({run.folder for run in study.all_runs}) == len(study.all_runs)
 
 
-def test_a_dry_run_prints_commands_costs_and_published_figures(capsys, tmp_path):
+def test_a_dry_run_prints_commands_and_costs(capsys, tmp_path):
     study_main([str(ROOT / "studies" / "paper.toml"), "--dry_run", "1", "--run_dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert out.count("python ard_IGDM_cifar100.py --preset paper") == 6
     rows = {line.split()[0]: line.split() for line in out.splitlines() if " to do " in line}
     assert len(rows) == 36
-    assert rows["adaad_IGDM_RES-18_BDM_seed0"][-3:] == ["64.44", "36.19", "30.32"]
     # 129.8 GMAC per image (counted by hand elsewhere) x 50,000 x 200 x 2, PGD-20 and clean accuracy of 10,000 images
     # after 110 epochs (42 x 0.556 GMAC x 2), and AutoAttack; at 150 TFLOP/s.
     flops = 2.596e18 + 110 * 10_000 * 42 * 0.556e9 * 2 + 3.4e16

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiment import UserError, cli
+from experiment.compare.comparison import Comparison, comparison_of
+from experiment.compare.exports import as_csv, as_latex, commands
+from experiment.compare.inserted import insert
+from experiment.compare.records import write_records
+from experiment.compare.sources import read_sources
+from experiment.compare.text import escaped
 from experiment.files import write_atomically
-from experiment.report.comparison import Comparison, comparison_of
-from experiment.report.exports import as_csv, as_latex, commands
-from experiment.report.inserted import insert
-from experiment.report.records import write_records
-from experiment.report.sources import read_sources
-from experiment.report.tables import as_text
-from experiment.report.text import escaped
+from experiment.text import as_text
 
 
 def compare(sources: Sequence[Path], out: Path, show: Callable[[str], None] = print) -> Comparison:
@@ -41,7 +41,7 @@ def _write(comparison: Comparison, out: Path, show: Callable[[str], None]) -> No
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made a folder: {error.strerror}") from error
-    from experiment.report.plots import draw_all  # matplotlib takes a second
+    from experiment.compare.plots import draw_all  # matplotlib takes a second
 
     plots = draw_all(comparison.groups, comparison.gains, out)
     pictures = [f"![{path.stem}]({path.name})" for path in plots if path.suffix == ".png"]
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.latex and comparison.groups:
         _write_text(args.latex, as_latex(comparison.groups, comparison.tables[0]))
     if args.html:
-        from experiment.report.page import page
+        from experiment.compare.page import page
 
         _write_text(args.html, page(comparison))
     if args.records:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from experiment import UserError
-from experiment.report.run_record import RunRecord
-from experiment.report.statistics import bootstrap_interval, mcnemar, t_half_width, unpaired_half_width
-from experiment.report.text import ABSENT, comma_list, short_text
+from experiment.compare.run_record import RunRecord
+from experiment.compare.statistics import bootstrap_interval, mcnemar, t_half_width, unpaired_half_width
+from experiment.compare.text import ABSENT, comma_list, short_text
 
 
 @dataclass(frozen=True)

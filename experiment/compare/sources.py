@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from experiment import UserError
-from experiment.files import MAKE_A_RUN, read_json
-from experiment.report.plan import PlannedRun, is_locked, read_study
-from experiment.report.records import read_records
-from experiment.report.results import read_metrics, read_run
-from experiment.report.run_record import PendingRun, RunRecord, on_part
-from experiment.report.text import number_or_0
+from experiment.compare.records import read_records
+from experiment.compare.results import read_run
+from experiment.compare.run_record import PendingRun, RunRecord, on_part
+from experiment.compare.text import number_or_0
+from experiment.files import MAKE_A_RUN, read_json, read_metrics
+from experiment.study import PlannedRun, is_locked, read_study
 
 DEPTH = 3
 """Folders of runs are looked for down to this level: runs/STUDY/RUN."""

@@ -8,7 +8,7 @@ from math import isclose
 from typing import Any
 
 from experiment.cli import ALIASES
-from experiment.report.run_record import PendingRun, RunRecord
+from experiment.compare.run_record import PendingRun, RunRecord
 
 FIGURES = ("clean", "pgd20", "autoattack")
 SHORT_NAMES = {name: alias for alias, name in ALIASES.items()}
@@ -17,7 +17,7 @@ SHORT_NAMES = {name: alias for alias, name in ALIASES.items()}
 @functools.cache
 def published_figures() -> dict[str, Any]:
     """The content of published.toml."""
-    return tomllib.loads(resources.files("experiment.report").joinpath("published.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(resources.files("experiment.compare").joinpath("published.toml").read_text(encoding="utf-8"))
 
 
 def published_cell(run: RunRecord | PendingRun) -> dict[str, float] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from experiment import RunStopped
-from experiment.report.plan import FINISHED, RUNNING, PlannedRun
+from experiment.study.plan import FINISHED, RUNNING, PlannedRun
 
 POLL_SECONDS = 0.5
 

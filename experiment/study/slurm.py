@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import UserError
-from experiment.report.plan import FINISHED, ROOT, RUNNING, PlannedRun, Study
+from experiment.study.plan import FINISHED, ROOT, RUNNING, PlannedRun, Study
 
 DEFAULTS = {"name": "study", "timeout_min": 24 * 60, "gpus_per_node": 1, "cpus_per_task": 8, "nodes": 1}
 """submitit's parameters; --slurm_options beats them."""

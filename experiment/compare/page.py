@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from experiment.report import figures
-from experiment.report.comparison import Comparison
-from experiment.report.groups import SeedGroup, unequal_settings
-from experiment.report.plots import all_figures
-from experiment.report.tables import TEXT_COLUMNS, labels_of
+from experiment.compare import figures
+from experiment.compare.comparison import Comparison
+from experiment.compare.groups import SeedGroup, unequal_settings
+from experiment.compare.plots import all_figures
+from experiment.compare.tables import labels_of
+from experiment.text import TEXT_COLUMNS
 
 ABOUT = {
     "comparison": "PGD-20 and clean accuracy by epoch (bands: one standard deviation over seeds) and AutoAttack. "
@@ -27,7 +28,7 @@ def page(comparison: Comparison) -> str:
     from jinja2 import Environment
 
     drawn = all_figures(comparison.groups, comparison.gains)
-    template = resources.files("experiment.report").joinpath("page.html").read_text(encoding="utf-8")
+    template = resources.files("experiment.compare").joinpath("page.html").read_text(encoding="utf-8")
     # Everything is escaped but the SVG, whose text matplotlib escapes.
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(

@@ -12,9 +12,8 @@ from typing import Any
 
 from cifar100_models import build_model
 from experiment import UserError, cli
-from experiment.files import read_json
-from experiment.report.plan import PlannedRun, Study
-from experiment.report.results import read_metrics
+from experiment.files import read_json, read_metrics
+from experiment.study.plan import PlannedRun, Study
 
 EXPECTED = "expected"
 
@@ -36,7 +35,7 @@ PASSES_OF_EVALUATION = 42
 @functools.cache
 def counted() -> dict[str, Any]:
     """The content of costs.toml."""
-    return tomllib.loads(resources.files("experiment.report").joinpath("costs.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(resources.files("experiment.study").joinpath("costs.toml").read_text(encoding="utf-8"))
 
 
 def cost_of(run: PlannedRun, study: Study) -> Cost | None:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from experiment.report import figures
-from experiment.report.groups import Gain, SeedGroup
+from experiment.compare import figures
+from experiment.compare.groups import Gain, SeedGroup
 
 CHARACTERS = 150
 """About so many stand side by side under the alignment figure."""

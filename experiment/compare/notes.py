@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from experiment.report.alignment_notes import alignment_notes
-from experiment.report.groups import Gain, SeedGroup, unequal_settings
-from experiment.report.published import published_cell, published_epochs, source_name
-from experiment.report.run_record import PendingRun
-from experiment.report.statistics import seeds_needed
-from experiment.report.tables import labels_of
-from experiment.report.text import ABSENT, comma_list, p_value, points, short_text
+from experiment.compare.alignment_notes import alignment_notes
+from experiment.compare.groups import Gain, SeedGroup, unequal_settings
+from experiment.compare.published import published_cell, published_epochs, source_name
+from experiment.compare.run_record import PendingRun
+from experiment.compare.statistics import seeds_needed
+from experiment.compare.tables import labels_of
+from experiment.compare.text import ABSENT, comma_list, p_value, points, short_text
 from experiment.text import budget
 
 GAINS_TO_FIND = (0.01, 0.02, 0.03)

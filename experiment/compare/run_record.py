@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiment.report.text import number_or_0
+from experiment.compare.text import number_or_0
 from experiment.text import short_name
 
 FIRST_BROKEN_BY = ("clean", "apgd-ce", "apgd-t", "fab-t", "square")

@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from experiment.report import figures
-from experiment.report.evidence_plots import alignment_figure, gains_figure, headroom_figure
-from experiment.report.groups import Gain, SeedGroup
-from experiment.report.published import teacher_figures
+from experiment.compare import figures
+from experiment.compare.evidence_plots import alignment_figure, gains_figure, headroom_figure
+from experiment.compare.groups import Gain, SeedGroup
+from experiment.compare.published import teacher_figures
 
 TEACHER = {"color": "0.35", "linestyle": ":", "linewidth": 1.6}
 

@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from experiment import UserError, cli
-from experiment.report.costs import EXPECTED, cost_of, counted
-from experiment.report.live import LiveTable
-from experiment.report.plan import FINISHED, Study, read_study
-from experiment.report.processes import Processes
-from experiment.report.published import published_cell
-from experiment.report.sources import pending_of
-from experiment.report.tables import as_text
-from experiment.report.text import points
+from experiment.study.costs import EXPECTED, cost_of, counted
+from experiment.study.live import LiveTable
+from experiment.study.plan import FINISHED, Study, read_study
+from experiment.study.processes import Processes
+from experiment.text import as_text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     show_grid(study)
     if args.slurm:
-        from experiment.report.slurm import submit
+        from experiment.study.slurm import submit
 
         submit(study, cluster=args.slurm_cluster, jobs=args.jobs, options=dict(args.slurm_options))
     else:
@@ -101,18 +98,16 @@ def show_grid(study: Study) -> None:
 
 
 def show_costs(study: Study) -> None:
-    """Print each run's command and state, what it would cost, and what was published for it."""
-    table = [["run", "state", "hours", "from", "published clean", "PGD-20", "AutoAttack"]]
+    """Print each run's command and state, and what it would cost."""
+    table = [["run", "state", "hours", "from"]]
     total, unknown = 0.0, 0
     for run in study.all_runs:
         print(run.command)
-        cost, cell, state = cost_of(run, study), published_cell(pending_of(run)), run.state()
+        cost, state = cost_of(run, study), run.state()
         total += cost.hours if cost and state != FINISHED else 0.0
         unknown += cost is None and state != FINISHED
         hours, source = (f"{cost.hours:.2f}", cost.source) if cost else ("-", UNKNOWN)
-        table.append([run.name, state, hours, source, *(points([cell[key]]) if cell else "-" for key in CELL)])
-    if all(row[4:] == ["-"] * 3 for row in table[1:]):
-        table = [row[:4] for row in table]
+        table.append([run.name, state, hours, source])
     print("\n" + as_text(table))
     unfinished = sum(row[1] != FINISHED for row in table[1:])
     known = UNKNOWN if unknown == unfinished > 0 else f"{total:.1f} hours, one run at a time"
@@ -122,7 +117,6 @@ def show_costs(study: Study) -> None:
         print(f"{EXPECTED}: operations counted, at the speed expected (not measured) of {counted()['expected']['on']}")
 
 
-CELL = ("clean", "pgd20", "autoattack")
 UNKNOWN = "not known before the first epoch"
 
 

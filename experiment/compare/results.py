@@ -1,6 +1,5 @@
 """What a run's files hold, checked: config.json, metrics.jsonl, result.json."""
 
-import json
 import math
 import os
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any
 
 from experiment import UserError
 from experiment.cli import LATER_SETTINGS, Role, settings_with
-from experiment.files import file_sha256, read_json
-from experiment.report.run_record import FIRST_BROKEN_BY, RunRecord
-from experiment.report.text import ABSENT, comma_list, number_or_0, short_text
+from experiment.compare.run_record import FIRST_BROKEN_BY, RunRecord
+from experiment.compare.text import ABSENT, comma_list, number_or_0, short_text
+from experiment.files import file_sha256, read_json, read_metrics
 
 SCALARS_KEPT = ("probability", "logit")
 REPORT = ("gd", "gc", "remainder_student", "remainder_teacher")
@@ -229,26 +228,6 @@ def _count(values: dict[str, Any], path: Path, key: str) -> int:
     if not 1 <= value < 2**31:
         raise UserError(f"{path}: {key} is {short_text(value)}; a whole number from 1 is needed")
     return value
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text: {error.reason} at byte {error.start}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is not valid JSON: {str(error).splitlines()[0]}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} holds {short_text(row)}; a JSON object is needed")
-        rows.append(row)
-    return rows
 
 
 def _curves(rows: list[dict[str, Any]], path: Path) -> dict[str, dict[int, float]]:

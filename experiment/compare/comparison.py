@@ -11,12 +11,13 @@ from functools import cached_property
 from pathlib import Path
 
 from experiment import UserError
-from experiment.report.exports import as_markdown, markdown_text
-from experiment.report.groups import Gain, SeedGroup, contrasts_of, gains_of, group_by_seed
-from experiment.report.notes import notes_of
-from experiment.report.run_record import PendingRun, RunRecord
-from experiment.report.sources import Runs
-from experiment.report.tables import Table, pending_table, published_table, results_table
+from experiment.compare.exports import as_markdown, markdown_text
+from experiment.compare.groups import Gain, SeedGroup, contrasts_of, gains_of, group_by_seed
+from experiment.compare.notes import notes_of
+from experiment.compare.run_record import PendingRun, RunRecord
+from experiment.compare.sources import Runs
+from experiment.compare.tables import pending_table, published_table, results_table
+from experiment.text import Table
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
-from experiment.report.plan import PlannedRun
-from experiment.report.results import read_metrics
+from experiment.files import read_metrics
+from experiment.study.plan import PlannedRun
 
 HEADS = ("run", "state", "epoch", "loss", "PGD-20", "left")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from experiment import UserError
-from experiment.files import read_json, write_atomically
-from experiment.report.results import checked_run, read_metrics, read_run
-from experiment.report.run_record import FIRST_BROKEN_BY, RunRecord
+from experiment.compare.results import checked_run, read_run
+from experiment.compare.run_record import FIRST_BROKEN_BY, RunRecord
+from experiment.files import read_json, read_metrics, write_atomically
 
 FORMAT = 1
 DIGITS = 6

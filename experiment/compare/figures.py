@@ -10,17 +10,17 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from experiment.compare.groups import SeedGroup
+from experiment.compare.tables import labels_of
+from experiment.compare.text import escaped
 from experiment.files import write_atomically
-from experiment.report.groups import SeedGroup
-from experiment.report.tables import labels_of
-from experiment.report.text import escaped
 
 FORMATS = ("png", "pdf", "svg")
 
 
 @functools.cache
 def _colors() -> dict[str, Any]:
-    return tomllib.loads(resources.files("experiment.report").joinpath("method_colors.toml").read_text())
+    return tomllib.loads(resources.files("experiment.compare").joinpath("method_colors.toml").read_text())
 
 
 def method_color(method: str) -> str:

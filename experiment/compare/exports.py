@@ -6,8 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from experiment.report.groups import Gain, SeedGroup
-from experiment.report.tables import HEADS, TEXT_COLUMNS, Table, labels_of
+from experiment.compare.groups import Gain, SeedGroup
+from experiment.compare.tables import HEADS, labels_of
+from experiment.text import TEXT_COLUMNS, Table
 
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiment import UserError
+from experiment.compare.comparison import Comparison, comparison_of
+from experiment.compare.exports import as_markdown
+from experiment.compare.sources import read_sources
 from experiment.files import write_atomically
-from experiment.report.comparison import Comparison, comparison_of
-from experiment.report.exports import as_markdown
-from experiment.report.sources import read_sources
 
 _MARK = re.compile(
     r"^<!-- begin (([\w.+-]+)(?: (table|(\w+) figure))?) -->\n((?:(?!<!-- begin ).)*?)<!-- end \1 -->$",
@@ -90,8 +90,8 @@ def first_table(comparison: Comparison) -> str:
 
 def _picture(comparison: Comparison, document: Path, names: str, figure: str) -> str:
     """Draw one figure beside the document; the Markdown that shows it."""
-    from experiment.report import figures
-    from experiment.report.plots import all_figures  # matplotlib takes a second
+    from experiment.compare import figures
+    from experiment.compare.plots import all_figures  # matplotlib takes a second
 
     drawn = all_figures(comparison.groups, comparison.gains)
     if figure not in drawn:

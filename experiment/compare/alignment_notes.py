@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from experiment.report.groups import Gain, SeedGroup
-from experiment.report.run_record import RunRecord
-from experiment.report.text import comma_list
+from experiment.compare.groups import Gain, SeedGroup
+from experiment.compare.run_record import RunRecord
+from experiment.compare.text import comma_list
 from experiment.text import short_name
 
 MEASURES = {"GC": ("gc", 1), "GD": ("gd", -1), "logit GC": ("logit_gc", 1), "logit GD": ("logit_gd", -1)}
