@@ -1,17 +1,11 @@
 """Train a robust teacher of your own: TRADES (Zhang et al., ICML 2019) or PGD-AT (Madry et al., ICLR 2018).
 
-TRADES  attack argmax KL(S(x) ‖ S(x+δ)) from x + 0.001 N(0, 1)    loss CE(S(x), y) + w KL(S(x) ‖ S(x_adv))
-PGD-AT  attack argmax CE(S(x+δ), y) from a uniform start           loss CE(S(x_adv), y)
-
+The attack and the loss are those of examples/trades_cifar100.py and examples/pgd_at_cifar100.py (--objective).
 The run folder, and the student.pt in it, are what --teacher takes in the method scripts.
 """
 
-import torch
-import torch.nn.functional as F
-
-import attacks
-import rslad_loss
 from cifar100_models import build_model
+from examples import pgd_at_cifar100, trades_cifar100
 from experiment import cli, data, evaluation, optim
 from experiment.run import Run
 
@@ -24,19 +18,7 @@ RECIPE = {
     "inner": {"epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10},
     "outer": {"objective": "TRADES", "trades_weight": 6.0},
 }
-
-
-def training_loss(model, x, y, args):
-    """Terms of the loss of one batch, to be summed; x (N, 3, H, W) in [0, 1], y (N,)."""
-    if args.objective == "PGD-AT":
-        x_adv = attacks.pgd(model, x, y, args.epsilon, args.step_size, args.steps)
-        return {"robust": F.cross_entropy(rslad_loss.at_least_float32(model(x_adv)), y)}
-    with torch.no_grad(), attacks.frozen(model):
-        target = model(x)
-    x_adv = attacks.rslad(model, target, x, args.epsilon, args.step_size, args.steps)
-    clean = model(x)
-    robust = rslad_loss.kl_divergence(model(x_adv), clean)  # gradient through both, as in TRADES' release
-    return {"clean": F.cross_entropy(rslad_loss.at_least_float32(clean), y), "robust": args.trades_weight * robust}
+LOSSES = {"TRADES": trades_cifar100.training_loss, "PGD-AT": pgd_at_cifar100.training_loss}
 
 
 def main():
@@ -47,14 +29,14 @@ def main():
     model = build_model(args.student, images.num_classes).to(run.device)
     optimizer = optim.sgd(model, args)
     run.start(images, model, optimizer)
-    fast_model = run.engine.accelerate(model)
+    fast_model, training_loss = run.engine.accelerate(model), LOSSES[args.objective]
 
     for epoch in run.epochs():
         optim.set_lr(optimizer, args, epoch)
         model.train()
         for x, y in run.batches(epoch):
             with run.engine.step():
-                terms = training_loss(fast_model, x, y, args)
+                terms = training_loss(fast_model, None, x, y, epoch, args)
             optimizer.zero_grad()
             sum(terms.values()).backward()
             optimizer.step()

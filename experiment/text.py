@@ -26,6 +26,14 @@ def short_name(what: str) -> str:
     return path.stem if path.suffix in SUFFIXES else path.name
 
 
+def started_as(script: str | Path) -> list[str]:
+    """What follows ``python`` to start a script: its path, or -m and the module's name where it is in a package."""
+    path = Path(script).resolve()
+    if (path.parent / "__init__.py").is_file():
+        return ["-m", f"{path.parent.name}.{path.stem}"]
+    return [str(script)]
+
+
 def budget(epsilon: float) -> str:
     """A perturbation size in pixels of [0, 1]: 8/255 rather than 0.03137; 0.15, which is no whole level, as it is."""
     levels = round(255 * epsilon)

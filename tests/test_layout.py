@@ -11,9 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BASELINES = ("ard", "rslad", "adaad")
 METHODS = tuple(f"{method}{added}_cifar100" for method in BASELINES for added in ("", "_IGDM"))
+TWINS = ("pgd_at", "trades")
+EXAMPLES = (*(f"{method}{added}_cifar100" for method in TWINS for added in ("", "_IGDM")), "saad_cifar100")
 SCRIPTS = (*METHODS, "train_teacher", "evaluate", "compare", "study", "export", "hubconf")
 LIBRARIES = ("attacks", "rslad_loss")
-PACKAGES = ("cifar100_models", "experiment")
+PACKAGES = ("cifar100_models", "experiment", "examples")
 
 # Floors of experiment/, from below: imports go down only, also those inside functions.
 FLOORS = (
@@ -157,8 +159,12 @@ def test_nobody_imports_a_script(part):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_import_the_projects_parts(script):
-    formats = {"export": {"huggingface_hub", "onnxruntime", "safetensors"}, "hubconf": {"safetensors"}}
-    assert strangers(f"{script}.py") <= {"torch", *LIBRARIES, *PACKAGES, *formats.get(script, ())}
+    others = {
+        "export": {"huggingface_hub", "onnxruntime", "safetensors"},
+        "hubconf": {"safetensors"},
+        "train_teacher": {"examples"},  # whose losses it trains with
+    }
+    assert strangers(f"{script}.py") <= {"torch", *LIBRARIES, "cifar100_models", "experiment", *others.get(script, ())}
 
 
 # The skeleton of the six scripts
@@ -172,9 +178,16 @@ def skeleton(script):
     def name(node):
         return node.targets[0].id if isinstance(node, ast.Assign) else getattr(node, "name", None)
 
-    assert [name(node) for node in body if name(node)] == ["RECIPE", "training_loss", "main"]
-    rest = [node for node in body if name(node) not in ("RECIPE", "training_loss")]
+    own = ("linearised_attack", "kl") if script == "examples/saad_cifar100" else ()
+    assert [name(node) for node in body if name(node)] == ["RECIPE", *own, "training_loss", "main"]
+    rest = [node for node in body if name(node) not in ("RECIPE", *own, "training_loss")]
     return [ast.unparse(node) for node in rest]
+
+
+def without_teacher(statements):
+    """A skeleton without the lines that load a teacher; its imports aside."""
+    lines = "\n".join(text for text in statements if not text.startswith(("import", "from"))).splitlines()
+    return [line for line in lines if not line.startswith("    teacher = ")]
 
 
 @pytest.mark.parametrize("script", METHODS[1:])
@@ -182,14 +195,20 @@ def test_all_six_have_one_skeleton(script):
     assert skeleton(script) == skeleton(METHODS[0])
 
 
-@pytest.mark.parametrize("script", METHODS)
-def test_all_six_have_one_signature_and_return_terms(script):
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_have_the_skeleton_of_the_six(example):
+    """But for the teacher, which the baselines have not, and for functions of the method's own."""
+    assert without_teacher(skeleton(f"examples/{example}")) == without_teacher(skeleton(METHODS[0]))
+
+
+@pytest.mark.parametrize("script", [*METHODS, *(f"examples/{example}" for example in EXAMPLES)])
+def test_methods_have_one_signature_and_return_terms(script):
     (function,) = [node for node in PARTS[f"{script}.py"].body if getattr(node, "name", "") == "training_loss"]
     assert ast.unparse(function.args) == "student, teacher, x, y, epoch, args"
     assert ast.unparse(function.body[-1]) == "return terms"
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", [*BASELINES, *(f"examples/{twin}" for twin in TWINS)])
 def test_an_igdm_script_only_adds_lines(method):
     """Its baseline is what is left when lines are taken away, so that diff shows additions only."""
     baseline = (ROOT / f"{method}_cifar100.py").read_text().splitlines()
@@ -199,9 +218,12 @@ def test_an_igdm_script_only_adds_lines(method):
     assert len(twin) - len(baseline) <= 20
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", [*BASELINES, "examples/trades"])
 def test_the_addition_is_the_papers(method):
-    """The same lines are added to each of the three, but for the table of alpha, its source, and indentation."""
+    """The same lines are added to each of the three, but for the table of alpha, its source, and indentation.
+
+    The same lines, among them those that load a teacher, are added to both examples.
+    """
 
     def added(name):
         baseline = iter((ROOT / f"{name}_cifar100.py").read_text().splitlines())
@@ -213,12 +235,20 @@ def test_the_addition_is_the_papers(method):
                 lines.append(line)
         return [line.strip() for line in lines if '"alpha": cli.' not in line and "appendix" not in line]
 
-    assert added(method) == added(BASELINES[0])
+    of_examples = method.startswith("examples/")
+    missing = {"import torch"}  # TRADES needs it without IGDM, PGD-AT does not
+    first = [line for line in added("examples/pgd_at") if line not in missing] if of_examples else added(BASELINES[0])
+    assert added(method) == first
 
 
 @pytest.mark.parametrize("script", METHODS)
 def test_a_script_is_60_to_90_lines(script):
     assert 60 <= len((ROOT / f"{script}.py").read_text().splitlines()) <= 90
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_is_60_to_95_lines(example):
+    assert 60 <= len((ROOT / f"examples/{example}.py").read_text().splitlines()) <= 95
 
 
 # Words

@@ -13,6 +13,7 @@ from experiment.cli.presets import PAPER, default, defaults_of, fill
 from experiment.cli.run_name import default_run_name
 from experiment.cli.values import flag_like
 from experiment.entry import batch_of_script
+from experiment.text import started_as
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -32,7 +33,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, *, examples: Sequence[str] = (), **kwargs: Any) -> None:
         """Take argparse's arguments, and the arguments of the commonest commands for the end of --help."""
-        epilog = "\n".join(["examples:", *(f"  python {prog} {arguments}" for arguments in examples)])
+        command = f"python {prog.removeprefix('python ')}"
+        epilog = "\n".join(["examples:", *(f"  {command} {arguments}" for arguments in examples)])
         super().__init__(prog, epilog=epilog if examples else None, allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
@@ -63,13 +65,14 @@ def _suggestion(given: str, allowed: Iterable[str]) -> str:
 
 def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
     """The parser of one script, before the defaults that depend on other flags are filled in."""
-    program = Path(script).name
-    distils = "teacher" in recipe["networks"]
+    *module, name = started_as(script)
+    program = f"python -m {name}" if module else Path(name).name
+    defaults = defaults_of(recipe, "default")
+    distils = "teacher" in defaults
     title = f"{recipe['method']}{'+' + recipe['adds'] if 'adds' in recipe else ''} on CIFAR-100 and other data sets"
     networks = "--teacher BDM --student RES-18" if distils else "--student RES-18"
     examples = (networks, f"{networks} --epochs 100 --seed 1 --wandb 1")
     parser = Parser(program, examples=examples, usage="%(prog)s [--FLAG VALUE ...]", description=title)
-    defaults = defaults_of(recipe, "default")
     needs = {"preset": PAPER in recipe, "teacher_path": distils}
     groups = {heading: parser.add_argument_group(heading) for heading in GROUPS}
     for heading, flags in GROUPS.items():
@@ -77,7 +80,7 @@ def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
             if Role.METHOD not in flag.roles and needs.get(name, True):
                 groups[heading].add_argument(f"--{name}", **flag.options)
             elif name in defaults:
-                # train_teacher.py has no teacher: --model is another name of its --student.
+                # Without a teacher, as in train_teacher.py: --model is another name of --student.
                 alias = ["--model"] if name == "student" and not distils else []
                 default = _shown(defaults[name])
                 groups[heading].add_argument(*alias, f"--{name}", dest=name, **(flag.options | {"default": default}))

@@ -31,7 +31,8 @@ class SeedGroup:
     def pair(self) -> tuple[str, ...]:
         """What a baseline and its twin have in common."""
         first = self.first
-        return (first.method, first.base_script, first.teacher, first.student, first.dataset)
+        teacher = first.teacher if "teacher" not in first.added_settings else "-"  # added: the baseline has none
+        return (first.method, first.base_script, teacher, first.student, first.dataset)
 
     @property
     def is_baseline(self) -> bool:
@@ -110,7 +111,7 @@ def differences(run: RunRecord, baseline: RunRecord) -> list[str]:
     found = []
     for key in dict.fromkeys([*baseline.settings, *run.settings]):
         ours, theirs = run.settings.get(key, ABSENT), baseline.settings.get(key, ABSENT)
-        if key not in run.added_settings and ours != theirs:
+        if key.removesuffix("_sha256") not in run.added_settings and ours != theirs:
             found.append(f"{key} {short_text(theirs)} and {short_text(ours)}")
     return found
 

@@ -151,8 +151,10 @@ class Engine:
         """Say which rows of the global batch of `total` images this rank computes on from now on."""
         self._first, self.local_batch, self._total = first, local_batch, total
 
-    def accelerate(self, model: nn.Module) -> Accelerated:
-        """A faster way to call the same network; the network itself stays the one that is trained and saved."""
+    def accelerate(self, model: nn.Module | None) -> Accelerated | None:
+        """A faster way to call the same network, which stays the one that is trained and saved; None for None."""
+        if model is None:
+            return None
         model.to(memory_format=torch.channels_last)
         # This rank's share of a full batch: those of 128 images on three ranks are not alike.
         batch = self._batch * (self.rank + 1) // self.world - self._batch * self.rank // self.world

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import files
+from experiment.text import started_as
 
 PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "pyautoattack")
 
@@ -29,19 +30,21 @@ def provenance(script: Path) -> dict[str, Any]:
 
 def command() -> str:
     """The command line as it would be given again: with torchrun and its number of processes, if that started it."""
+    words = [*started_as(sys.argv[0]), *sys.argv[1:]]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = [f"--nnodes={processes // here}"] if processes > here else []
-        return shlex.join(["torchrun", *nodes, f"--nproc_per_node={here}", *sys.argv])
+        return shlex.join(["torchrun", *nodes, f"--nproc_per_node={here}", *words])
     several = [f"WORLD_SIZE={processes}"] if processes > 1 else []
-    return shlex.join([*several, "python", *sys.argv])
+    return shlex.join([*several, "python", *words])
 
 
 def _code_sha256(script: Path) -> str:
     """SHA-256 over the script and every module of the project that a run imports."""
     root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
-    packages = (path for name in ("cifar100_models", "experiment") for path in (root / name).rglob("*.py"))
+    names = [name for name in ("cifar100_models", "experiment", "examples") if name in sys.modules]
+    packages = (path for name in names for path in (root / name).rglob("*.py"))
     for path in (script, root / "attacks.py", root / "rslad_loss.py", *sorted(packages)):
         digest.update(f"{path.name} {files.file_sha256(path)}\n".encode())
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """The command line of a study: shows its grid, and runs what is not finished."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -9,7 +10,7 @@ from typing import Any
 from experiment import UserError, cli
 from experiment.study.costs import EXPECTED, cost_of, counted
 from experiment.study.live import LiveTable
-from experiment.study.plan import FINISHED, Study, read_study
+from experiment.study.plan import FINISHED, ROOT, Study, read_study
 from experiment.study.processes import Processes
 from experiment.text import as_text
 
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         show_costs(study)
         return
     show_grid(study)
+    # The runs import this project wherever they start.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if args.slurm:
         from experiment.study.slurm import submit
 

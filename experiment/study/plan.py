@@ -20,7 +20,7 @@ from typing import Any
 
 from experiment import UserError, cli
 from experiment.files import read_json
-from experiment.text import short_name
+from experiment.text import short_name, started_as
 
 ROOT = Path(__file__).resolve().parents[2]
 TEACHER_SCRIPT = "train_teacher"
@@ -46,7 +46,7 @@ class PlannedRun:
     @property
     def command(self) -> str:
         """What starts or resumes it, as it would be typed."""
-        return shlex.join(["python", str(self.script), *self.arguments])
+        return shlex.join(["python", *started_as(self.script), *self.arguments])
 
     @property
     def method(self) -> str:
@@ -148,8 +148,8 @@ def _grid_runs(path: Path, folder: Path, grid: dict[str, Any], settings: dict[st
 
 
 def _script_path(script: str) -> Path:
-    """SCRIPT.py from here, or that of this project."""
-    path = Path(f"{script}.py")
+    """SCRIPT.py from here, or that of this project; PACKAGE.SCRIPT is in a folder."""
+    path = Path(f"{script.replace('.', '/')}.py")
     return path if path.is_file() else ROOT / path
 
 
@@ -165,7 +165,7 @@ def _recipe(script: str) -> dict[str, Any]:
 
 
 def _flags_of(script: str) -> set[str]:
-    return {"wandb", *vars(cli.parse_args(f"{script}.py", _recipe(script), [], elsewhere=True))}
+    return {"wandb", *vars(cli.parse_args(str(_script_path(script)), _recipe(script), [], elsewhere=True))}
 
 
 def _planned(
@@ -176,7 +176,7 @@ def _planned(
     flags = {**settings, **varied, "run_dir": str(run_dir), "run_name": name}
     arguments = [text for flag, value in flags.items() for text in (f"--{flag}", *_texts(path, flag, value))]
     recipe = _recipe(script)
-    resolved = vars(cli.parse_args(f"{script}.py", recipe, arguments, elsewhere=True))
+    resolved = vars(cli.parse_args(str(_script_path(script)), recipe, arguments, elsewhere=True))
     return PlannedRun(name, run_dir / name, _script_path(script), tuple(arguments), tuple(flags), resolved, recipe)
 
 
@@ -193,7 +193,7 @@ def _texts(path: Path, flag: str, value: Any) -> list[str]:
 
 def _name(script: str, varied: dict[str, Any]) -> str:
     """ard_IGDM_BDM_RES-18_alpha20_seed0: method, teacher and student by name, any other flag with its value."""
-    parts = [script.rpartition("/")[2].removesuffix("_cifar100")]
+    parts = [_script_path(script).stem.removesuffix("_cifar100")]
     networks = ("teacher", "student")
     for flag in sorted(varied, key=lambda flag: (flag == "seed", flag not in networks)):
         value = varied[flag]

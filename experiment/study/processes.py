@@ -13,6 +13,7 @@ from typing import IO
 
 from experiment import RunStopped
 from experiment.study.plan import FINISHED, RUNNING, PlannedRun
+from experiment.text import started_as
 
 POLL_SECONDS = 0.5
 
@@ -101,7 +102,7 @@ class Processes:
             self._tell(f"{run.name}: {state}{' in another process' if state == RUNNING else ''}, skipped")
             return
         device = self._places.get()
-        command = [sys.executable, str(run.script), *run.arguments, *(["--device", device] if device else [])]
+        command = [sys.executable, *started_as(run.script), *run.arguments, *(["--device", device] if device else [])]
         threads = os.environ.get("OMP_NUM_THREADS", str(self._threads))
         log = self._logs / f"{run.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)

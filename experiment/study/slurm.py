@@ -6,11 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from experiment import UserError
-from experiment.study.plan import FINISHED, ROOT, RUNNING, PlannedRun, Study
+from experiment.study.plan import FINISHED, RUNNING, PlannedRun, Study
+from experiment.text import started_as
 
 DEFAULTS = {"name": "study", "timeout_min": 24 * 60, "gpus_per_node": 1, "cpus_per_task": 8, "nodes": 1}
 """submitit's parameters; --slurm_options beats them."""
@@ -80,8 +80,6 @@ def submit(study: Study, *, cluster: str, jobs: int, options: Mapping[str, Any])
         executor.update_parameters(**{**DEFAULTS, **parallel, **options})
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise UserError(f"submitit refuses: {' '.join(str(error).split())}") from error
-    # The jobs import this project wherever they start.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if study.teacher and study.teacher.state() == RUNNING:
         raise UserError(f"{study.teacher.folder} is being trained; send the runs once it is finished")
     if study.teacher and study.teacher.state() != FINISHED:
@@ -107,4 +105,4 @@ def _send(executor: Any, runs: Sequence[PlannedRun]) -> list[Any]:
 
 
 def _command(run: PlannedRun) -> list[str]:
-    return [sys.executable, str(Path(run.script).resolve()), *run.arguments]
+    return [sys.executable, *started_as(run.script.resolve()), *run.arguments]
