@@ -19,7 +19,7 @@ PACKAGES = ("cifar100_models", "experiment", "examples")
 
 # Floors of experiment/, from below: imports go down only, also those inside functions.
 FLOORS = (
-    ("text", "files", "entry", "compat", "optim"),
+    ("text", "files", "entry", "compat", "optim", "download"),
     ("cli",),
     ("data", "teachers", "engine"),
     ("evaluation",),

@@ -1,4 +1,4 @@
-"""Data sets: load_data gives one whole, on the training device; Data hands out augmented batches."""
+"""Data sets: load_data loads one onto the training device as a Data, whose batches are augmented there."""
 
 from experiment.data.augmentation import as_float, augment
 from experiment.data.sets import Data, check_dataset, load_data, selection

@@ -1,6 +1,9 @@
-"""A data set as NumPy arrays, and what is done to it before anyone trains on it: smaller images, order, held out."""
+"""A data set as NumPy arrays: the checks on it, smaller images, and fixed subsets."""
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -9,109 +12,120 @@ from experiment import UserError
 SMALLEST_SIDE = 8
 """Pixels; the networks need as many."""
 
+MOST_CLASSES = 10_000
+
 SEED = 0
-"""Of every draw here: a data set is the same in every run. RandomState: NumPy has frozen its streams for good."""
-
-
-def _none(*shape: int) -> np.ndarray:
-    return np.empty((0, *shape), np.uint8)
+"""Seed of every draw here. NumPy guarantees that the numbers of a RandomState never change."""
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """Images (N, H, W, 3) uint8 and integer labels (N,), as a source holds them.
-
-    Attributes:
-        num_classes: labels are below it.
-        class_names: one name per class, where the source has them.
-    """
+    """Images (N, H, W, 3) uint8 and integer labels (N,), as a source holds them; no names: as many as labels."""
 
     x_train: np.ndarray
     y_train: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
-    num_classes: int
     class_names: tuple[str, ...] | None = None
-    x_holdout: np.ndarray = field(default_factory=lambda: _none(0, 0, 3))
-    y_holdout: np.ndarray = field(default_factory=_none)
+    x_holdout: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
+    y_holdout: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names) if self.class_names else int(self.y_train.max()) + 1
+
+
+def check_arrays(arrays: Arrays, source: Path) -> Arrays:
+    """Return the arrays, or raise UserError with the first problem; warn of named classes without a training image."""
+    problem = next(_problems(arrays), None)
+    if problem:
+        raise UserError(f"{source}: {problem}")
+    missing = arrays.num_classes - len(np.unique(arrays.y_train))
+    if missing:
+        print(f"warning: {source}: {missing} of {arrays.num_classes} classes have no training image", file=sys.stderr)
+    return arrays
+
+
+def _problems(arrays: Arrays) -> Iterator[str]:
+    """What is wrong, in an order in which each check can rely on those before it."""
+    splits = (("train", arrays.x_train, arrays.y_train), ("test", arrays.x_test, arrays.y_test))
+    for split, x, y in splits:
+        if x.dtype != np.uint8:
+            yield f"x_{split} is {x.dtype}; expected uint8"
+        if x.ndim != 4 or x.shape[3] != 3 or min(x.shape[1:3]) < SMALLEST_SIDE:
+            yield f"x_{split} has shape {x.shape}; expected (N, H, W, 3) with H and W of at least {SMALLEST_SIDE}"
+        if y.dtype.kind not in "iu":  # np.integer would include timedelta64
+            yield f"y_{split} is {y.dtype}; expected integers"
+        if y.shape != (len(x),):
+            yield f"y_{split} has shape {y.shape}; expected ({len(x)},), one label per image"
+        if len(x) < 2:
+            yield f"x_{split} has {len(x)} images; expected at least 2"
+        if y.min() < 0 or y.max() >= MOST_CLASSES:
+            yield f"y_{split} has labels from {y.min()} to {y.max()}; expected 0 to {MOST_CLASSES - 1} at most"
+    if arrays.x_train.shape[1:] != arrays.x_test.shape[1:]:
+        yield f"images are {arrays.x_train.shape[1:]} in x_train and {arrays.x_test.shape[1:]} in x_test"
+    classes = arrays.num_classes
+    if arrays.class_names is None:
+        for label in np.setdiff1d(np.arange(max(classes, 2)), arrays.y_train):
+            yield f"y_train has no image of class {label}; add one, or class_names for all classes"
+    for split, _, y in splits:
+        if y.max() >= classes:
+            yield f"y_{split} has label {y.max()}; expected 0 to {classes - 1}, as there are {classes} classes"
 
 
 def shuffle_test(arrays: Arrays) -> Arrays:
-    """The test images in one fixed random order, so that the first N of a set that is sorted by class are a sample."""
+    """Put the test images in a fixed random order: the first N of a set sorted by class are no sample of it."""
     order = np.random.RandomState(SEED).permutation(len(arrays.y_test))
     return replace(arrays, x_test=arrays.x_test[order], y_test=arrays.y_test[order])
 
 
 def reduce_side(arrays: Arrays, side: int) -> Arrays:
-    """Images of side x side pixels, each the mean of a whole block, rounded half up.
-
-    Raises:
-        UserError: the images are not square, or their side is no multiple of `side`; side is below 8.
-    """
+    """Reduce images to side x side pixels: each is the mean of a block, rounded half up."""
     height, width = arrays.x_train.shape[1:3]
     if side < SMALLEST_SIDE or height != width or height % side:
         sides = [n for n in range(SMALLEST_SIDE, height + 1) if height % n == 0] if height == width else []
-        allowed = ", ".join(map(str, sides)) or "no other size, as they are not square"
-        raise UserError(f"--side {side} is not allowed for images of {height} x {width} pixels; {allowed}")
+        allowed = ", ".join(map(str, sides)) or "square images"
+        raise UserError(f"--side {side} is not possible for images of {height} x {width} pixels; expected {allowed}")
+    block = height // side
 
     def means(x: np.ndarray) -> np.ndarray:
-        block = height // side
         sums = x.reshape(-1, side, block, side, block, 3).sum(axis=(2, 4), dtype=np.uint32)
         return ((sums + block**2 // 2) // block**2).astype(np.uint8)
 
     return replace(arrays, x_train=means(arrays.x_train), x_test=means(arrays.x_test))
 
 
-def hold_out(arrays: Arrays, count: int) -> Arrays:
-    """Set `count` training images aside, drawn with a fixed seed, with the classes' shares in the training set.
-
-    Raises:
-        UserError: a class would keep no training image.
-    """
-    quotas, sizes = _quotas(arrays, count)
-    if (quotas >= np.maximum(sizes, 1)).any():
-        raise UserError(
-            f"--holdout {count} is not allowed with {len(arrays.y_train)} training images; each class must keep one"
-        )
-    aside = _drawn(arrays, quotas)
-    kept = np.setdiff1d(np.arange(len(arrays.y_train)), aside)
-    return replace(
-        arrays,
-        x_train=arrays.x_train[kept],
-        y_train=arrays.y_train[kept],
-        x_holdout=arrays.x_train[aside],
-        y_holdout=arrays.y_train[aside],
-    )
-
-
 def draw_training(arrays: Arrays, count: int) -> Arrays:
-    """Keep `count` training images, drawn with a fixed seed, with the classes' shares in the training set.
-
-    Raises:
-        UserError: there are not so many, or a class would have none.
-    """
-    quotas, sizes = _quotas(arrays, min(count, len(arrays.y_train)))
-    if count > len(arrays.y_train) or (quotas < np.minimum(sizes, 1)).any():
+    """Keep a fixed random subset of `count` training images."""
+    drawn, _ = _draw(arrays.y_train, count)
+    if count > len(arrays.y_train) or _classes_lost(arrays.y_train, drawn):
         raise UserError(
-            f"--train_examples {count} is not allowed with {len(arrays.y_train)} training images; at most so many, and "
-            "one of each class"
+            f"--train_examples {count} is not possible with {len(arrays.y_train)} training images; expected at most as "
+            "many, with at least one of each class"
         )
-    kept = _drawn(arrays, quotas)
-    return replace(arrays, x_train=arrays.x_train[kept], y_train=arrays.y_train[kept])
+    return replace(arrays, x_train=arrays.x_train[drawn], y_train=arrays.y_train[drawn])
 
 
-def _quotas(arrays: Arrays, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """How many of `count` images each class gives, and how many it has."""
-    sizes = np.bincount(arrays.y_train, minlength=arrays.num_classes)
+def hold_out(arrays: Arrays, count: int) -> Arrays:
+    """Move a fixed random subset of `count` training images to the holdout set."""
+    x, y = arrays.x_train, arrays.y_train
+    drawn, rest = _draw(y, count)
+    if _classes_lost(y, rest):
+        raise UserError(f"--holdout {count} is not possible with {len(y)} training images; each class must keep one")
+    return replace(arrays, x_train=x[rest], y_train=y[rest], x_holdout=x[drawn], y_holdout=y[drawn])
+
+
+def _draw(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of `count` images drawn in proportion to their classes, and of the rest, both ascending."""
+    sizes = np.bincount(labels)
     shares = count * sizes / sizes.sum()
     quotas = np.floor(shares).astype(int)
-    # What rounding down left over goes to the largest remainders, the first class where they are equal.
+    # The images lost by rounding down go to the largest remainders, of equal ones to the first class.
     quotas[np.argsort(quotas - shares, kind="stable")[: count - quotas.sum()]] += 1
-    return quotas, sizes
+    order = np.random.RandomState(SEED).permutation(len(labels))
+    drawn = np.concatenate([order[labels[order] == label][:quota] for label, quota in enumerate(quotas)])
+    return np.sort(drawn), np.setdiff1d(np.arange(len(labels)), drawn)
 
 
-def _drawn(arrays: Arrays, quotas: np.ndarray) -> np.ndarray:
-    """Indices of so many random training images of each class, ascending."""
-    order = np.random.RandomState(SEED).permutation(len(arrays.y_train))
-    drawn = [order[arrays.y_train[order] == label][:quota] for label, quota in enumerate(quotas)]
-    return np.sort(np.concatenate(drawn))
+def _classes_lost(labels: np.ndarray, kept: np.ndarray) -> bool:
+    return len(np.unique(labels[kept])) < len(np.unique(labels))

@@ -1,4 +1,4 @@
-"""Images as the networks see them: float pixels, and random crops and flips on the device."""
+"""Images as the networks see them: float pixels, randomly cropped and mirrored on the device."""
 
 import torch
 import torch.nn.functional as F
@@ -6,21 +6,18 @@ from torch import Tensor
 
 
 def as_float(images: Tensor) -> Tensor:
-    """uint8 images to float32 in [0, 1]; the division, not a product, so that values equal torchvision's ToTensor."""
+    """Convert uint8 images to float32 in [0, 1]; dividing by 255 gives exactly the values of torchvision's ToTensor."""
     return images.float().div_(255)
 
 
 def augment(images: Tensor, pad: int, shift: Tensor, mirror: Tensor | None) -> Tensor:
-    """Crop every image at its own offset out of its zero-padded self, then mirror where asked.
+    """Crop every image out of its zero-padded self, then mirror it where asked; one gather, no loop or GPU sync.
 
     Args:
         images: (N, C, H, W) uint8.
-        pad: zero padding on each side.
+        pad: pixels of zero padding on each side.
         shift: (2, N) row and column offsets in [0, 2 pad].
         mirror: (N,) 0 or 1, or None for no mirroring.
-
-    Returns:
-        (N, C, H, W) uint8. One gather: no loop over images, no host synchronisation.
     """
     n, channels, height, width = images.shape
     rows = torch.arange(height, device=images.device) + shift[0, :, None]

@@ -1,81 +1,63 @@
 """A folder of images as a data set: train/ and test/ or val/ with a folder per class, or Tiny-ImageNet's layout."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from experiment import UserError
-from experiment.data.arrays import SMALLEST_SIDE, Arrays
+from experiment.data.arrays import Arrays, check_arrays
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 ANNOTATIONS = "val_annotations.txt"
 
 
-def read_image_folder(folder: Path) -> Arrays:
-    """All images, grey ones repeated to three channels; classes are train's folders in alphabetical order.
+def check_image_folder(folder: Path) -> None:
+    """Raise UserError if the folder has no training or no test images; nothing is read."""
+    if not (folder / "train").is_dir() or not any((folder / name).is_dir() for name in ("test", "val")):
+        raise UserError(f"--dataset {folder}: expected train/ and test/ or val/, with a folder per class in each")
 
-    Raises:
-        UserError: the layout is another; an image that cannot be read or is of another size; too few of them.
-    """
+
+def read_image_folder(folder: Path) -> Arrays:
+    """All images, grey ones repeated to three channels; classes are the folders of train/ in alphabetical order."""
     check_image_folder(folder)
-    parts = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
+    splits = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
     # Tiny-ImageNet has a test/ too, without labels.
-    test = next((part for part in parts if (part / ANNOTATIONS).is_file()), parts[0])
+    test = next((split for split in splits if (split / ANNOTATIONS).is_file()), splits[0])
     classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
     if len(classes) < 2:
-        raise UserError(f"{folder / 'train'} holds {len(classes)} folders; at least 2 are needed, one per class")
-    label_of = {name: label for label, name in enumerate(classes)}
-    splits, shape = [], None
-    for part in (folder / "train", test):
-        annotated = part / ANNOTATIONS
-        files = _annotated(annotated) if annotated.is_file() else _by_folder(part)
+        raise UserError(f"{folder / 'train'} has {len(classes)} folders; expected at least 2, one per class")
+    arrays, shape = [], None
+    for split in (folder / "train", test):
+        files = _annotated(split / ANNOTATIONS) if (split / ANNOTATIONS).is_file() else _by_folder(split)
+        if not files:
+            raise UserError(f"{split} has no image ({', '.join(SUFFIXES)}) in a folder of its class")
         unknown = sorted({name for _, name in files} - set(classes))
         if unknown:
-            raise UserError(f"{part} has the class {unknown[0]!r}, which {folder / 'train'} has not")
-        if len(files) < 2:
-            raise UserError(f"{part} holds {len(files)} images ({', '.join(SUFFIXES)}); at least 2 are needed")
+            raise UserError(f"{split} has the class {unknown[0]!r}, which {folder / 'train'} does not have")
+        empty = sorted(set(classes) - {name for _, name in files}) if split != test else []
+        if empty:
+            raise UserError(f"{split / empty[0]} has no image; each class needs one")
         images = []
         for file, _ in files:
             images.append(_read(file))
             shape = shape or images[0].shape
             if images[-1].shape != shape:
-                raise UserError(f"{file} is {images[-1].shape[:2]}, others are {shape[:2]}; equal sizes are needed")
-        splits += [np.stack(images), np.array([label_of[name] for _, name in files])]
-    if min(shape[:2]) < SMALLEST_SIDE:
-        raise UserError(f"{folder}: images are {shape[:2]}; at least {SMALLEST_SIDE} pixels a side are needed")
-    empty = set(range(len(classes))) - set(splits[1].tolist())
-    if empty:
-        raise UserError(f"{folder / 'train' / classes[min(empty)]} holds no image; each class needs one")
-    return Arrays(*splits, len(classes), tuple(classes))
+                raise UserError(f"{file} is {images[-1].shape[:2]}, others are {shape[:2]}; expected equal sizes")
+        arrays += [np.stack(images), np.array([classes.index(name) for _, name in files])]
+    return check_arrays(Arrays(*arrays, tuple(classes)), folder)
 
 
-def check_image_folder(folder: Path) -> None:
-    """Refuse a folder that is no data set, without reading it."""
-    if not (folder / "train").is_dir() or not any((folder / name).is_dir() for name in ("test", "val")):
-        raise UserError(
-            f"--dataset {folder}: the folder needs train/ and test/ or val/, with a folder per class in each"
-        )
-
-
-def _by_folder(part: Path) -> list[tuple[Path, str]]:
-    """Every image under part/<class>/, at any depth, and its class."""
-    found = [
-        (Path(root) / name, top.name)
-        for top in part.iterdir()
-        if top.is_dir()
-        for root, _, names in os.walk(top)
-        for name in names
-        if name.lower().endswith(SUFFIXES)
-    ]
-    return sorted(found)  # the order of a directory is the file system's
+def _by_folder(split: Path) -> list[tuple[Path, str]]:
+    """Every image under split/<class>/, at any depth, and its class; sorted, as file systems list in any order."""
+    tops = [top for top in split.iterdir() if top.is_dir()]
+    return sorted((file, top.name) for top in tops for file in top.rglob("*") if file.suffix.lower() in SUFFIXES)
 
 
 def _annotated(table: Path) -> list[tuple[Path, str]]:
     """Tiny-ImageNet's val/: images/<file>, and a table of file name, class and box."""
     rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
     if any(len(row) < 2 for row in rows):
-        raise UserError(f"{table} is not a table of file names and classes, separated by tabs")
+        raise UserError(f"{table}: expected file names and classes, separated by tabs")
     return [(table.parent / "images" / row[0], row[1]) for row in rows]
 
 
@@ -88,6 +70,6 @@ def _read(file: Path) -> np.ndarray:
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(f"{file} cannot be read as an image ({reason})") from error
-    if mode.startswith(("I", "F")):  # which the conversion cuts off at 255
-        raise UserError(f"{file} has pixels of more than 8 bits (mode {mode}); 8 bits a channel are needed")
+    if mode.startswith(("I", "F")):  # the conversion would clip them at 255
+        raise UserError(f"{file} has pixels of more than 8 bits (mode {mode}); expected 8 bits per channel")
     return pixels
