@@ -74,7 +74,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     possible = {"gradients": args.teacher is not None, "autoattack": args.aa_examples > 0}
     named = args.attacks or []
-    args.asked = bool(named)
     args.attacks = [name for name in args.attacks or ATTACKS if possible.get(name, True)]
     needs = {"gradients": "give --teacher, whose gradients they are compared with", "autoattack": "give --aa_examples"}
     for name, need in needs.items():
@@ -233,11 +232,6 @@ def main():
     check_outputs(args, folder)
     engine = Engine(args)
     images = data.load_data(args.dataset, args.data_dir, engine.device, **data.selection(args))
-    if "autoattack" in args.attacks and images.num_classes < 10:
-        if args.asked:
-            few = f"{args.dataset} has {images.num_classes}"
-            raise UserError(f"AutoAttack needs 10 classes, {few}; name other --attacks")
-        args.attacks.remove("autoattack")
     network, digest, beside, teacher = load_networks(args, images, engine.device)
     student = network.model
     started = time.perf_counter()
@@ -274,7 +268,9 @@ def main():
         evaluation.save_adversarial(args.save_adversarial, x, y, adversarial)
     if args.curve_figure:
         points = {name: points for name, points in found["accuracies"].items() if name != "clean"}
-        curves = {evaluation.attack_label(name, args.steps, args.restarts): points[name] for name in points}
+        curves = {
+            evaluation.attack_label(name, args.steps, args.restarts, points[name]): points[name] for name in points
+        }
         evaluation.curve_figure(args.curve_figure, curves, f"{args.what} on {args.dataset}")
     if args.figure:
         last = [Path(each.name).resolve().name for each in (network, *beside)]

@@ -70,6 +70,7 @@ def replace_run(monkeypatch, run):
             def real():
                 return small_class.run_standard_evaluation(self, x, y, batch_size=batch_size)
 
+            real.adversary = self
             return run(self.attacks_to_run[0], x, y, batch_size, real)
 
     monkeypatch.setattr("pyautoattack.AutoAttack", Replaced)

@@ -49,7 +49,7 @@ def sabotage(point: str, n: int, action: str) -> None:
             "attack": (attacks, "project"),
             "step": (torch.optim.SGD, "step"),
             "evaluation": (importlib.import_module("experiment.evaluation.accuracy"), "pgd_accuracy"),
-            "autoattack": (importlib.import_module("experiment.evaluation.autoattack_chunk"), "_check_adversarial"),
+            "autoattack": (importlib.import_module("experiment.evaluation.autoattack"), "_check_adversarial"),
             "loss": (rslad_loss, "adaad"),
             "start of run": (run.Run, "start"),
         }[point]

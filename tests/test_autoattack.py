@@ -13,8 +13,7 @@ from torch import nn
 
 import attacks
 from experiment import UserError, compat, evaluation, files
-from experiment.evaluation.autoattack_files import write_chunk
-from experiment.evaluation.autoattack_progress import AutoAttackProgress
+from experiment.evaluation.autoattack import Progress
 from experiment.evaluation.ranks import SharedWork
 
 ROOT = Path(__file__).parents[1]
@@ -137,18 +136,35 @@ def test_resume_attacks_nothing_twice_and_ends_the_same(quick_autoattack, tmp_pa
     assert seen() <= {image.numpy().tobytes() for image in x[3:6] / 255}
 
 
-def test_chunks_without_flags_are_attacked_again(quick_autoattack, tmp_path, capsys):
-    """Runs that began before every image had its flag go on."""
-    network = tiny_network()
-    x, y = labelled(network, 6, 1)
-    expected = evaluation.autoattack(network, x, y, EPSILON, folder=tmp_path, batch=3, show_progress=False)
-    path = tmp_path / "chunk-00001.json"
-    record = files.read_json(path)["record"]
-    counts = {name: flags.count("1") for name, flags in record.pop("flags").items()}
-    write_chunk(path, files.read_json(path)["parts"], {**record, "clean": counts.pop("clean"), "robust": counts})
-    found = evaluation.autoattack(network, x, y, EPSILON, folder=tmp_path, batch=3)
-    assert without_seconds(found) == without_seconds(expected)
-    assert "without a flag per image, are attacked again: 1" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("classes", "version", "attacks_run"),
+    [
+        (10, "standard", "apgd-ce apgd-t fab-t square"),
+        (7, "AutoAttack, 6 targets (not standard)", "apgd-ce apgd-t fab-t square"),
+        (4, "AutoAttack, 3 targets (not standard)", "apgd-ce apgd-t fab-t square"),
+        (3, "APGD-CE, FAB, Square (not standard)", "apgd-ce fab-t square"),
+        (2, "APGD-CE, FAB, Square (not standard)", "apgd-ce fab-t square"),
+    ],
+)
+def test_fewer_classes_have_fewer_targets_and_another_name(
+    quick_autoattack, monkeypatch, tmp_path, classes, version, attacks_run
+):
+    """No attack tries a class that does not exist, and a chunk file of one version is not read for another."""
+    network = tiny_network(classes=classes)
+    x, y = labelled(network, 12, 0)
+    targets = []
+
+    def look(attack, images, labels, batch, real):
+        found = real()
+        targets.append((real.adversary.apgd_targeted.n_target_classes, real.adversary.fab.n_target_classes))
+        return found
+
+    replace_run(monkeypatch, look)
+    result = evaluation.autoattack(network, x, y, EPSILON, folder=tmp_path)
+    assert (result["version"], " ".join(result["attacks"])) == (version, attacks_run)
+    assert set(targets) == {(min(9, classes - 1),) * 2}
+    assert result["accuracy"] < result["clean"]
+    assert files.read_json(tmp_path / "chunk-00000.json")["parts"]["version"] == version
 
 
 def test_results_of_different_runs_are_not_mixed(quick_autoattack, tmp_path):
@@ -240,11 +256,10 @@ def test_two_ranks_share_the_work_and_agree_with_one(quick_autoattack, tmp_path)
 
 def test_the_progress_line_counts_the_images_of_all_ranks(capsys):
     work = SharedWork([0, 1, 2], None)
-    progress = AutoAttackProgress(12, [], work, show=True)
+    progress = Progress(12, {}, work, show=True)
     work.count("images", 6)  # another rank's
     work.count("robust", 3)
     progress.finish({"images": 3, "flags": {"square": "100"}})
-    progress.close()
     assert capsys.readouterr().err == "AutoAttack: 9 of 12 images, robust 44.44 %\n"
 
 

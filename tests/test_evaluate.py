@@ -129,7 +129,7 @@ def test_evaluate_attacks_a_run_that_was_not_attacked(quick_autoattack, run_fold
     assert record["accuracies"]["autoattack"][0]["examples"] == 5
 
 
-def test_few_classes_are_measured_without_autoattack_unless_it_is_asked_for(monkeypatch, capsys, tmp_path):
+def test_few_classes_are_attacked_with_fewer_targets_and_named_so(quick_autoattack, monkeypatch, capsys, tmp_path):
     labels = {"y_train": torch.arange(40).numpy() % 4, "y_test": torch.arange(20).numpy() % 4}
     path = small_npz(tmp_path / "four.npz", **labels)
     torch.manual_seed(0)
@@ -137,10 +137,10 @@ def test_few_classes_are_measured_without_autoattack_unless_it_is_asked_for(monk
     arguments = [tmp_path / "bare.pt", "--arch", "RES-8", "--dataset", path]
     evaluate_with(monkeypatch, *arguments)
     (record,) = evaluation.records(tmp_path)
-    assert record["measured"] == ["clean", "fgsm", "pgd", "cw"]
-    with pytest.raises(SystemExit):
-        evaluate_with(monkeypatch, *arguments, "--attacks", "autoattack")
-    assert "AutoAttack needs 10 classes" in capsys.readouterr().err.splitlines()[-1]
+    assert record["measured"] == ["clean", "fgsm", "pgd", "cw", "autoattack"]
+    (point,) = record["accuracies"]["autoattack"]
+    assert point["result"]["version"] == "AutoAttack, 3 targets (not standard)"
+    assert "AutoAttack, 3 targets (not standard)" in capsys.readouterr().out
 
 
 def test_no_evaluation_overwrites_another(quick_autoattack, run_folder, monkeypatch):

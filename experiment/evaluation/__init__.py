@@ -1,4 +1,4 @@
-"""What a network withstands: clean, FGSM, PGD-20, C&W and AutoAttack accuracy, and gradient alignment.
+"""Clean accuracy, robust accuracy under FGSM, PGD-20, C&W and AutoAttack, and gradient alignment.
 
 Conventions of every public function here:
     x is (N, C, H, W), uint8 or float in [0, 1]; y is (N,) int64; both on any device, moved batch by batch to the
@@ -12,8 +12,7 @@ Conventions of every public function here:
 
 from experiment.evaluation.accuracy import accuracy, cw_accuracy, fgsm_accuracy, monitor, pgd_accuracy
 from experiment.evaluation.alignment import GRADIENT_DEFINITION, gradient_alignment, gradient_report
-from experiment.evaluation.autoattack_files import AUTOATTACK
-from experiment.evaluation.autoattack_run import autoattack
+from experiment.evaluation.autoattack import AUTOATTACK, autoattack, autoattack_label, version_for
 from experiment.evaluation.batches import check_network
 from experiment.evaluation.curve import REUSE, accuracy_curve, autoattack_curve, per_class
 from experiment.evaluation.differences import differences
@@ -40,6 +39,7 @@ __all__ = [
     "attack_label",
     "autoattack",
     "autoattack_curve",
+    "autoattack_label",
     "beside_torchattacks",
     "check_figure_name",
     "check_network",
@@ -58,6 +58,7 @@ __all__ = [
     "record_text",
     "records",
     "save_adversarial",
+    "version_for",
     "wilson_interval",
     "write_record",
 ]

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from experiment.evaluation.accuracy import STEPS, Attacked, attack_of, attacked
-from experiment.evaluation.autoattack_files import data_sha256
-from experiment.evaluation.autoattack_run import autoattack
+from experiment.evaluation.autoattack import autoattack, data_sha256
 from experiment.evaluation.batches import device_of
 from experiment.evaluation.flags import flags_text, wilson_interval
 from experiment.files import state_sha256

@@ -1,16 +1,24 @@
 """An evaluation record as lines for the terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiment.evaluation.accuracy import STEPS
+from experiment.evaluation.autoattack import autoattack_label
 from experiment.text import budget
 
 NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD", "cw": "C&W", "autoattack": "AutoAttack"}
 
 
-def attack_label(attack: str, steps: int | None = None, restarts: int = 1) -> str:
-    """What an attack is called in print: PGD-20, or "PGD-100, 5 starts" with restarts."""
+def attack_label(attack: str, steps: int | None = None, restarts: int = 1, points: Sequence[dict] = ()) -> str:
+    """What an attack is called in print: PGD-20, "PGD-100, 5 starts" with restarts, AutoAttack with its version.
+
+    Args:
+        points: what was measured with it, as of ``accuracy_curve`` and ``autoattack_curve``.
+    """
+    versions = [point["result"]["version"] for point in points if point.get("result")]
+    if versions:
+        return autoattack_label(versions[0])
     if attack not in STEPS:
         return NAMES[attack]
     return f"{NAMES[attack]}-{steps or STEPS[attack]}" + (f", {restarts} starts" if restarts > 1 else "")
@@ -25,7 +33,7 @@ def record_text(record: dict[str, Any]) -> str:
     """
     lines = [*_accuracies(record)]
     if "per_class" in record:
-        lines += ["", *_per_class(record["per_class"], record["settings"])]
+        lines += ["", *_per_class(record)]
     if "torchattacks" in record:
         lines += ["", *_torchattacks(record["torchattacks"])]
     if "gradients" in record:
@@ -33,31 +41,34 @@ def record_text(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _label(attack: str, settings: dict[str, Any]) -> str:
-    return attack_label(attack, settings["steps"], settings["restarts"])
+def _label(attack: str, record: dict[str, Any]) -> str:
+    settings, points = record["settings"], record["accuracies"].get(attack, ())
+    return attack_label(attack, settings["steps"], settings["restarts"], points)
 
 
 def _accuracies(record: dict[str, Any]) -> Iterator[str]:
     if not record["accuracies"]:
         return
-    yield f"  {'attack':<22}{'epsilon':>9}{'accuracy':>11}   95 % interval    images  attacked"
+    width = max(22, *(len(_label(attack, record)) + 1 for attack in record["accuracies"]))
+    yield f"  {'attack':<{width}}{'epsilon':>9}{'accuracy':>11}   95 % interval    images  attacked"
     for attack, points in record["accuracies"].items():
         for point in points:
             low, high = point["interval"]
             yield (
-                f"  {_label(attack, record['settings']):<22}{budget(point['epsilon']):>9}"
+                f"  {_label(attack, record):<{width}}{budget(point['epsilon']):>9}"
                 f"{100 * point['accuracy']:>9.2f} %   {100 * low:5.2f} to {100 * high:6.2f} %{point['examples']:>8}"
                 f"  {' + '.join(map(str, point['attacked']))}"
             )
 
 
-def _per_class(per_class: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+def _per_class(record: dict[str, Any]) -> Iterator[str]:
+    per_class = record["per_class"]
     attacks = per_class["attacks"]
     strongest = list(attacks)[-1]
     by_class = {attack: {row["class"]: row for row in rows} for attack, rows in attacks.items()}
-    yield f"by class at epsilon {budget(per_class['epsilon'])}, the worst under {_label(strongest, settings)} first"
+    yield f"by class at epsilon {budget(per_class['epsilon'])}, the worst under {_label(strongest, record)} first"
     width = max(len(row["class"]) for row in (*attacks[strongest], {"class": "class"})) + 2
-    labels = [_label(attack, settings) for attack in attacks]
+    labels = [_label(attack, record) for attack in attacks]
     widths = [max(len(label) + 3, 11) for label in labels]
     yield f"  {'class':<{width}}{'images':>6}" + "".join(map(str.rjust, labels, widths))
     for row in attacks[strongest]:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from experiment.data import Data
+from experiment.evaluation import autoattack_label
 
 
 def header(
@@ -84,7 +85,7 @@ def summary(result: dict[str, Any], folder: str) -> str:
         ("clean", f"{per_cent(result['clean'])} % of {result['test_examples']} test images"),
         ("PGD-20", f"{per_cent(result['pgd20'])} %"),
         (
-            "AutoAttack",
+            autoattack_label(attack["version"]) if attack else "AutoAttack",
             f"{per_cent(attack['accuracy'])} % of {attack['examples']} test images" if attack else "not run",
         ),
     ]
@@ -107,5 +108,5 @@ def summary(result: dict[str, Any], folder: str) -> str:
 
 def _accuracies(found: dict[str, Any]) -> str:
     attack = found["autoattack"]
-    attacked = f", AutoAttack {per_cent(attack['accuracy'])} %" if attack else ""
+    attacked = f", {autoattack_label(attack['version'])} {per_cent(attack['accuracy'])} %" if attack else ""
     return f"clean {per_cent(found['clean'])} %, PGD-20 {per_cent(found['pgd20'])} %{attacked}"
