@@ -23,6 +23,7 @@ from experiment import cli
 from experiment.study import costs
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIAL = ROOT / "docs/tutorial.md"
 PRODUCT = [
     *(ROOT / name for name in ("Makefile", "requirements.txt", "pyproject.toml")),
     *ROOT.glob("*.py"),
@@ -69,7 +70,7 @@ def commands(page):
             yield found[1], shlex.split(found[2], comments=True)
 
 
-@of_page
+@pytest.mark.parametrize("page", [page for page in PAGES if page != TUTORIAL], ids=name_of)
 def test_commands_are_accepted(page):
     for script, flags in commands(page):
         assert (ROOT / script).is_file(), script
@@ -99,6 +100,46 @@ print(with_igdm.item() > without.item() > 0, student[1].weight.grad.abs().sum().
     (tmp_path / "loop.py").write_text(example + use)
     done = subprocess.run([sys.executable, "loop.py"], check=False, cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("True True None\n", 0), done.stderr
+
+
+SMALLER = (
+    ("--batch 64", "--batch 512"),
+    ("--epochs 10", "--epochs 2 --steps 1"),
+    ("batch = 64\n", "batch = 512\nsteps = 1\n"),
+    ("epochs = 10\n", "epochs = 1\n"),
+    ("--aa_examples 360", "--aa_examples 4"),
+    ("aa_examples = 360", "aa_examples = 4"),
+    ("--attacks clean fgsm pgd autoattack", "--attacks clean fgsm pgd autoattack --aa_examples 4"),
+    ("seed = [0, 1]", "seed = [0]"),
+    ("range(200)", "range(2)"),
+)
+"""What the tutorial's blocks are run with here instead."""
+
+
+def test_the_tutorial_runs(small, tmp_path):
+    """Every block, in order: files are saved under the name in their first line, commands run."""
+    page = TUTORIAL.read_text()
+    for full, size in SMALLER:
+        assert full in page, full
+        page = page.replace(full, size)
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        if language:
+            (tmp_path / re.match(r"# (\S+)", block)[1]).write_text(block)
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            killed, command, script, flags = re.fullmatch(r"(timeout.* )?(?:python|(\w+)) (\S+)(.*)", line).groups()
+            if command:  # make, source, export: of a person's shell
+                continue
+            flags, faults = shlex.split(flags), [("step", 4, "SIGKILL")] if killed else []
+            if script in ("compare.py", "study.py"):
+                finish(start(tmp_path, ROOT / script, *flags))
+            elif (ROOT / script).is_file():
+                done = small.server.run(script.removesuffix(".py"), flags, tmp_path, faults=faults)
+                done.expect(-signal.SIGKILL if killed else 0)
+            else:
+                finish(start(tmp_path, script, *flags))
+    assert (tmp_path / "my_figure.png").is_file()
+    assert len(list(tmp_path.glob("runs/two_seeds/*/result.json"))) == 2
 
 
 def test_the_picture_of_igdm_is_the_one_its_script_draws(tmp_path):
