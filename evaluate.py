@@ -227,6 +227,7 @@ def main():
     from experiment import data, evaluation
     from experiment.engine import Engine
     from experiment.run import provenance
+    from experiment.teachers import published_accuracy
 
     folder = folder_of(args)
     check_outputs(args, folder)
@@ -280,6 +281,10 @@ def main():
     state = f" (last.pt: epoch {record['epoch']}, step {record['step']})" if "epoch" in record else ""
     print(f"{args.what}{state}, {network.architecture}: {len(x)} images of {args.dataset}, {args.precision}")
     print(evaluation.record_text(record))
+    published = published_accuracy(args.what, args.dataset)
+    if published:
+        clean, robust = (f"{100 * accuracy:.2f} %" for accuracy in published)
+        print(f"published by RobustBench: clean {clean}, AutoAttack {robust} (10,000 images, epsilon 8/255)")
     for line in record["differences"]:
         print(f"note: {line}")
     written += [path for path in (args.save_adversarial, args.curve_figure, args.figure) if path]

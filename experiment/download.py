@@ -1,6 +1,7 @@
 """Downloads of data sets and teachers: one attempt that cannot hang, and a reason in one line where it fails."""
 
 import http.client
+import os
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -30,6 +31,8 @@ def download(url: str, file: Path) -> None:
                 while block := response.read(1 << 20):
                     content.write(block)
                     bar.update(len(block))
+            content.flush()
+            os.fsync(content.fileno())
             if total and content.tell() != total:
                 raise UserError(f"the connection ended after {content.tell():,} of {total:,} bytes")
     except UserError:

@@ -27,8 +27,6 @@ FLOORS = (
     ("study",),
     ("compare",),
 )
-# Same floor, one direction: a teacher's command line checks it on data.
-BESIDE = {("teachers", "data")}
 # What of the project, beyond experiment/, a room may import. Whatever is not named here imports none.
 ALLOWED = {
     "evaluation": {"attacks"},
@@ -118,7 +116,7 @@ def test_imports_go_down_only(part):
     here = room_of(part)
     for module, name in project_imports(part):
         there = room_of(module) or room_of(f"experiment.{name}")
-        if there in floor and there != here and (here, there) not in BESIDE:
+        if there in floor and there != here:
             assert here is not None, f"experiment/__init__.py imports {there}"
             assert floor[there] < floor[here], f"{part} imports {there}"
 

@@ -7,7 +7,6 @@ import resource
 import subprocess
 import sys
 import threading
-import types
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,10 @@ import torch
 from limits import HANGS
 from torch import nn
 
+import evaluate
 from cifar100_models import build_model
-from experiment import UserError, cli, compat, files
-from experiment.teachers import __main__ as command
-from experiment.teachers import check_teacher_name, download, load_network, load_teacher, zoo
+from experiment import UserError, cli, compat, data, download, files
+from experiment.teachers import load_network, load_teacher, zoo
 
 SMALL = "Addepalli2022Efficient_RN18"  # RobustBench's smallest CIFAR-100 architecture, for the many faults
 PARAMETERS = {"BDM": 36_536_884, "DEC": 36_536_884, "LTD": 48_320_276}
@@ -95,40 +94,18 @@ def small_bytes(small, tmp_path_factory):
 
 @pytest.mark.parametrize("alias", ["BDM", "DEC", "LTD"])
 def test_robustbench_teacher_computes_what_the_original_does(alias, originals, model_dir, x):
+    state = torch.get_rng_state()
     teacher = load_teacher(alias, 100, model_dir=model_dir)
+    assert torch.equal(torch.get_rng_state(), state)
+    nn.ModuleList([teacher]).train()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert sum(parameter.numel() for parameter in teacher.parameters()) == PARAMETERS[alias]
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
     with torch.no_grad():
         assert torch.equal(teacher(x), originals[alias](x))
     assert (teacher.name, teacher.num_classes) == (alias, 100)
     assert teacher.sha256 == files.file_sha256(model_dir / f"cifar100/Linf/{cli.ALIASES[alias]}.pt")
-
-
-def test_bdm_normalises_inside_and_ltd_does_not(originals, model_dir, x):
-    bdm, ltd = (load_teacher(alias, model_dir=model_dir) for alias in ("BDM", "LTD"))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)))
-    with torch.no_grad():
-        expected = bdm(x)
-        bdm.model.mean.zero_()
-        bdm.model.std.fill_(1.0)
-        assert torch.equal(bdm((x - mean) / std), expected)
-    assert {name for name, _ in ltd.named_buffers() if "running" not in name and "batches" not in name} == set()
-
-
-def test_teacher_stays_frozen(model_dir):
-    teacher = load_teacher("BDM", model_dir=model_dir)
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    teacher.train()
-    nn.ModuleList([teacher]).train()
-    assert not any(module.training for module in teacher.modules())
-
-
-def test_loading_leaves_the_random_stream_alone(small_bytes, tmp_path):
-    file = tmp_path / "small.pt"
-    file.write_bytes(small_bytes)
-    before = torch.get_rng_state()
-    load_teacher(SMALL, teacher_path=file)
-    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_normalisation_constants_may_be_missing_from_the_file(registry, tmp_path):
@@ -142,7 +119,7 @@ def test_normalisation_constants_may_be_missing_from_the_file(registry, tmp_path
 
 def test_transformer_teacher_from_a_plain_timm_state_dict(tmp_path, x):
     name = "Debenedetti2022Light_XCiT-S12"
-    original = zoo.source_of(name, name, "cifar100").build().eval()
+    original = zoo.source_of(name, "cifar100").build().eval()
     torch.save({"state_dict": half(original.model)}, tmp_path / "a.pt")
     teacher = load_teacher(name, teacher_path=tmp_path / "a.pt")
     # float16 rounds the weights to 3 digits; a wrong file gives logits that differ in the first.
@@ -429,18 +406,17 @@ def test_failed_downloads_leave_nothing_and_say_what_to_do(server, small, small_
         assert list(target.parent.iterdir()) == []
         return message
 
-    answers = {
-        "web page": ("text/html; charset=utf-8", None, b"<html>virus scan</html>"),
-        f"ended after {size // 2:,} of {size:,} bytes": (binary, size, small_bytes[: size // 2]),
-        "404": (binary, 0, b""),
-    }
-    for word, answer in answers.items():
-        server.answer = answer
+    answers = [
+        ("web page", ("text/html; charset=utf-8", None, b"<html>virus scan</html>")),
+        (f"ended after {size // 2:,} of {size:,} bytes", (binary, size, small_bytes[: size // 2])),
+        ("404", (binary, 0, b"")),
+        *((word, (binary, None, content)) for content, word in bad_files(small, small_bytes).values() if content),
+        ("timed out", None),
+    ]
+    monkeypatch.setattr(download, "SECONDS_OF_SILENCE", 0.5)
+    for word, server.answer in answers:
         assert word in failure()
-    for content, word in bad_files(small, small_bytes).values():
-        if content:  # an empty answer is the 404 above
-            server.answer = (binary, None, content)
-            assert word in failure()
+    assert len(server.requests) == len(answers)
 
     server.answer = (binary, size, small_bytes)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -449,14 +425,8 @@ def test_failed_downloads_leave_nothing_and_say_what_to_do(server, small, small_
         assert "File too large" in failure()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    server.answer = None
-    monkeypatch.setattr(download, "SECONDS_OF_SILENCE", 0.3)
-    assert "timed out" in failure()
-    attempts = len(server.requests)
     monkeypatch.setattr(zoo, "DOWNLOAD_URL", "http://127.0.0.1:1/{}")
     assert "Connection refused" in failure()
-    assert len(server.requests) == attempts == len(answers) + len(bad_files(small, small_bytes)) - 1 + 2
     assert not (tmp_path / "code_was_run").exists()
 
 
@@ -465,26 +435,20 @@ def test_model_dir_that_cannot_be_made(tmp_path):
     assert "Not a directory" in refusal(SMALL, model_dir=tmp_path / "models")
 
 
-def fake_cifar100(monkeypatch, model, wrong):
-    """Eleven test images that the model labels as a data set does, but for the last `wrong`."""
-    images = torch.randint(256, (11, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+def test_evaluate_prints_the_published_accuracy(originals, model_dir, tmp_path, monkeypatch, capsys):
+    x = torch.randint(256, (11, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        labels = model(images / 255).argmax(dim=1)
-    labels[11 - wrong :] += 1
-    data = types.SimpleNamespace(x_test=images, y_test=labels)
-    monkeypatch.setattr(command, "load_data", lambda *args: data)
-
-
-def test_verify(originals, model_dir, monkeypatch, capsys):
-    flags = ["verify", "BDM", "--model_dir", str(model_dir), "--device", "cpu"]
-    fake_cifar100(monkeypatch, originals["BDM"], wrong=3)  # 8 of 11 are 72.73 %, RobustBench's figure is 72.58 %
-    command.main(flags)
-    told = capsys.readouterr().out
-    file = model_dir / "cifar100" / "Linf" / "Wang2023Better_WRN-28-10.pt"
-    assert all(word in told for word in (files.file_sha256(file), "36,536,884", "72.73%", "72.58%"))
-    fake_cifar100(monkeypatch, originals["BDM"], wrong=5)
-    with pytest.raises(UserError, match=r"54\.55% is more than 3 points off RobustBench's 72\.58%"):
-        command.main(flags)
+        y = originals["BDM"](x / 255).argmax(dim=1)
+    y[:3] += 1
+    monkeypatch.setattr(data, "load_data", lambda *args, **kwargs: data.Data("", x, y, x, y, 100, 4, True, ""))
+    monkeypatch.chdir(tmp_path)
+    weights = model_dir / "cifar100/Linf/Wang2023Better_WRN-28-10.pt"
+    flags = ["--weights", str(weights), "--attacks", "clean", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "BDM", *flags])
+    evaluate.main()
+    printed = capsys.readouterr().out
+    assert "72.73 %" in printed  # 8 of 11
+    assert "published by RobustBench: clean 72.58 %, AutoAttack 38.83 % (" in printed
 
 
 def run(program, *, path=None):
@@ -548,12 +512,6 @@ def test_working_or_otherwise_broken_torchvision_is_not_touched(tmp_path):
     told = run(program + "try: import_torchvision()\nexcept UserError as error: print(error)", path=tmp_path)
     assert "another fault" in told
     assert "pip install" in told
-
-
-def test_check_teacher_name_tells_names_from_paths(tmp_path, monkeypatch):
-    assert check_teacher_name("DEC") == "Cui2023Decoupled_WRN-28-10"
-    assert check_teacher_name("Rice2020Overfitting") == "Rice2020Overfitting"
-    assert check_teacher_name(str(tmp_path)) is None
 
 
 def test_an_unfinished_runs_checkpoint_is_no_teacher(tmp_path):

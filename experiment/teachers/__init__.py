@@ -1,6 +1,7 @@
-"""Networks of others and of our own: RobustBench's Linf zoos, checkpoints, bare weights; teachers are frozen ones."""
+"""Trained networks: RobustBench's Linf zoos, checkpoints, bare weights; a teacher is a frozen one of them."""
 
 from experiment.teachers.loader import FrozenTeacher, check_teacher_name, load_teacher
 from experiment.teachers.networks import Network, load_network
+from experiment.teachers.zoo import published_accuracy
 
-__all__ = ["FrozenTeacher", "Network", "check_teacher_name", "load_network", "load_teacher"]
+__all__ = ["FrozenTeacher", "Network", "check_teacher_name", "load_network", "load_teacher", "published_accuracy"]

@@ -1,4 +1,4 @@
-"""A teacher: any network, frozen."""
+"""A teacher: any trained network, frozen."""
 
 import os
 from pathlib import Path
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from cifar100_models import check_model_name
 from experiment import UserError
-from experiment.teachers.networks import WEIGHTS_SUFFIXES, Network, load_network, robustbench_name
-from experiment.teachers.zoo import unknown_name
+from experiment.teachers.networks import Network, load_network
+from experiment.teachers.zoo import robustbench_name, unknown_network
 
 
 class FrozenTeacher(nn.Module):
-    """A network that stays as it is: eval mode whatever ``train()`` is told, no parameter requires a gradient.
+    """A network without trainable parameters that stays in eval mode, also after ``train()``.
 
     Attributes:
         model: the network; maps (N, 3, H, W) in [0, 1] to logits (N, num_classes).
-        num_classes, name, path, sha256: as ``Network``'s.
+        num_classes, name, sha256: as ``Network``'s.
     """
 
     def __init__(self, network: Network) -> None:
@@ -25,7 +25,6 @@ class FrozenTeacher(nn.Module):
         self.model = network.model.requires_grad_(False)
         self.num_classes = network.num_classes
         self.name = network.name
-        self.path = network.path
         self.sha256 = network.sha256
         self.eval()
 
@@ -38,39 +37,33 @@ class FrozenTeacher(nn.Module):
 
 def check_teacher_name(
     name_or_path: str | Path, teacher_path: str | Path | None = None, path_flag: str = "--teacher_path"
-) -> str | None:
-    """Refuse what cannot be a teacher, without importing anything heavy; cheap enough for the flag parser.
+) -> None:
+    """Check that a name and a file can be a teacher, before anything heavy is imported.
 
     Args:
-        path_flag: the user's flag for teacher_path, for messages.
-
-    Returns:
-        The RobustBench name that is meant, or None if it is a network of our own or an architecture.
+        path_flag: the flag of teacher_path, for messages.
 
     Raises:
-        UserError: neither a possible name nor an existing path; or teacher_path does not go with it or does not exist.
+        UserError: neither a possible name nor an existing path; teacher_path is missing, not needed or does not exist.
     """
-    what = os.fspath(name_or_path)
-    name = robustbench_name(what)
-    if name is None and not os.path.lexists(what) and not _is_architecture(what):
-        if os.sep in what or what.endswith(WEIGHTS_SUFFIXES):
-            raise UserError(f"{what!r}: no such file or folder")
-        raise unknown_name(what)
-    if name is None and teacher_path is None and _is_architecture(what):
-        raise UserError(f"{what!r} is an architecture: give its weights with {path_flag}")
-    if teacher_path is not None:
-        if name is None and not _is_architecture(what):
+    name = os.fspath(name_or_path)
+    if robustbench_name(name) is None:
+        if _is_architecture(name):
+            if teacher_path is None:
+                raise UserError(f"{name!r} is an architecture: give its weights with {path_flag}")
+        elif not os.path.lexists(name):
+            raise unknown_network(name)
+        elif teacher_path is not None:
             raise UserError(
-                f"{path_flag} {teacher_path} needs the name of its architecture, such as BDM, not the path {what!r}"
+                f"{path_flag} {teacher_path} needs the name of its architecture, such as BDM, not the path {name!r}"
             )
-        if not os.path.isfile(teacher_path):
-            raise UserError(f"{path_flag} {teacher_path}: no such file")
-    return name
+    if teacher_path is not None and not os.path.isfile(teacher_path):
+        raise UserError(f"{path_flag} {teacher_path}: no such file")
 
 
-def _is_architecture(what: str) -> bool:
+def _is_architecture(name: str) -> bool:
     try:
-        check_model_name(what)
+        check_model_name(name)
     except ValueError:
         return False
     return True
@@ -85,14 +78,14 @@ def load_teacher(
     model_dir: str | Path = "models",
     device: str | torch.device = "cpu",
 ) -> FrozenTeacher:
-    """Load a teacher, frozen and in eval mode, in float32. The global random generators are left as they were.
+    """Load a teacher, frozen, in eval mode and float32; the global random generators do not change.
 
     Args:
-        name_or_path: a RobustBench name of the data's zoo (BDM, DEC and LTD for short), a checkpoint or finished run
-            folder of this project, or what ``build_model`` takes, whose weights are then in teacher_path.
+        name_or_path: a RobustBench name for the data set (BDM, DEC, LTD for short), a checkpoint or finished run folder
+            of this project, or an architecture (what ``build_model`` takes) with its weights in teacher_path.
         num_classes: that of the data; None accepts any.
-        teacher_path: the weights of a name: a file of RobustBench's downloaded by hand, a state dict, or .safetensors.
-        dataset: the data's name, which tells the zoo.
+        teacher_path: the weights of a name: RobustBench's file, a state dict, or .safetensors.
+        dataset: the data set, which has its own RobustBench networks.
 
     Raises:
         UserError: as ``load_network``.

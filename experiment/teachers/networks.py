@@ -1,7 +1,7 @@
-"""Any network by what the user calls it: a run folder, a checkpoint, a RobustBench name, or bare weights."""
+"""Any trained network by its name or path: a run folder, a checkpoint, a RobustBench name, or bare weights."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +10,33 @@ from torch import nn
 
 from cifar100_models import build_model, check_model_name
 from experiment import UserError, files
-from experiment.cli import ALIASES
-from experiment.teachers.download import download
+from experiment.download import download
 from experiment.teachers.weights import check_finite, read_weights
-from experiment.teachers.zoo import CLASSES, NAME_PATTERN, Source, source_of, unknown_name, zoo_of
-
-WEIGHTS_SUFFIXES = (".pt", ".pth", ".safetensors")
-
+from experiment.teachers.zoo import CLASSES, robustbench_name, source_of, unknown_network, zoo_of
 
 _HOW = "--arch NAME with FILE (evaluate.py), or --teacher NAME --teacher_path FILE; NAME: RES-18, ..., FILE.py:function"
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network and where it comes from.
+    """A trained network and where it comes from.
 
     Attributes:
-        model: in eval mode; maps (N, 3, H, W) in [0, 1] to logits (N, num_classes), normalising inside if it must.
+        model: in eval mode; maps (N, 3, H, W) in [0, 1] to logits (N, num_classes), with any normalisation inside.
         name: what the user called it.
-        path: the file that its weights were read from.
-        sha256: SHA-256 of that file. A flipped byte in a file of torch's old format loads without a complaint; the
-            hash tells such files apart.
         architecture: a name that ``build_model`` knows, or RobustBench's.
-        info: what a checkpoint of this project says of itself (``info``, ``epoch``, ``step``); {} otherwise.
+        path: the file of its weights.
+        sha256: SHA-256 of that file. torch's old file format has no checksums: only this shows a flipped byte.
+        info: ``info``, ``epoch`` and ``step`` of a checkpoint of this project; {} otherwise.
     """
 
     model: nn.Module
     num_classes: int
     name: str
+    architecture: str
     path: Path
     sha256: str
-    architecture: str
-    info: dict[str, Any]
-
-
-def robustbench_name(name: str) -> str | None:
-    """RobustBench's name of a network, which BDM, DEC and LTD are short for, or None if this is none."""
-    name = ALIASES.get(name, name)
-    return name if NAME_PATTERN.fullmatch(name) else None
+    info: dict[str, Any] = field(default_factory=dict)
 
 
 def load_network(
@@ -62,24 +51,21 @@ def load_network(
     weights_flag: str = "--weights",
     unfinished: bool = True,
 ) -> Network:
-    """Load a network in eval mode, in float32. The global random generators are left as they were.
+    """Load a network in eval mode and float32; the global random generators do not change.
 
     Args:
-        what: a run folder; a checkpoint of this project; BDM, DEC, LTD or any RobustBench Linf name of the data's zoo
-            (CIFAR-10's or CIFAR-100's), read from ``<model_dir>/<zoo>/Linf/<name>.pt`` or downloaded there; or, with
-            `arch`, a file of bare weights.
+        what: a run folder; a checkpoint of this project; BDM, DEC, LTD or a RobustBench Linf name for the data set,
+            read from ``<model_dir>/<dataset>/Linf/<name>.pt`` or downloaded there; or, with `arch`, bare weights.
         arch: architecture of bare weights (a state dict in a .pt, or .safetensors): what ``build_model`` takes, or a
             RobustBench name.
         num_classes: that of the data; None accepts any.
-        dataset: the data's name, which tells the zoo.
-        weights: the file of a name: one of RobustBench's downloaded by hand, or bare weights of an architecture.
-        weights_flag: the user's flag for it, for messages.
-        unfinished: whether a run's last.pt will do.
+        weights: the file of a name: RobustBench's, downloaded by hand, or bare weights of an architecture.
+        weights_flag: the flag of weights, for messages.
+        unfinished: whether a run's last.pt is accepted.
 
     Raises:
-        UserError: none of these; a name of the other zoo; another number of classes; a file that is missing and cannot
-            be downloaded, damaged, unsafe, or does not fit the architecture. Files that this call did not download
-            itself are never changed or deleted.
+        UserError: none of these; another number of classes; a file that is missing and cannot be downloaded, damaged,
+            unsafe, or does not fit the architecture. Files of the user are never changed or deleted.
     """
     what = os.fspath(what)
     name = robustbench_name(what if arch is None else arch)
@@ -87,22 +73,23 @@ def load_network(
         what, weights = arch, what
     elif name is None and weights is not None:
         what, arch = os.fspath(weights), what
-    # Building draws initial weights that are thrown away: a run's own random stream must not depend on them.
+    info = {}
+    # Building draws initial weights, of which the run's own random numbers must not depend.
     with torch.random.fork_rng(devices=[]):
         if name is not None:
             zoo = zoo_of(what, dataset, num_classes)
-            classes, architecture, info = CLASSES[zoo], name, {}
+            classes, architecture = CLASSES[zoo], name
             _check_classes(what, classes, num_classes)
             model, path = _robustbench(what, name, zoo, weights, weights_flag, Path(model_dir))
         elif arch is not None:
-            path, classes, architecture, info = Path(what), num_classes or CLASSES.get(dataset, 10), arch, {}
+            path, classes, architecture = Path(what), num_classes or CLASSES.get(dataset, 10), arch
             model = _bare_weights(path, arch, classes)
         else:
-            model, entries = _own(Path(what), unfinished=unfinished)
+            model, entries = _own(Path(what), unfinished)
             path, classes, architecture = entries["path"], entries["num_classes"], entries["architecture"]
             info = {key: entries[key] for key in ("info", "epoch", "step")}
             _check_classes(what, classes, num_classes)
-    return Network(model.eval().to(device), classes, what, path, files.file_sha256(path), architecture, info)
+    return Network(model.eval().to(device), classes, what, architecture, path, files.file_sha256(path), info)
 
 
 def _check_classes(what: str, classes: int, num_classes: int | None) -> None:
@@ -110,12 +97,10 @@ def _check_classes(what: str, classes: int, num_classes: int | None) -> None:
         raise UserError(f"{what!r} has {classes} classes but the data has {num_classes}")
 
 
-def _own(path: Path, *, unfinished: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """A checkpoint or run folder of this project, and what it says of itself."""
+def _own(path: Path, unfinished: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """A checkpoint or run folder of this project, and its entries."""
     if not os.path.lexists(path):
-        if os.sep in str(path) or path.suffix in WEIGHTS_SUFFIXES:
-            raise UserError(f"{str(path)!r}: no such file or folder")
-        raise unknown_name(str(path))
+        raise unknown_network(str(path))
     if path.suffix == ".safetensors":
         raise UserError(f"{path} holds weights without their architecture: give it, as {_HOW}")
     try:
@@ -141,11 +126,10 @@ def _bare_weights(path: Path, arch: str, num_classes: int) -> nn.Module:
 
 
 def _robustbench(
-    called: str, name: str, zoo: str, weights: str | Path | None, flag: str, model_dir: Path
+    what: str, name: str, zoo: str, weights: str | Path | None, flag: str, model_dir: Path
 ) -> tuple[nn.Module, Path]:
-    """A RobustBench model, from `weights`, from model_dir, or downloaded to model_dir."""
-    source: Source = source_of(called, name, zoo)
-    target = model_dir / zoo / "Linf" / f"{name}.pt"
+    """A RobustBench network and its file: `weights`, or the one in model_dir, downloaded if it is missing."""
+    source, target = source_of(what, zoo), model_dir / zoo / "Linf" / f"{name}.pt"
     get = f"get {name} with a browser from {source.browser_url} and save it as {target} or pass it with {flag}"
     path = target if weights is None else Path(weights)
     if os.path.lexists(path):
@@ -153,7 +137,17 @@ def _robustbench(
             return read_weights(path, name, source.build), path
         except UserError as error:
             raise UserError(f"{error}; {get}") from error
+    print(f"downloading {name} from {source.url} to {target}", flush=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        return download(source, name, target), path
-    except UserError as error:
-        raise UserError(f"cannot download {name} to {target}: {error}; {get}") from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        download(source.url, aside)
+        model = read_weights(aside, name, source.build)
+        os.replace(aside, target)
+        return model, target
+    except (UserError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error).replace(str(aside), "the download")
+        raise UserError(f"cannot download {name} to {target}: {reason}; {get}") from error
+    finally:
+        if target.parent.is_dir():
+            aside.unlink(missing_ok=True)
