@@ -160,7 +160,7 @@ def test_fewer_classes_have_fewer_targets_and_another_name(
         return found
 
     replace_run(monkeypatch, look)
-    result = evaluation.autoattack(network, x, y, EPSILON, folder=tmp_path)
+    result = evaluation.autoattack(network, x, y, 0.3, folder=tmp_path)
     assert (result["version"], " ".join(result["attacks"])) == (version, attacks_run)
     assert set(targets) == {(min(9, classes - 1),) * 2}
     assert result["accuracy"] < result["clean"]
