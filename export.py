@@ -243,10 +243,9 @@ def measured(result):
     n = result["test_examples"]
     rows = [("Clean accuracy", 100 * result["clean"], n), ("PGD-20 accuracy", 100 * result["pgd20"], n)]
     if attack := result.get("autoattack"):
-        version = (
-            "AutoAttack accuracy (standard" if attack["version"] == "standard" else f"Accuracy ({attack['version']}"
-        )
-        name = f"{version}, epsilon {attack['epsilon']:.6f})"
+        name = f"AutoAttack accuracy ({attack['version']}, epsilon {attack['epsilon']:.6f})"
+        if attack["version"] != "standard":
+            name = name.removeprefix("AutoAttack ")  # the version names its attacks
         rows.append((name, 100 * attack["accuracy"], attack["examples"]))
     return [(name, f"{value:.2f} %", count) for name, value, count in rows]
 

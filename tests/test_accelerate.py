@@ -369,3 +369,34 @@ def test_bfloat16_compiled_is_bfloat16_eager(monkeypatch):
         found.append(student.state_dict())
     for (name, ours), expected in zip(found[1].items(), found[0].values(), strict=True):
         assert torch.equal(ours, expected), name
+
+
+@pytest.mark.parametrize("broken", [None, "frozen", "train"])
+def test_a_compiled_network_that_computes_something_else_is_refused(broken, networks, monkeypatch):
+    """Either kind of pass; what is compared leaves weights, statistics and random numbers as they were."""
+    torch.compiler.reset()
+
+    def compiled(model, **_):
+        def run(x):
+            logits = model(x)
+            kind = "train" if isinstance(model, nn.Module) and model.training and logits.grad_fn else "frozen"
+            return logits.flip(1) if kind == broken else logits
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    student, teacher = networks
+    machine = engine(compile=1)
+    for network in (student.train(), teacher):
+        machine.accelerate(network)
+    x = torch.rand(6, 3, 8, 8, dtype=torch.float64)
+    before, state = copy.deepcopy(student.state_dict()), torch.get_rng_state()
+    if broken:
+        with pytest.raises(UserError, match=r"--compile 1 is not allowed here: .* differ by .* of their range"):
+            machine.check_compiled(x)
+    else:
+        machine.check_compiled(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert student.training
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+import attacks
 from experiment.engine.folding import FoldedConv, folded_view
 
 
@@ -104,6 +105,29 @@ class Accelerated(nn.Module):
             self.view.forget()
         if self._passes is not None:
             self._passes = []
+
+    def compiled_error(self, x: Tensor) -> float:
+        """Largest difference between compiled and eager logits of x, relative to the range of the eager ones.
+
+        Compares the pass of an attack and, of a network in train mode, that of the training step. Weights, BatchNorm
+        statistics and modes end as they began.
+        """
+        pairs = []
+        with attacks.frozen(self.model):
+            x_in = x.detach().requires_grad_()
+            if self.view is not None:
+                self.view.refresh()
+                pairs.append((self.view.graph(x_in), self.view.compiled(x_in)))
+            else:
+                pairs.append((self.model(x_in), self._compiled[0](x_in)))
+        if self.model.training:
+            kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+            pairs.append((self.model(x), self._compiled[0](x)))
+            for buffer, value in kept:
+                buffer.copy_(value)
+            self.weights_moved()
+        pairs = [(eager.detach().float(), ours.detach().float()) for eager, ours in pairs]
+        return max(((ours - eager).abs().max() / (eager.max() - eager.min())).item() for eager, ours in pairs)
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's logits of x (N, 3, H, W)."""

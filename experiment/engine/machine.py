@@ -17,6 +17,13 @@ from experiment.engine.accelerated import Accelerated
 from experiment.engine.attack_step import GraphedStep
 from experiment.engine.requests import StepRequests
 
+COMPILED_TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 1e-1}
+"""Allowed difference between compiled and eager logits, relative to their range.
+
+Fused kernels sum and round in another order. A product keeps 23, 10 or 7 bits; some twenty layers make ten times the
+rounding of one. A wrong kernel (pytorch#181696) is off by the range itself.
+"""
+
 
 class Engine:
     """Device, precision and ranks of one run.
@@ -163,6 +170,24 @@ class Engine:
         if self.compile and self.device.type == "cuda" and self.world == 1:  # with several ranks: not measured
             self._attack_step = GraphedStep(self._fast, batch)
         return fast
+
+    def check_compiled(self, x: torch.Tensor) -> None:
+        """Run one batch through each compiled network and compare with the eager network.
+
+        Args:
+            x: (n, 3, H, W) float32 in [0, 1], as many images as a full batch of this rank.
+
+        Raises:
+            UserError: the logits differ by more than COMPILED_TOLERANCE of their range.
+        """
+        most = COMPILED_TOLERANCE[self.precision]
+        with self.step():
+            errors = [fast.compiled_error(x) for fast in self._fast]
+        if not all(error <= most for error in errors):  # NaN is no agreement
+            raise UserError(
+                f"--compile 1 is not allowed here: compiled and eager logits differ by {max(errors):.2g} of their "
+                f"range, more than {most:g} in {self.precision}. Use --compile 0 or another version of torch."
+            )
 
     @contextmanager
     def step(self) -> Iterator[None]:

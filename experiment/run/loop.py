@@ -149,8 +149,17 @@ class Run:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def epochs(self) -> Iterator[int]:
-        """The epochs still to do, counted from 1."""
-        yield from range(self._state.epoch + 1, self.args.epochs + 1)
+        """The epochs still to do, counted from 1.
+
+        Raises:
+            UserError: a compiled network does not compute what the eager one does.
+        """
+        todo = range(self._state.epoch + 1, self.args.epochs + 1)
+        if todo and self.args.compile:
+            engine, args = self.engine, self.args
+            x, *_ = next(self._images.batches(args.batch, args.seed, todo[0], 0, engine.rank, engine.world))
+            engine.refuse_together(lambda: engine.check_compiled(x))
+        yield from todo
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch still to do; between two of them the run saves itself and heeds signals.
