@@ -15,7 +15,7 @@ def damaged_checkpoints(server: Server, home: Path, expected: dict, times: int, 
     """last.pt truncated, or with one bit flipped: previous.pt takes over; both damaged: refused."""
     rng, script = random.Random(seed), SCRIPTS[0]
     whole = stopped_run(server, home, "to_damage")
-    for kind in ("cut short", "with one bit flipped", "emptied"):
+    for kind in ("truncated", "with one bit flipped", "emptied"):
         for i in range(times):
             name = f"damaged_{i}"
             folder = home / "runs" / name
@@ -37,7 +37,7 @@ def damaged_checkpoints(server: Server, home: Path, expected: dict, times: int, 
             assert harmless or (folder / "last.damaged.pt").read_bytes() == content
             reproduces(server, script, home, name, expected[script])
             shutil.rmtree(folder)
-        yield f"last.pt {kind}", times, "warning, previous.pt used, damaged file kept aside; bit-identical"
+        yield f"last.pt: {kind}", times, "warning, resumed from previous.pt, damaged file kept; bit-identical"
     for path in (whole / "last.pt", whole / "previous.pt"):
         path.write_bytes(path.read_bytes()[:-5000])
     before = tree(whole)
@@ -45,7 +45,7 @@ def damaged_checkpoints(server: Server, home: Path, expected: dict, times: int, 
     outcome.expect(2, "error: .*last.pt is truncated.*previous.pt is truncated.*no other checkpoint is left: delete")
     assert tree(whole) == before
     shutil.rmtree(whole)
-    yield "last.pt and previous.pt damaged", 1, "refused in one line, exit status 2; no file changed"
+    yield "last.pt and previous.pt damaged", 1, "one line, exit status 2; no file changed"
 
 
 def mutate(rng: random.Random, content: bytes) -> bytes:
@@ -119,8 +119,8 @@ def fuzz_files(server: Server, home: Path, times: int, seed: int = 5) -> Iterato
                 flags += ["--teacher", path]
             started += refused_or_admitted(server, home, [*SMALL, *flags])
         path.write_bytes(content)
-        outcome = f"{times - started} refused in one line with exit status 2, {started} harmless; no file changed"
-        yield f"random bytes of a {kind} changed", times, outcome
+        outcome = "one line, exit status 2, unless harmless; no file changed"
+        yield f"random bytes changed: {kind} ({started} harmless)", times, outcome
 
 
 def crafted_files(server: Server, home: Path) -> Iterator[tuple[str, int, str]]:
@@ -140,7 +140,7 @@ def crafted_files(server: Server, home: Path) -> Iterator[tuple[str, int, str]]:
             assert not refused_or_admitted(server, home, argv), name
             path.unlink()
         assert not (home / "executed").exists()
-        return kind, len(cases), f"refused: {', '.join(cases)}"
+        return kind, len(cases), "one line, exit status 2; no file changed"
 
     x, y = np.zeros((40, 8, 8, 3), np.uint8), np.arange(40) % 10
 
@@ -170,7 +170,12 @@ def crafted_files(server: Server, home: Path) -> Iterator[tuple[str, int, str]]:
         "too few labels": {"y_train": y[:-1]},
     }
     cases = {name: lambda path, c=changes: small_npz(path, **c) for name, changes in npz.items()}
-    yield checks("crafted .npz", {**cases, "zip bomb": bomb}, ".npz", "--dataset")
+    yield checks(
+        "crafted file: .npz (zip bomb, object array, labels out of range, ...)",
+        {**cases, "zip bomb": bomb},
+        ".npz",
+        "--dataset",
+    )
 
     good = torch.load(home / "teacher" / "student.pt", weights_only=True)
     vast = {k: v.new_zeros(1).expand(1 << 40) if v.ndim else v for k, v in good["state_dict"].items()}
@@ -204,7 +209,12 @@ def crafted_files(server: Server, home: Path) -> Iterator[tuple[str, int, str]]:
     }
     cases |= {"HTML page": lambda path: path.write_text("<!DOCTYPE html><html></html>")}
     cases |= {"empty file": lambda path: path.write_bytes(b"")}
-    yield checks("crafted teacher checkpoint", cases, ".pt", "--teacher")
+    yield checks(
+        "crafted file: teacher checkpoint (pickle that runs code, HTML page, missing weights, ...)",
+        cases,
+        ".pt",
+        "--teacher",
+    )
 
     folder = stopped_run(server, home, "crafted")
     (folder / "previous.pt").unlink()
@@ -218,7 +228,7 @@ def crafted_files(server: Server, home: Path) -> Iterator[tuple[str, int, str]]:
             assert not refused_or_admitted(server, home, [*SMALL, "--run_name", "crafted"]), name
         path.write_bytes(original)
         assert not (home / "executed").exists()
-        return kind, len(cases), f"refused: {', '.join(cases)}"
+        return kind, len(cases), "one line, exit status 2; no file changed"
 
     states = {
         "pickle that runs code": Evil(),
@@ -232,7 +242,12 @@ def crafted_files(server: Server, home: Path) -> Iterator[tuple[str, int, str]]:
         "without optimizer": {**state, "optimizer": {}},
         "of another network": {**state, "model": good["state_dict"] | {"fc.weight": torch.zeros(3)}},
     }
-    yield refused("crafted last.pt", states, last, lambda content: torch.save(content, last))
+    yield refused(
+        "crafted file: last.pt (pickle that runs code, another run, wrong types, ...)",
+        states,
+        last,
+        lambda content: torch.save(content, last),
+    )
     edits = {
         "another setting": {**settings, "settings": {**settings["settings"], "lr": 0.2}},
         "setting of a wrong type": {**settings, "settings": {**settings["settings"], "lr": "0.1"}},
@@ -249,7 +264,7 @@ def crafted_files(server: Server, home: Path) -> Iterator[tuple[str, int, str]]:
     cases = {name: json.dumps(content) for name, content in edits.items()}
     cases |= {"not JSON": "{", "deep nesting": "[" * 100_000, "not UTF-8": "\udcff"}
     yield refused(
-        "config.json edited by hand",
+        "crafted file: config.json (other settings, not JSON, ...)",
         cases,
         config,
         lambda text: config.write_bytes(text.encode(errors="surrogateescape")),

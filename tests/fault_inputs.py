@@ -27,7 +27,7 @@ def numerical(server: Server, home: Path) -> Iterator[tuple[str, int, str]]:
         assert not (folder / "result.json").exists()
         assert "nan" not in (folder / "metrics.jsonl").read_text().lower()
         server.run(script, [*flags, "--run_name", f"bad_{i}"], home, faults=[("start", 1, "")]).expect(2, "admitted")
-        yield kind, 1, "stopped within the epoch, exit status 3; the checkpoint from before is good"
+        yield kind, 1, "stopped within the epoch, exit status 3; the previous checkpoint is valid"
     flags = [*long, "--stop_on_collapse", "0", "--aa_examples", "0", "--run_name", "bad_3"]  # free of that stop
     server.run(SCRIPTS[0], flags, home, faults=[("start", 1, "")]).expect(2, "other settings .aa_examples")
     flags[flags.index("bad_3")] = "unequal"
@@ -37,11 +37,11 @@ def numerical(server: Server, home: Path) -> Iterator[tuple[str, int, str]]:
         SCRIPTS[1], [*SMALL, "--aa_examples", "0", "--run_name", "early"], home, faults=[("step", 3, "one class")]
     )
     outcome.expect(0)
-    yield "student of one class in the first 200 steps", 1, "allowed: BatchNorm statistics are not settled"
+    yield "student of one class in the first 200 steps", 1, "allowed: BatchNorm statistics have not converged"
     outcome = server.run(SCRIPTS[1], [*SMALL, "--run_name", "oom"], home, faults=[("attack", 3, "memory")])
     outcome.expect(2, "error: .*memory does not suffice at --batch 256 .*try --batch 128")
     server.run(SCRIPTS[1], [*SMALL, "--batch", "128", "--run_name", "oom"], home, faults=[("start", 1, "")]).expect(2)
-    yield "out of GPU memory (raised on the CPU)", 1, "one line with the batch to try next, exit status 2"
+    yield "out of GPU memory (raised on the CPU)", 1, "one line that suggests a batch size, exit status 2"
 
 
 def broken_teachers(server: Server, home: Path) -> Iterator[tuple[str, int, str]]:
@@ -65,7 +65,7 @@ def broken_teachers(server: Server, home: Path) -> Iterator[tuple[str, int, str]
         files.save_student(home / "broken.pt", model, "RES-8", weight.shape[0], {})
         outcome = server.run(SCRIPTS[0], [*SMALL, "--teacher", "broken.pt", "--run_name", kind], home)
         outcome.expect(status, message)
-        yield kind, 1, f"refused before training, exit status {status}"
+        yield kind, 1, f"error before training, exit status {status}"
 
 
 def flag_values():
@@ -110,7 +110,7 @@ def fuzz_flags(server: Server, home: Path, times: int) -> tuple[int, str]:
 
     fuzz()
     shutil.rmtree(home / "runs" / "fuzzed", ignore_errors=True)
-    return done, "always one line and exit status 2, no traceback; no file changed"
+    return done, "one line, exit status 2, no traceback; no file changed"
 
 
 def odd_paths(server: Server, home: Path) -> tuple[int, str]:
@@ -131,4 +131,4 @@ def odd_paths(server: Server, home: Path) -> tuple[int, str]:
         flags += ["--teacher", teacher, "--dataset", data, "--run_dir", runs, "--run_name", f"Lauf {i} ☃"]
         server.run(SCRIPTS[0], flags, home).expect(0)
         assert (runs / f"Lauf {i} ☃" / "result.json").is_file()
-    return 2, "trained, attacked and saved there"
+    return 2, "trained, attacked and saved"

@@ -23,23 +23,23 @@ def kill_at_random(server: Server, home: Path, expected: dict, times: int, seed:
             kills += 1
         assert result_of(home / "runs" / name) == expected[script], name
         shutil.rmtree(home / "runs" / name)
-    return kills, f"{runs} runs, each resumed to the end; weights, metrics and AutoAttack bit-identical"
+    return kills, f"{runs} runs resumed to the end; weights, metrics and AutoAttack bit-identical"
 
 
 POINTS = {
     "inside the attack": ("attack", 2, 23),
-    "in an optimizer step": ("step", 1, 11),
-    "while last.pt is written": ("write:last.pt", 1, 600_000),
-    "before last.pt is renamed": ("replace:last.pt", 1, 14),
-    "after last.pt is renamed": ("replace:last.pt", 1, 14),
-    "while previous.pt is kept": ("replace:previous.pt", 1, 13),
-    "while metrics.jsonl is written": ("write:metrics.jsonl", 1, 150),
-    "while config.json is written": ("write:config.json", 1, 900),
+    "inside an optimizer step": ("step", 1, 11),
+    "writing last.pt": ("write:last.pt", 1, 600_000),
+    "before renaming last.pt": ("replace:last.pt", 1, 14),
+    "after renaming last.pt": ("replace:last.pt", 1, 14),
+    "renaming previous.pt": ("replace:previous.pt", 1, 13),
+    "writing metrics.jsonl": ("write:metrics.jsonl", 1, 150),
+    "writing config.json": ("write:config.json", 1, 900),
     "inside PGD-20": ("attack", 25, 44),
     "inside AutoAttack": ("autoattack", 1, 2),
-    "while an AutoAttack chunk is written": ("write:chunk-00001.json", 1, 500),
-    "while student.pt is written": ("write:student.pt", 1, 300_000),
-    "while result.json is written": ("write:result.json", 1, 900),
+    "writing an AutoAttack chunk": ("write:chunk-00001.json", 1, 500),
+    "writing student.pt": ("write:student.pt", 1, 300_000),
+    "writing result.json": ("write:result.json", 1, 900),
 }
 
 
@@ -55,7 +55,7 @@ def kill_at_points(server: Server, home: Path, expected: dict, times: int, point
             server.run(script, [*SMALL, "--run_name", name], home, faults=[fault]).expect(-signal.SIGKILL)
             reproduces(server, script, home, name, expected[script])
             shutil.rmtree(home / "runs" / name)
-        yield f"SIGKILL {place}", times, "resumed, bit-identical"
+        yield f"SIGKILL: {place}", times, "resumed, bit-identical"
 
 
 def interrupt(server: Server, home: Path, expected: dict, times: int, seed: int = 2) -> tuple[int, str]:
@@ -90,7 +90,7 @@ def two_processes(server: Server, home: Path) -> tuple[int, str]:
     finally:
         held.release()
     server.run(SCRIPTS[0], [*SMALL, "--run_name", "shared"], home, faults=[("start", 1, "")]).expect(2, "admitted")
-    return 1, "the second is refused, exit status 2"
+    return 1, "the second stops, exit status 2"
 
 
 def clock_jumps(server: Server, home: Path, expected: dict) -> tuple[int, str]:
@@ -100,4 +100,4 @@ def clock_jumps(server: Server, home: Path, expected: dict) -> tuple[int, str]:
     assert result_of(home / "runs" / name) == expected[script]
     seconds = json.loads((home / "runs" / name / "result.json").read_text())["seconds"]
     assert all(0 <= value < SECONDS for value in seconds.values()), seconds
-    return 1, "no effect: durations are of the monotonic clock"
+    return 1, "no effect (durations use the monotonic clock)"

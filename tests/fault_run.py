@@ -47,9 +47,9 @@ def threads(home: Path) -> str:
     relative = abs(losses["threads_1_0"] - losses["threads_2_0"]) / losses["threads_1_0"]
     return (
         "Same seed, same machine, same number of threads: identical bits (two runs each with 1 and with 2 threads). "
-        f"1 against 2 threads, AdaAD+IGDM on digits, after one epoch ({len(size):,} weights and statistics): the loss "
-        f"differs by {relative:.1e} of itself, the weights by at most {difference.abs().max():.1e}, and "
-        f"{difference.norm() / size.norm():.1e} of their norm."
+        f"1 against 2 threads, AdaAD+IGDM on digits, after one epoch ({len(size):,} weights and statistics): relative "
+        f"difference {relative:.1e} in the loss and {difference.norm() / size.norm():.1e} in the norm of the weights; "
+        f"at most {difference.abs().max():.1e} in one weight."
     )
 
 
@@ -96,7 +96,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     os.environ["OMP_NUM_THREADS"] = "1"
     began = time.monotonic()
-    lines = ["| fault | times | what happened |", "|---|---|---|"]
+    lines = ["| fault | times | outcome |", "|---|---|---|"]
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as place:
         faults = everything if args.part == "all" else ranks_only
@@ -108,20 +108,22 @@ def main() -> None:
     if args.write and args.part == "ranks":
         args.write.write_text(with_rows(args.write.read_text(), lines[2:], minutes))
     elif args.write:
-        text = (
-            "# Reliability\n\nFaults injected into real runs (AdaAD and AdaAD+IGDM, RES-8 on digits, CPU), how often, "
-        )
-        text += "and the outcome. A row is printed only after its assertions hold.\n\n"
+        text = "# Reliability\n\nFaults injected into real runs (AdaAD and AdaAD+IGDM, RES-8 on digits, CPU). "
+        text += "A row is written only after its assertions hold.\n\n"
         footer = f"{measured}\n\nPrinted by `make test-faults` in {minutes:.0f} minutes: {machine()}."
         args.write.write_text(text + "\n".join([*lines[:2], *grouped(lines[2:])]) + f"\n\n{footer}\n")
 
 
 def grouped(rows: list[str]) -> list[str]:
-    """Merge neighbouring rows with the same outcome; their counts are added."""
+    """Merge neighbouring rows with the same outcome and add their counts; name a kind ("kind: detail") once."""
     merged = []
     for outcome, group in groupby((row.strip("| ").split(" | ") for row in rows), key=lambda cells: cells[2]):
         faults, times, _ = zip(*group, strict=True)
-        merged.append(f"| {'; '.join(faults)} | {sum(map(int, times))} | {outcome} |")
+        details: dict[str, list[str]] = {}
+        for kind, _, detail in (fault.partition(": ") for fault in faults):
+            details.setdefault(kind, []).append(detail)
+        names = [f"{kind}: {', '.join(found)}" if any(found) else kind for kind, found in details.items()]
+        merged.append(f"| {'; '.join(names)} | {sum(map(int, times))} | {outcome} |")
     return merged
 
 

@@ -14,11 +14,11 @@ def storage(server: Server, home: Path, expected: dict, times: int, seed: int = 
     """Failing writes; then the same command with room again."""
     rng, script = random.Random(seed), SCRIPTS[1]
     kinds = {
-        "no space left while last.pt is written": ("write:last.pt", 1, 600_000, "full"),
-        "no space left while metrics.jsonl is written": ("write:metrics.jsonl", 1, 150, "full"),
-        "no space left while an AutoAttack chunk is written": ("write:chunk-00000.json", 1, 300, "full"),
-        "no space left while student.pt is written": ("write:student.pt", 1, 300_000, "full"),
-        "no space left while result.json is written": ("write:result.json", 1, 900, "full"),
+        "no space left: last.pt": ("write:last.pt", 1, 600_000, "full"),
+        "no space left: metrics.jsonl": ("write:metrics.jsonl", 1, 150, "full"),
+        "no space left: an AutoAttack chunk": ("write:chunk-00000.json", 1, 300, "full"),
+        "no space left: student.pt": ("write:student.pt", 1, 300_000, "full"),
+        "no space left: result.json": ("write:result.json", 1, 900, "full"),
         "fsync fails (I/O error)": ("fsync", 3, 28, "broken"),
     }
     for i, (kind, (point, low, high, action)) in enumerate(kinds.items()):
@@ -59,18 +59,18 @@ def real_mounts(server: Server, home: Path, expected: dict) -> Iterator[tuple[st
             server.run(script, flags, home).expect(0)
             assert result_of(home / "full" / "r") == expected[script]
         outcome = "one line, exit status 2; resumed after space was freed, bit-identical" if done else denied
-        yield "a disk (tmpfs) that fills up in mid-run", int(done), outcome
+        yield "disk (tmpfs) that fills up during a run", int(done), outcome
     with mounted(home / "small", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as done:
         if done:
             flags = [*SMALL, "--run_dir", home / "small", "--run_name", "r"]
             server.run(script, flags, home).expect(2, "error: .*needs 2 MiB for checkpoints, the disk has")
         yield (
-            "a disk too small for the checkpoints",
+            "disk too small for the checkpoints",
             int(done),
-            "refused at the start, exit status 2" if done else denied,
+            "error before training, exit status 2" if done else denied,
         )
     with mounted(home / "read_only", "-t", "tmpfs", "-o", "ro", "tmpfs") as done:
         if done:
             flags = [*SMALL, "--run_dir", home / "read_only", "--run_name", "r"]
             server.run(script, flags, home).expect(2, "error: cannot write .*Read-only file system; choose another")
-        yield "a read-only run folder", int(done), "refused at the start, exit status 2" if done else denied
+        yield "read-only run folder", int(done), "error before training, exit status 2" if done else denied

@@ -63,7 +63,7 @@ def test_another_seed_is_another_run(small):
     assert result_of(small.home / "runs" / "seed1")["rows"] != small.expected[SCRIPTS[0]]["rows"]
 
 
-@pytest.mark.parametrize("place", ["while last.pt is written", "inside PGD-20", "while an AutoAttack chunk is written"])
+@pytest.mark.parametrize("place", ["writing last.pt", "inside PGD-20", "writing an AutoAttack chunk"])
 def test_killed_run_goes_on(small, place):
     point, low, high = POINTS[place]
     fault = (point, random.Random(place).randint(low, high), "kill")
