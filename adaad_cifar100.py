@@ -27,20 +27,20 @@ RECIPE = {
 
 
 def training_loss(student, teacher, x, y, epoch, args):
-    """Terms of the loss of one batch, to be summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
+    """Loss terms of one batch, which are summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
     budget = args.epsilon, args.step_size, args.steps
     x_adv = attacks.perturb(args.attack, student, teacher, x, y, *budget, teacher_every=args.teacher_every)
     with torch.no_grad(), attacks.frozen(teacher):
         teacher_adv = teacher(x_adv)
     with torch.no_grad():
-        student(x)  # no loss term, but it moves the BatchNorm statistics (Fidelity note 2)
+        student(x)  # no loss term; updates the BatchNorm statistics (Fidelity note 2)
     student_adv = student(x_adv)
     terms = {"adaad": rslad_loss.adaad(student_adv, teacher_adv)}
     return terms
 
 
 def main():
-    """Train, evaluate and attack one student; the same command again resumes."""
+    """Train, evaluate and attack one student; the same command resumes."""
     args = cli.parse_args(__file__, RECIPE)
     run = Run(args, __file__, RECIPE)
     images = data.load_data(args.dataset, args.data_dir, run.device, **data.selection(args))

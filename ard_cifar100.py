@@ -29,19 +29,19 @@ RECIPE = {
 
 
 def training_loss(student, teacher, x, y, epoch, args):
-    """Terms of the loss of one batch, to be summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
+    """Loss terms of one batch, which are summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
     x_adv = attacks.perturb(args.attack, student, teacher, x, y, args.epsilon, args.step_size, args.steps)
     with torch.no_grad(), attacks.frozen(teacher):
         teacher_logits = teacher(x_adv if args.target == "adversarial" else x)
     with torch.no_grad():
-        student(x)  # no loss term, but it moves the BatchNorm statistics (Fidelity note 2)
+        student(x)  # no loss term; updates the BatchNorm statistics (Fidelity note 2)
     student_adv = student(x_adv)
     terms = {"ard": rslad_loss.ard(student_adv, teacher_logits, y, args.ce_weight)}
     return terms
 
 
 def main():
-    """Train, evaluate and attack one student; the same command again resumes."""
+    """Train, evaluate and attack one student; the same command resumes."""
     args = cli.parse_args(__file__, RECIPE)
     run = Run(args, __file__, RECIPE)
     images = data.load_data(args.dataset, args.data_dir, run.device, **data.selection(args))

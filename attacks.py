@@ -4,7 +4,7 @@ Conventions of every public attack here:
     x is (N, C, H, W) in [0, 1]; y is (N,) int64; epsilon and step_size are in the same units, pixels in [0, 1].
     Returns x_adv with the shape, dtype and device of x, detached, with |x_adv - x| <= epsilon and values in [0, 1].
     Networks run in eval mode with frozen parameters during the attack; the mode of every submodule and every
-    requires_grad are restored afterwards, also when the attack raises. No ``.grad`` is touched.
+    requires_grad are restored afterwards, also after an exception. No ``.grad`` is changed.
     A random start is one draw per call from the global generator of x's device, in contiguous layout, so that the
     result does not depend on the memory format of x.
 """
@@ -32,10 +32,10 @@ _step: ContextVar[Callable[..., Tensor] | None] = ContextVar("step", default=Non
 
 @contextmanager
 def shard_of(first: int, total: int) -> Iterator[None]:
-    """Let random starts be the rows from `first` on of a draw for `total` images.
+    """Draw random starts for `total` images and use the rows from `first` on.
 
-    With several ranks, each holding a slice of the global batch and the same generator state, every image then gets
-    the start that it would get in one process, and the generators stay in step.
+    With several ranks that share the generator state and each hold a slice of the global batch, every image gets the
+    same start as in a single process, and the generators stay synchronised.
     """
     token = _shard.set((first, total))
     try:
@@ -46,16 +46,16 @@ def shard_of(first: int, total: int) -> Iterator[None]:
 
 @contextmanager
 def frozen(*models: nn.Module) -> Iterator[None]:
-    """Put the models in eval mode with parameters that require no gradient; restore each flag on exit.
+    """Put the models in eval mode and turn off requires_grad of their parameters; restore each flag on exit.
 
-    Mode: eval inside; every submodule's own flag restored. Gradients: freezing spares the backward pass the weight
-    gradients, which a compiled graph would compute even for ``autograd.grad(loss, [x])``.
+    Each submodule gets its own mode back. Without frozen parameters, a compiled graph would compute weight gradients
+    even for ``autograd.grad(loss, [x])``.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
     grads = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
     try:
         for module, _ in modes:
-            # Set flag by flag: a frozen teacher's train() and eval() may refuse to pass the call on.
+            # Set each flag directly: train() and eval() of a frozen teacher may ignore the call.
             module.training = False
         for parameter, _ in grads:
             parameter.requires_grad_(False)
@@ -68,7 +68,7 @@ def frozen(*models: nn.Module) -> Iterator[None]:
 
 
 def _global_draw(x: Tensor, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
-    """One draw of x's shape, or x's rows of a draw for the whole global batch (see `shard_of`)."""
+    """Draw noise of x's shape, or take x's rows of a draw for the global batch (see `shard_of`)."""
     shard = _shard.get()
     if shard is None:
         return draw(tuple(x.shape))
@@ -83,7 +83,7 @@ def uniform_start(x: Tensor, epsilon: float) -> Tensor:
         ValueError: epsilon is negative or NaN.
     """
     if not epsilon >= 0:
-        raise ValueError(f"epsilon {epsilon} is not allowed; a radius from 0")
+        raise ValueError(f"epsilon {epsilon} is out of range (expected epsilon >= 0)")
     noise = _global_draw(
         x, lambda shape: torch.empty(shape, dtype=x.dtype, device=x.device).uniform_(-epsilon, epsilon)
     )
@@ -91,20 +91,20 @@ def uniform_start(x: Tensor, epsilon: float) -> Tensor:
 
 
 def gaussian_start(x: Tensor) -> Tensor:
-    """x + 0.001 N(0, 1), not clamped, as in RSLAD's and AdaAD's releases; one float32 draw."""
+    """x + 0.001 N(0, 1), not clamped, as in the released code of RSLAD and AdaAD; one float32 draw."""
     noise = _global_draw(x, lambda shape: torch.randn(shape, dtype=torch.float32, device=x.device))
     return (x + 0.001 * noise).to(x.dtype)
 
 
 def project(x_adv: Tensor, x: Tensor, epsilon: float) -> Tensor:
-    """Clamp x_adv into the epsilon-ball around x, then into [0, 1]; overwrites x_adv."""
+    """Clamp x_adv to the epsilon-ball around x, then to [0, 1], in place."""
     return torch.clamp(x_adv, min=x - epsilon, max=x + epsilon, out=x_adv).clamp_(0, 1)
 
 
 def sign_step(
     objective: Callable[..., Tensor], x_adv: Tensor, x: Tensor, epsilon: float, step_size: float, given: tuple
 ) -> Tensor:
-    """One step of `ascend`: x_adv moved along the sign of the gradient of objective(x_adv, *given), and projected."""
+    """Take one step of `ascend`: move x_adv along the sign of the gradient of objective(x_adv, *given), and project."""
     x_adv = x_adv.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(objective(x_adv, *given), [x_adv])
     with torch.no_grad():
@@ -113,7 +113,7 @@ def sign_step(
 
 @contextmanager
 def steps_by(step: Callable[..., Tensor]) -> Iterator[None]:
-    """Let `ascend` take its steps by a function that computes what `sign_step` does, in a faster way."""
+    """Let `ascend` use a faster implementation of `sign_step`."""
     token = _step.set(step)
     try:
         yield
@@ -133,14 +133,14 @@ def ascend(
     """L-infinity sign ascent on `objective` from `start`, projected after every step.
 
     Args:
-        objective: maps x_adv (N, C, H, W), and `given`, to a scalar that is a sum over images. A sum, not a mean: the
-            sign is the same, and an image's path does not depend on who shares its batch.
+        objective: maps x_adv (N, C, H, W) and `given` to a scalar, a sum over images. With a mean, rounding would let
+            an image's path depend on the other images of its batch.
         x: (N, C, H, W) in [0, 1], the centre of the ball.
-        start: (N, C, H, W), the first point; may lie outside [0, 1].
+        start: (N, C, H, W), the first point; may be outside [0, 1].
         epsilon: radius >= 0.
         step_size: >= 0.
         steps: number of gradient steps >= 0; 0 returns the projected start.
-        given: tensors that the objective takes beside x_adv, constant during the attack.
+        given: further arguments of the objective, constant during the attack.
 
     Returns:
         x_adv as in the module's conventions.
@@ -151,7 +151,7 @@ def ascend(
     Source: Madry et al., ICLR 2018, eq. 2; projection: epsilon-ball first, then [0, 1].
     """
     if not (epsilon >= 0 and step_size >= 0 and steps >= 0):
-        raise ValueError(f"epsilon {epsilon}, step_size {step_size}, steps {steps} are not allowed; all from 0")
+        raise ValueError(f"epsilon {epsilon}, step_size {step_size}, steps {steps}: all must be at least 0")
     x, x_adv = x.detach(), start.detach()
     step = _step.get() or sign_step
     with torch.enable_grad():
@@ -161,7 +161,7 @@ def ascend(
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float = EPSILON, random_start: bool = False) -> Tensor:
-    """One step of length epsilon on CE(model(x), y), from x or from a uniform start in the ball.
+    """Take one step of length epsilon on CE(model(x), y), from x or from a uniform start in the ball.
 
     Source: Goodfellow et al., ICLR 2015. See the module's conventions for shapes, ranges and side effects.
     """
@@ -195,7 +195,7 @@ def cw(
 ) -> Tensor:
     """argmax max_{j != y} model(x + delta)_j - model(x + delta)_y, uniform start: the L-infinity C&W attack.
 
-    Source: the margin loss of Carlini & Wagner, S&P 2017 (f_6 at kappa = infinity), maximised by PGD as is usual in
+    Source: the margin loss of Carlini & Wagner, S&P 2017 (f_6 at kappa = infinity), maximised by PGD as in
     the distillation literature.
     """
 
@@ -308,7 +308,7 @@ def igdm(
 ) -> Tensor:
     """argmax L_IGDM with beta = gamma = 1: KL(T(x+d) - T(x-d) || S(x+d) - S(x-d)), uniform start.
 
-    The gradient reaches x_adv through all four branches; the minus branches, at 2x - x_adv, with the sign of d's.
+    The gradient reaches x_adv through all four branches, the minus branches being evaluated at 2x - x_adv.
 
     Source: Lee, Cho, Kim, ICLR 2025 (IGDM used as the inner loss). See the module's conventions for the rest.
     """
@@ -336,16 +336,16 @@ def perturb(
     teacher_clean: Tensor | None = None,
     teacher_every: int = 1,
 ) -> Tensor:
-    """Run the inner maximisation called `attack`: the one line of a training step that ``--attack`` chooses.
+    """Run the inner maximisation that ``--attack`` selects.
 
     Args:
         attack: ``pgd`` (ARD: argmax CE(S(x+d), y)), ``rslad`` (argmax KL(T(x) || S(x+d))), ``adaad``
             (argmax KL(T(x+d) || S(x+d))) or ``igdm`` (argmax L_IGDM).
-        teacher_clean: (N, C), T(x) for ``rslad`` from a caller that needs it too; computed here if None.
+        teacher_clean: (N, C), T(x) for ``rslad``, if the caller has it already; computed if None.
         teacher_every: for ``adaad``: evaluate the teacher at every K-th step only.
 
     Raises:
-        ValueError: attack is none of these.
+        ValueError: attack is not one of these names.
     """
     if attack == "pgd":
         return pgd(student, x, y, epsilon, step_size, steps)

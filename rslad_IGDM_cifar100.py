@@ -39,19 +39,19 @@ RECIPE = {
 
 
 def training_loss(student, teacher, x, y, epoch, args):
-    """Terms of the loss of one batch, to be summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
+    """Loss terms of one batch, which are summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
     budget = (args.epsilon, args.step_size, args.steps)
-    with torch.no_grad(), attacks.frozen(teacher):  # the attack switches on the gradients that it needs
-        teacher_clean = teacher(x)  # once: the attack's target is the loss's too
+    with torch.no_grad(), attacks.frozen(teacher):  # the attack enables the gradients that it needs
+        teacher_clean = teacher(x)  # used by the attack and the loss
         x_adv = attacks.perturb(args.attack, student, teacher, x, y, *budget, teacher_clean)
-        x_plus = x_adv if args.beta == 1 else x + args.beta * (x_adv - x)  # β = 1: x_adv itself, to the bit
+        x_plus = x_adv if args.beta == 1 else x + args.beta * (x_adv - x)  # β = 1: exactly x_adv
         x_minus = x - args.gamma * (x_adv - x)  # not clamped to [0, 1], as published
         teacher_logits = teacher(x_adv) if args.target == "adversarial" else teacher_clean
         teacher_plus, teacher_minus = teacher(x_plus), teacher(x_minus)
-    student_adv = student(x_adv)  # first, as in RSLAD's release (Fidelity note 2)
+    student_adv = student(x_adv)  # first, as in RSLAD's released code (Fidelity note 2)
     student_plus = student(x_plus)
     with torch.set_grad_enabled(args.clean_weight > 0):
-        student_clean = student(x)  # without its loss term it still moves the BatchNorm statistics
+        student_clean = student(x)  # needed for the BatchNorm statistics even without a loss term
     student_minus = student(x_minus)
     weights = {"clean_weight": args.clean_weight, "loss_scale": args.loss_scale, "teacher_clean": teacher_clean}
     terms = {"rslad": rslad_loss.rslad(student_adv, teacher_logits, student_clean, **weights)}
@@ -61,7 +61,7 @@ def training_loss(student, teacher, x, y, epoch, args):
 
 
 def main():
-    """Train, evaluate and attack one student; the same command again resumes."""
+    """Train, evaluate and attack one student; the same command resumes."""
     args = cli.parse_args(__file__, RECIPE)
     run = Run(args, __file__, RECIPE)
     images = data.load_data(args.dataset, args.data_dir, run.device, **data.selection(args))

@@ -2,8 +2,8 @@
 
 Every function takes logits of shape (N, C), reduces to a scalar by the mean over the batch (``batchmean``: sum
 over classes, mean over images) and computes in at least float32, whatever precision the networks ran in.
-Gradients flow into every argument that requires them; targets that must not move arrive without a graph.
-The file keeps the name it has in RSLAD's release.
+Gradients flow into every argument that requires them; pass targets without a graph.
+The file has the name that it has in RSLAD's released code.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Return half-precision logits as float32 and leave float32 and float64 alone."""
+    """Convert half-precision logits to float32; return float32 and float64 unchanged."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
@@ -22,21 +22,23 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, reduction: str
     Args:
         student_logits: (N, C), any real values.
         teacher_logits: (N, C), any real values.
-        reduction: ``sum`` adds the images up instead, as attacks do; ``none`` keeps the (N, C) terms.
+        reduction: ``sum`` adds over images, as attacks do; ``none`` returns the (N, C) terms.
 
     Returns:
         Scalar >= 0 up to rounding.
 
     Raises:
-        ValueError: the shapes differ; one teacher row would otherwise silently serve all students.
+        ValueError: the shapes differ (a single teacher row would otherwise be broadcast).
 
     Source: Hinton et al. 2015 at temperature 1; ``kl_div(log_softmax(S), softmax(T), batchmean)``.
     """
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"logits of shapes {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)} differ")
+        raise ValueError(
+            f"student logits {tuple(student_logits.shape)}, teacher logits {tuple(teacher_logits.shape)}: shapes differ"
+        )
     log_student = F.log_softmax(at_least_float32(student_logits), dim=1)
-    # log_target: with probabilities as target, a softmax that underflows to 0 has the gradient log(0) = -inf, and
-    # AdaAD's attack, which differentiates the teacher too, would turn that into NaN.
+    # log_target: where a teacher probability underflows to 0, the gradient of the target would be log(0) = -inf, and
+    # AdaAD's attack, which differentiates the teacher too, would produce NaN.
     log_teacher = F.log_softmax(at_least_float32(teacher_logits), dim=1)
     return F.kl_div(log_student, log_teacher, reduction=reduction, log_target=True)
 
@@ -78,9 +80,9 @@ def rslad(
         teacher_logits: (N, C), T(x_adv), or T(x) as in the paper (``--target``).
         student_clean: (N, C), S(x); needed only if clean_weight is not 0.
         clean_weight: share of the clean term in [0, 1]; 1/6 in the paper.
-        loss_scale: factor on the whole; 0.1 in the release, whose mean runs over N x 100 entries and is multiplied
-            by 10 (it also acts as a learning rate: IGDM's alpha is relative to it).
-        teacher_clean: (N, C), T(x); teacher_logits if absent.
+        loss_scale: factor of the whole loss; 0.1 in the released code, which averages over N x 100 entries and
+            multiplies by 10. It also acts as a learning rate, and IGDM's alpha is relative to it.
+        teacher_clean: (N, C), T(x); default teacher_logits.
 
     Returns:
         Scalar.
@@ -117,8 +119,8 @@ def adaad(student_adv: Tensor, teacher_adv: Tensor) -> Tensor:
 def igdm(student_plus: Tensor, student_minus: Tensor, teacher_plus: Tensor, teacher_minus: Tensor) -> Tensor:
     """KL(T(x + beta delta) - T(x - gamma delta) || S(x + beta delta) - S(x - gamma delta)).
 
-    The softmax is taken of the logit differences, which to first order are <input gradient, (beta + gamma) delta>:
-    matching them matches the input gradients without ever computing one.
+    The softmax is taken of the logit differences. To first order they are <input gradient, (beta + gamma) delta>, so
+    matching them matches the input gradients along delta without computing them.
 
     Args:
         student_plus: (N, C), the student's logits at x + beta delta.
@@ -131,7 +133,7 @@ def igdm(student_plus: Tensor, student_minus: Tensor, teacher_plus: Tensor, teac
 
     Source: Lee, Cho, Kim, Indirect Gradient Matching for Adversarial Robust Distillation, ICLR 2025, eq. 9.
     """
-    # Half precision is widened before the subtraction: the difference is what carries the signal.
+    # Convert half precision before the subtraction, which would otherwise lose the small difference.
     student_change = at_least_float32(student_plus) - at_least_float32(student_minus)
     teacher_change = at_least_float32(teacher_plus) - at_least_float32(teacher_minus)
     return kl_divergence(student_change, teacher_change)

@@ -1,7 +1,7 @@
 """Train a robust teacher of your own: TRADES (Zhang et al., ICML 2019) or PGD-AT (Madry et al., ICLR 2018).
 
 The attack and the loss are those of examples/trades_cifar100.py and examples/pgd_at_cifar100.py (--objective).
-The run folder, and the student.pt in it, are what --teacher takes in the method scripts.
+In the method scripts, --teacher takes the run folder or its student.pt.
 """
 
 from cifar100_models import build_model
@@ -22,7 +22,7 @@ LOSSES = {"TRADES": trades_cifar100.training_loss, "PGD-AT": pgd_at_cifar100.tra
 
 
 def main():
-    """Train, evaluate and attack one teacher; the same command again resumes."""
+    """Train, evaluate and attack one teacher; the same command resumes."""
     args = cli.parse_args(__file__, RECIPE)
     run = Run(args, __file__, RECIPE)
     images = data.load_data(args.dataset, args.data_dir, run.device, **data.selection(args))

@@ -30,9 +30,9 @@ RECIPE = {
 
 
 def training_loss(student, teacher, x, y, epoch, args):
-    """Terms of the loss of one batch, to be summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
+    """Loss terms of one batch, which are summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
     x_adv = attacks.pgd(student, x, y, args.epsilon, args.step_size, args.steps)
-    x_plus = x_adv if args.beta == 1 else x + args.beta * (x_adv - x)  # β = 1: x_adv itself, to the bit
+    x_plus = x_adv if args.beta == 1 else x + args.beta * (x_adv - x)  # β = 1: exactly x_adv
     x_minus = x - args.gamma * (x_adv - x)  # not clamped to [0, 1], as published
     with torch.no_grad(), attacks.frozen(teacher):
         teacher_plus, teacher_minus = teacher(x_plus), teacher(x_minus)
@@ -46,7 +46,7 @@ def training_loss(student, teacher, x, y, epoch, args):
 
 
 def main():
-    """Train, evaluate and attack one student; the same command again resumes."""
+    """Train, evaluate and attack one student; the same command resumes."""
     args = cli.parse_args(__file__, RECIPE)
     run = Run(args, __file__, RECIPE)
     images = data.load_data(args.dataset, args.data_dir, run.device, **data.selection(args))

@@ -23,7 +23,7 @@ RECIPE = {
 
 
 def training_loss(student, teacher, x, y, epoch, args):
-    """Terms of the loss of one batch, to be summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
+    """Loss terms of one batch, which are summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
     x_adv = attacks.pgd(student, x, y, args.epsilon, args.step_size, args.steps)
     student_adv = student(x_adv)
     terms = {"robust": F.cross_entropy(rslad_loss.at_least_float32(student_adv), y)}
@@ -31,7 +31,7 @@ def training_loss(student, teacher, x, y, epoch, args):
 
 
 def main():
-    """Train, evaluate and attack one student; the same command again resumes."""
+    """Train, evaluate and attack one student; the same command resumes."""
     args = cli.parse_args(__file__, RECIPE)
     run = Run(args, __file__, RECIPE)
     images = data.load_data(args.dataset, args.data_dir, run.device, **data.selection(args))

@@ -49,7 +49,7 @@ def kl(student_logits, teacher_logits):
 
 
 def training_loss(student, teacher, x, y, epoch, args):
-    """Terms of the loss of one batch, to be summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
+    """Loss terms of one batch, which are summed; x (N, 3, H, W) in [0, 1], y (N,), epoch from 1."""
     x_adv, teacher_clean = linearised_attack(student, teacher, x, y, args.epsilon, args.step_size, args.steps)
     x_minus = 2 * x - x_adv
     with torch.no_grad(), attacks.frozen(teacher):
@@ -66,7 +66,7 @@ def training_loss(student, teacher, x, y, epoch, args):
 
 
 def main():
-    """Train, evaluate and attack one student; the same command again resumes."""
+    """Train, evaluate and attack one student; the same command resumes."""
     args = cli.parse_args(__file__, RECIPE)
     run = Run(args, __file__, RECIPE)
     images = data.load_data(args.dataset, args.data_dir, run.device, **data.selection(args))
