@@ -316,8 +316,8 @@ def test_cuda_without_a_number_is_a_device_with_one(flag, rank, index, monkeypat
 @pytest.mark.parametrize(
     ("flag", "gpus", "said"),
     [
-        ("cuda:1", 2, "--device cuda:1 is not allowed with 2 processes"),
-        ("cuda", 1, "started 2 processes here, torch sees 1"),
+        ("cuda:1", 2, "--device cuda:1 with 2 processes: use --device cuda"),
+        ("cuda", 1, "started 2 processes, but torch sees 1 GPU"),
     ],
 )
 def test_processes_that_would_share_a_gpu_are_refused(flag, gpus, said, monkeypatch):

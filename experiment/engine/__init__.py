@@ -1,4 +1,4 @@
-"""The machine under a run: device, precision, ranks, and networks that do no work twice."""
+"""Device, precision and ranks of a run, and accelerated networks."""
 
 from experiment.engine.accelerated import Accelerated
 from experiment.engine.machine import Engine, cpu_name

@@ -1,15 +1,15 @@
-"""The same functions, with less work: a network wrapped so that a training step runs only what the mathematics needs.
+"""A wrapper that avoids redundant passes of a network in a training step.
 
 ``Accelerated(model)`` is called like the model and computes the same logits and the same BatchNorm statistics:
 
 - frozen eval-mode passes (attacks, teacher, evaluation) run on a view with BatchNorm folded into convolutions;
-- a pass of the very tensor that this step has run before is not run again (beta = 1: the plus point is x_adv; a T(x)
-  that the attack used): its logits are given again, and in train mode the BatchNorm statistics move as the
-  second pass would have moved them;
-- with compile, both go through torch.compile, at one static shape; other shapes (the last, odd batch) run eagerly.
+- a repeated pass of the same tensor within a step is not computed again (with beta = 1 the plus point is x_adv; the
+  attack and the loss share T(x)): its logits are reused, and in train mode the BatchNorm statistics are updated as by
+  a second pass;
+- with compile, both use torch.compile at one static shape; other shapes (a smaller last batch) run eagerly.
 
-The equality is tested in float64 against the plain networks (tests/test_accelerate.py), and the gain is measured by
-``python -m benchmarks.training_step``.
+tests/test_accelerate.py compares with the plain networks in float64; ``python -m benchmarks.training_step`` measures
+the speedup.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from experiment.engine.folding import FoldedConv, folded_view
 
 @dataclass
 class RememberedPass:
-    """One forward pass of this step, kept for a repetition."""
+    """A forward pass of this step, kept for reuse."""
 
     x: Tensor
     version: int
@@ -34,12 +34,12 @@ class RememberedPass:
     statistics_added: Tensor | None
 
     def is_of(self, x: Tensor, train: bool, grad: bool, weights: int) -> bool:
-        """Whether a pass of x in this mode, with weights of this version, is the same pass."""
+        """Return whether a pass of x in this mode, with weights of this version, is the same pass."""
         return self.x is x and (self.version, self.train, self.grad, self.weights) == (x._version, train, grad, weights)
 
 
 class View:
-    """A folded view that follows the weights it was made of. No module: its weights are no one's parameters."""
+    """A folded view that is kept up to date with its source weights. Not a module, so that it has no parameters."""
 
     def __init__(self, graph: fx.GraphModule, compiled: bool) -> None:
         self.graph = graph
@@ -49,11 +49,11 @@ class View:
         self._made_from: tuple[int, ...] | None = None
 
     def forget(self) -> None:
-        """Something moved that leaves no trace in a version."""
+        """Recompute at the next refresh, after a change that tensor versions do not show."""
         self._made_from = None
 
     def refresh(self) -> None:
-        """Follow the weights, unless none has moved."""
+        """Recompute the folded weights if any source weight has changed."""
         versions = tuple(tensor._version for tensor in self._sources)
         if versions != self._made_from:
             for layer in self._layers:
@@ -62,10 +62,10 @@ class View:
 
 
 class Accelerated(nn.Module):
-    """A network that is called like `model`, shares its weights, and does no work twice."""
+    """A network that is called like `model`, shares its weights, and skips redundant passes."""
 
     def __init__(self, model: nn.Module, *, compiled: bool, batch: int) -> None:
-        """Wrap a network; its weights stay where they are.
+        """Wrap a network without copying its weights.
 
         Args:
             model: the student or the teacher.
@@ -73,13 +73,13 @@ class Accelerated(nn.Module):
             batch: the usual number of images.
 
         Attributes:
-            view: the folded view that frozen passes run on; None where the model cannot be traced.
+            view: the folded view that frozen passes use; None if the model cannot be traced.
         """
         super().__init__()
         self.model, self.batch = model, batch
         graph = folded_view(model)
         self.view = None if graph is None else View(graph, compiled)
-        self._weights = tuple(model.parameters())  # walking the modules at each call takes longer than the rest of it
+        self._weights = tuple(model.parameters())  # walking the modules at each call is slow
         self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._replays = all(norm.track_running_stats and norm.momentum is not None for norm in self._norms)
         norms = self._norms if self._replays else []
@@ -89,17 +89,17 @@ class Accelerated(nn.Module):
         self._compiled = (torch.compile(model, dynamic=False) if compiled else model,)  # in a tuple: no submodule
 
     def begin_step(self) -> None:
-        """From now on remember passes; forget those of the step before."""
+        """Start to remember passes, and forget those of the previous step."""
         self._passes = []
 
     def end_step(self) -> None:
-        """Forget the passes, so that their activations can be freed, and remember no more."""
+        """Stop to remember passes, and forget them so that their activations can be freed."""
         self._passes = None
 
     def weights_moved(self) -> None:
-        """Forget what follows from the weights; for changes that leave no trace in a tensor's version.
+        """Forget results that depend on the weights, after a change that tensor versions do not show.
 
-        A fused optimizer makes such changes, and so does whoever writes to ``parameter.data``.
+        A fused optimizer makes such changes, and so do writes to ``parameter.data``.
         """
         if self.view is not None:
             self.view.forget()
@@ -130,12 +130,12 @@ class Accelerated(nn.Module):
         return max(((ours - eager).abs().max() / (eager.max() - eager.min())).item() for eager, ours in pairs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The model's logits of x (N, 3, H, W)."""
+        """Return the model's logits of x (N, 3, H, W)."""
         train, grad = self.model.training, torch.is_grad_enabled()
         if train:
             self._statistics_move()
         if self._passes is None or (grad and not train) or (train and not self._replays):
-            # Attack steps, whose x is new each time, and everything outside of a training step.
+            # Attack steps, whose x is always new, and everything outside a training step.
             return self._run(x)
         weights = sum(p._version for p in self._weights)
         for earlier in self._passes:
@@ -155,18 +155,18 @@ class Accelerated(nn.Module):
         if self.model.training:
             return self._compiled[0](x) if usual else self.model(x)
         if torch.is_grad_enabled() and any(p.requires_grad for p in self._weights):
-            return self.model(x)  # gradients of the weights are wanted
+            return self.model(x)  # weight gradients are needed
         if view is None:
             return self._compiled[0](x) if usual else self.model(x)
         view.refresh()
         return view.compiled(x) if usual else view.graph(x)
 
-    # A train-mode pass moves every running statistic r to (1 - m) r + m s, where s depends on x and the weights only.
-    # What it adds, m s = r_after - (1 - m) r_before, is all that a repetition of the pass needs. All statistics go in
-    # one tensor: a GPU takes as long to start work on one number as on ten thousand.
+    # A train-mode pass updates every running statistic r to (1 - m) r + m s, where s depends on x and the weights only.
+    # A repeated pass needs only the added part, m s = r_after - (1 - m) r_before. All statistics are in one tensor, to
+    # launch few kernels.
 
     def _statistics_move(self) -> None:
-        """A train-mode pass, run or repeated, moves what eval-mode passes depend on, without a trace in its version."""
+        """Forget eval-mode results: train-mode passes update the statistics, which tensor versions do not show."""
         if self.view is not None:
             self.view.forget()
         if self._passes is not None:
@@ -179,7 +179,7 @@ class Accelerated(nn.Module):
         parts = iter(added.split([len(statistic) for norm in self._norms for statistic in _running(norm)]))
         for norm in self._norms:
             for statistic in _running(norm):
-                # .data: as in BatchNorm's own forward, the graph of the pass must not see that statistics moved on.
+                # .data: as in BatchNorm's forward, the update must not invalidate the graph of the pass.
                 torch.add(next(parts), statistic.data, alpha=1 - norm.momentum, out=statistic.data)
             norm.num_batches_tracked += 1
 

@@ -1,7 +1,7 @@
 """The gradient step of an attack as a CUDA graph.
 
-A step runs two networks forward and backward to the input, then moves the images. That is some thousand kernels, and
-the host needs longer to launch them than an H200 needs to run them. A graph launches all of them at once.
+A step runs two networks forward and backward to the input, then updates the images. These are some thousand kernels,
+and launching them takes the host longer than running them takes an H200. A graph launches all of them at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,16 +16,15 @@ import attacks
 class GraphedStep:
     """A step for ``attacks.steps_by`` that captures `attacks.sign_step` once and replays it.
 
-    Batches of another size, networks without a folded view, and objectives that keep something from one step to the
-    next (``--teacher_every``) take `attacks.sign_step` as it is. On the CPU, which has no graphs, the same work is done
-    on the same static buffers.
+    Other batch sizes, networks without a folded view, and objectives with state (``--teacher_every``) use
+    `attacks.sign_step` directly. On the CPU, which has no graphs, the step runs eagerly on the same static buffers.
     """
 
     def __init__(self, networks: Sequence[Any], batch: int) -> None:
-        """Nothing is captured before the first step.
+        """Prepare; the first step captures.
 
         Args:
-            networks: the accelerated networks; their views follow the weights before each step.
+            networks: the accelerated networks; their views are refreshed before each step.
             batch: the usual number of images.
         """
         self._networks, self._batch = networks, batch
@@ -40,7 +39,7 @@ class GraphedStep:
         step_size: float,
         given: tuple[Tensor, ...],
     ) -> Tensor:
-        """One step, as ``attacks.sign_step``; the result is a tensor of its own."""
+        """Take one step like ``attacks.sign_step``; return a new tensor."""
         models = tuple(cell.cell_contents for cell in objective.__closure__ or ())
         stateless = all(isinstance(model, nn.Module) for model in models)
         if len(x) != self._batch or not stateless or any(network.view is None for network in self._networks):
@@ -59,7 +58,7 @@ class GraphedStep:
                 moved, centre, *rest = buffers
                 moved.copy_(attacks.sign_step(objective, moved, centre, epsilon, step_size, tuple(rest)))
 
-            # The models are kept, so that no other object can take their ids.
+            # Keep the models, so that their ids stay unique.
             self._captured[key] = (buffers, _captured(run, x.device), models)
         buffers, replay, _ = self._captured[key]
         for buffer, tensor in zip(buffers, inputs, strict=True):
@@ -69,12 +68,12 @@ class GraphedStep:
 
 
 def _captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """What does run()'s work again: the replay of a CUDA graph; on the CPU, run itself."""
+    """Return the replay of a CUDA graph of run(); on the CPU, run itself."""
     if device.type != "cuda":
         return run
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # kernels are chosen and compiled outside of the capture
+    with torch.cuda.stream(side):  # choose and compile kernels before the capture
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(side)

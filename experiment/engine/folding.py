@@ -1,4 +1,4 @@
-"""BatchNorm folded into convolutions: a view of a network for its frozen eval-mode passes."""
+"""A view of a network with BatchNorm folded into convolutions, for frozen eval-mode passes."""
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,11 @@ from attacks import frozen
 
 
 class FoldedConv(nn.Module):
-    """A convolution with the eval-mode BatchNorm after it: its weights are made of the two layers' by `refresh`."""
+    """A convolution with the eval-mode BatchNorm that follows it; `refresh` computes its weights from both layers."""
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
         super().__init__()
-        self._origin = (conv, bn)  # in a tuple: not submodules of this one
+        self._origin = (conv, bn)  # in a tuple, so that they are not submodules
         weight = torch.empty_like(conv.weight, memory_format=torch.channels_last, requires_grad=False)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", weight.new_empty(len(weight)))
@@ -23,14 +23,14 @@ class FoldedConv(nn.Module):
 
     @property
     def sources(self) -> list[Tensor]:
-        """The tensors that the folded weights are made of."""
+        """The tensors from which the folded weights are computed."""
         conv, bn = self._origin
         found = [conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var]
         return [tensor for tensor in found if tensor is not None]
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make the weights anew, in place: compiled code and CUDA graphs keep their addresses."""
+        """Recompute the weights in place: compiled code and CUDA graphs keep their addresses."""
         conv, bn = self._origin
         scale = torch.rsqrt(bn.running_var + bn.eps)
         if bn.weight is not None:
@@ -41,20 +41,19 @@ class FoldedConv(nn.Module):
 
 
 def folded_view(model: nn.Module) -> fx.GraphModule | None:
-    """A view of the model's eval-mode forward in which each BatchNorm that follows a convolution is folded into it.
+    """Trace the model's eval-mode forward and fold each BatchNorm that follows a convolution into it.
 
-    Modules that cannot be folded are shared with the model. Returns None, so that the model runs as it is, where a view
-    would not be the model: its forward cannot be traced, such as one with branches on data; hooks run with it, such as
-    weight_norm's, which makes the weight anew in each pass; it makes tensors that are no weights, such as random ones,
-    which a trace takes for constants.
+    Modules that cannot be folded are shared with the model. Returns None, and the model then runs as it is, if a trace
+    would be wrong: the forward cannot be traced (branches on data), has hooks (weight_norm recomputes the weight in
+    each pass), or creates tensors, such as random ones, that a trace would treat as constants.
     """
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None
     with frozen(model):
         try:
-            # The forward's constants, such as dropout's training flag, are those of eval mode: traced frozen.
+            # Traced in eval mode, which fixes constants such as dropout's training flag.
             graph = fx.Tracer().trace(model)
-        except Exception:  # a tracer fails in as many ways as a forward can be written
+        except Exception:  # the exception depends on the traced code
             return None
     weights = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     if any(node.op == "get_attr" and node.target not in weights for node in graph.nodes):

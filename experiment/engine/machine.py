@@ -1,4 +1,4 @@
-"""The machine under a run: device, precision, determinism, and several processes with torch.distributed."""
+"""Device, precision, determinism, and several processes with torch.distributed."""
 
 import argparse
 import atexit
@@ -31,13 +31,13 @@ class Engine:
     Attributes:
         device: torch.device of this process.
         rank, world: this process and the number of processes (0 and 1 without torchrun).
-        local_batch: images of the global batch that this rank computes on.
-        requests: what ranks ask of each other between two steps.
-        store: the key-value store that the ranks met in; None for a single process.
+        local_batch: this rank's number of images of the global batch.
+        requests: requests between ranks at step boundaries.
+        store: the key-value store of the ranks; None for a single process.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Set the process up: ranks, device, TF32, determinism, seed.
+        """Set up ranks, device, TF32, determinism and seed of this process.
 
         Args:
             args: uses ``device``, ``precision``, ``compile``, ``batch``, ``deterministic`` and ``seed``.
@@ -57,28 +57,28 @@ class Engine:
             self.store, rank, world = next(dist.rendezvous("env://"))
             own = self.device if self.device.type == "cuda" else None
             dist.init_process_group(backend, store=self.store, rank=rank, world_size=world, device_id=own)
-            # Left to the interpreter's end, the group's threads now and then abort a process that was done.
+            # Without this, threads of the group sometimes abort the process at its end.
             atexit.register(dist.destroy_process_group)
         self._first, self.local_batch, self._total = 0, 1, 1  # this rank's rows of the global batch
         self._set_numerics(deterministic=bool(args.deterministic))
-        # All ranks hold the same generator state; attacks.shard_of gives each its own rows of every draw.
+        # All ranks have the same generator state; attacks.shard_of selects each rank's rows of every draw.
         torch.manual_seed(args.seed)
 
     def _own_device(self, device: str) -> torch.device:
-        """This rank's own of the devices that --device names.
+        """Return this rank's device.
 
         Raises:
-            UserError: all ranks would compute on one GPU, or there are more of them here than GPUs.
+            UserError: all ranks would use one GPU, or this machine has fewer GPUs than ranks.
         """
         if not device.startswith("cuda"):
             return torch.device(device)
         if self.world > 1:
             here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
             if device != "cuda":
-                raise UserError(f"--device {device} is not allowed with {self.world} processes; cuda: each has its own")
+                raise UserError(f"--device {device} with {self.world} processes: use --device cuda, one GPU for each")
             if here > gpus:
-                raise UserError(f"torchrun started {here} processes here, torch sees {gpus} GPU(s); each needs its own")
-        # set_device refuses a "cuda" without a number.
+                raise UserError(f"torchrun started {here} processes, but torch sees {gpus} GPU(s): each needs its own")
+        # set_device needs a number.
         return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
 
     def _set_numerics(self, deterministic: bool) -> None:
@@ -87,9 +87,9 @@ class Engine:
         torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = not deterministic
         if deterministic:
-            # cuBLAS reads this when it is first used, which is later than here.
+            # cuBLAS reads this at its first use.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports seconds of compiler
+        if deterministic != torch.are_deterministic_algorithms_enabled():  # the call is slow
             torch.use_deterministic_algorithms(deterministic)
 
     @property
@@ -108,7 +108,7 @@ class Engine:
             dist.barrier()
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; the same answer on all."""
+        """Whether the flag is set on any rank; the same result on all ranks."""
         return flag if self.world == 1 else bool(self.highest(torch.tensor(int(flag), device=self.device)).item())
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
@@ -132,7 +132,7 @@ class Engine:
         return values[0]
 
     def first_fault(self, fault: str | None) -> str | None:
-        """The first rank's fault, if there is any on any rank: what one refuses, all refuse, and for one reason."""
+        """Return the error message of the first rank that has one, on every rank."""
         if self.world == 1:
             return fault
         faults: list[str | None] = [None] * self.world
@@ -140,10 +140,10 @@ class Engine:
         return next((fault for fault in faults if fault is not None), None)
 
     def refuse_together(self, check: Callable[[], None]) -> None:
-        """Make a check on every rank; what one refuses, all refuse.
+        """Run a check on every rank, and raise the first rank's error on every rank.
 
         Raises:
-            UserError: the first rank's that refused.
+            UserError: the check failed on some rank.
         """
         fault = None
         try:
@@ -155,19 +155,19 @@ class Engine:
             raise UserError(fault)
 
     def begin_batch(self, first: int, local_batch: int, total: int) -> None:
-        """Say which rows of the global batch of `total` images this rank computes on from now on."""
+        """Set this rank's rows of the global batch of `total` images."""
         self._first, self.local_batch, self._total = first, local_batch, total
 
     def accelerate(self, model: nn.Module | None) -> Accelerated | None:
-        """A faster way to call the same network, which stays the one that is trained and saved; None for None."""
+        """Wrap a network for faster calls; the network itself is still trained and saved. None for None."""
         if model is None:
             return None
         model.to(memory_format=torch.channels_last)
-        # This rank's share of a full batch: those of 128 images on three ranks are not alike.
+        # This rank's share of a full batch; shares may differ by one image.
         batch = self._batch * (self.rank + 1) // self.world - self._batch * self.rank // self.world
         fast = Accelerated(model, compiled=self.compile, batch=batch)
         self._fast.append(fast)
-        if self.compile and self.device.type == "cuda" and self.world == 1:  # with several ranks: not measured
+        if self.compile and self.device.type == "cuda" and self.world == 1:  # not measured with several ranks
             self._attack_step = GraphedStep(self._fast, batch)
         return fast
 
@@ -191,10 +191,10 @@ class Engine:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around the losses of one batch: no pass twice, this rank's rows of random starts, autocast if asked for.
+        """Context of the losses of one batch: reused passes, this rank's rows of random starts, and autocast for bf16.
 
-        Under bfloat16 autocast master weights, optimizer and BatchNorm statistics stay in float32; softmax, KL and
-        cross-entropy are computed in float32 by the losses and attacks themselves.
+        Under bfloat16 autocast, weights, optimizer and BatchNorm statistics stay in float32. Losses and attacks compute
+        softmax, KL and cross-entropy in float32.
         """
         with ExitStack() as stack:
             for fast in self._fast:
@@ -209,15 +209,15 @@ class Engine:
             yield
 
     def distribute(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Let every optimizer step begin with the mean of gradients and of BatchNorm statistics over the ranks.
+        """Average gradients and BatchNorm statistics over the ranks before every optimizer step.
 
-        And end with the news, to every accelerated network, that weights moved: a fused optimizer does not raise their
-        versions.
+        After the step, every accelerated network is notified that weights changed: a fused optimizer does not increase
+        tensor versions.
 
-        One flat all-reduce a step. Each rank's loss is a mean over its own share, so shares weigh by their size: the
-        sum is the gradient of the mean over the global batch. Running statistics are averaged along, so that all
-        ranks attack, evaluate and save one and the same student (the batch statistics of the forward pass stay per
-        rank: Fidelity note 9).
+        There is one flat all-reduce per step. Each rank's loss is a mean over its share, so shares are weighted by
+        size, and the sum is the gradient of the mean over the global batch. Running statistics are averaged too, so
+        that all ranks attack, evaluate and save the same student. Batch statistics of the forward pass are per rank
+        (Fidelity note 9).
         """
         optimizer.register_step_post_hook(lambda *_: [fast.weights_moved() for fast in self._fast])
         if self.world == 1:
@@ -241,7 +241,7 @@ class Engine:
 
 
 def cpu_name() -> str:
-    """The model of the CPU, and how many threads compute on it."""
+    """Name of the CPU and number of threads."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""What one rank asks of all ranks at the next step boundary: to stop, or to save."""
+"""Requests of one rank to all ranks at the next step boundary: stop or save."""
 
 from collections import deque
 
@@ -9,11 +9,10 @@ REQUESTS = ("stop", "save")
 
 
 class StepRequests:
-    """Requests that travel with the gradients, so that all ranks see them after one and the same step.
+    """Requests sent with the gradients, so that all ranks see them after the same step.
 
-    An exchange of their own would cost every step a wait for the slowest rank; here two numbers are added to an
-    all-reduce that is made anyway. On CUDA the sums are copied to the host aside and read one step later, when they
-    have long arrived: reading them at once would make the host wait for the device in every step.
+    They are two numbers in the all-reduce of the gradients, which costs no further synchronisation. On CUDA the sums
+    are copied to the host asynchronously and read one step later, so that the host does not wait for the device.
     """
 
     def __init__(self, device: torch.device, world: int) -> None:
@@ -22,17 +21,17 @@ class StepRequests:
         self._sums: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def ask(self, request: str) -> None:
-        """Ask all ranks for one of REQUESTS, until ``forget``."""
+        """Send one of REQUESTS to all ranks in each step, until ``forget``."""
         self._mine.add(request)
 
     def forget(self, request: str) -> None:
-        """A request has been met, on all ranks after the same step; what others asked for meanwhile comes again."""
+        """Drop a request that all ranks have met; pending requests of other ranks are sent again."""
         self._mine.discard(request)
         self._sums.clear()
 
     def outgoing(self) -> Tensor:
         """This rank's requests, (2,) of zeros and ones, to be summed over the ranks."""
-        # Filled on the device: a copy from the host would wait for it.
+        # Filled on the device, because a copy from the host would synchronise.
         flags = torch.zeros(len(REQUESTS), device=self._device)
         for i, request in enumerate(REQUESTS):
             if request in self._mine:
@@ -40,7 +39,7 @@ class StepRequests:
         return flags
 
     def incoming(self, sums: Tensor) -> None:
-        """Take the sum of the ranks' requests of this step, (2,): above zero where any rank has asked."""
+        """Take the sum of the ranks' requests of this step, (2,): above zero if any rank has sent the request."""
         if self._device.type != "cuda":
             self._sums.append((sums.clone(), None))
             return
@@ -49,7 +48,7 @@ class StepRequests:
         copied.record()
 
     def agreed(self) -> set[str]:
-        """What any rank had asked for by the step just made (on CUDA, the one before it); the same on all ranks."""
+        """Return the requests of any rank up to the last step (on CUDA, the step before); the same set on all ranks."""
         if self._world == 1:
             return set(self._mine)
         found = set()
