@@ -1,4 +1,4 @@
-"""A slow, obvious float64 reference of the six training steps, written from the equations.
+"""A slow, obvious float64 reference of the training steps of the six scripts and the examples, from the equations.
 
 It shares no code with the product: its own softmax, KL, attacks, SGD; passes written out in the documented order.
 """
@@ -13,6 +13,7 @@ from experiment import optim
 from experiment.cli import parse_args
 
 SCRIPTS = ("adaad", "adaad_IGDM", "ard", "ard_IGDM", "rslad", "rslad_IGDM")
+EXAMPLES = ("pgd_at", "pgd_at_IGDM", "trades", "trades_IGDM", "saad")
 CLASSES, EPOCH = 10, 7
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -45,13 +46,17 @@ def reference_attack(name, student, teacher, x, y, args):
     """The inner maximisation on eval-mode copies, so that nothing of the student moves."""
     student, teacher = copy.deepcopy(student).eval(), copy.deepcopy(teacher).eval()
     e = args.epsilon
-    if name in ("pgd", "igdm"):
+    if name in ("pgd", "pgd_at", "igdm"):
         start = (x + torch.empty_like(x).uniform_(-e, e)).clamp(0, 1)
     else:
         start = x + 0.001 * torch.randn(x.shape, device=x.device)
     target = teacher(x).detach()
+    own_target = student(x).detach()
     objectives = {
         "pgd": lambda z: cross_entropy(student(z), y),
+        "pgd_at": lambda z: cross_entropy(student(z), y),
+        "trades": lambda z: kl(own_target, student(z)),
+        "saad": lambda z: kl(linearised(teacher, x, y, z), student(z)),
         "rslad": lambda z: kl(target, student(z)),
         "adaad": lambda z: kl(teacher(z), student(z)),
         "igdm": lambda z: kl(teacher(z) - teacher(2 * x - z), student(z) - student(2 * x - z)),
@@ -59,11 +64,46 @@ def reference_attack(name, student, teacher, x, y, args):
     return maximise(objectives[name], x, start, e, args.step_size, args.steps)
 
 
+def linearised(teacher, x, y, z):
+    """T(x) with T_y(x) + <grad T_y(x), z - x> for the true class y, image by image."""
+    rows = []
+    for i in range(len(x)):
+        centre = x[i : i + 1].clone().requires_grad_(True)
+        logits = teacher(centre)
+        (slope,) = torch.autograd.grad(logits[0, y[i]], [centre])
+        others = torch.arange(CLASSES, device=x.device) != y[i]
+        moved = logits[0].detach() + (slope * (z[i : i + 1] - x[i : i + 1])).sum()
+        rows.append(torch.where(others, logits[0].detach(), moved))
+    return torch.stack(rows)
+
+
+def entropies(logits):
+    p = log_softmax(logits).exp()
+    return -(p * p.log()).sum(dim=1)
+
+
+def saad_loss(t, s, args):
+    """Image by image: w (KL_adv + alpha epoch/epochs IGDM) + b (1 - w / max w) KL_clean; the mean over the batch."""
+    h = entropies(t["adversarial"])
+    w = [args.entropy_factor * (each - min(h)) for each in h]
+    losses = []
+    for i in range(len(h)):
+        at = slice(i, i + 1)
+        change = kl((t["adversarial"] - t["minus"])[at], (s["adversarial"] - s["minus"])[at])
+        robust = kl(t["adversarial"][at], s["adversarial"][at]) + args.alpha * EPOCH / args.epochs * change
+        clean = args.clean_factor * (1 - w[i] / max(w)) * kl(t["clean"][at], s["clean"][at])
+        losses.append(w[i] * robust + clean)
+    return sum(losses) / len(losses)
+
+
 def reference_loss(method, student, teacher, x, y, args):
-    """The loss with the passes in the documented order: plus, clean, minus, adversarial; RSLAD adversarial first."""
+    """The loss with the passes in the documented order: plus, clean, minus, adversarial; RSLAD adversarial first.
+
+    PGD-AT has no clean pass; SAAD has x_adv for plus, and the clean pass last.
+    """
     igdm = method.endswith("_IGDM")
     base = method.removesuffix("_IGDM")
-    x_adv = reference_attack(args.attack, student, teacher, x, y, args)
+    x_adv = reference_attack(getattr(args, "attack", base), student, teacher, x, y, args)
     delta = x_adv - x
     inputs = {"adversarial": x_adv, "clean": x}
     order = ["clean", "adversarial"] if base != "rslad" else ["adversarial", "clean"]
@@ -72,6 +112,11 @@ def reference_loss(method, student, teacher, x, y, args):
         order = ["plus", "clean", "minus", "adversarial"]
         if base == "rslad":
             order = ["adversarial", "plus", "clean", "minus"]
+    if base == "pgd_at":
+        order.remove("clean")
+    if base == "saad":
+        inputs["minus"] = x - delta
+        order = ["adversarial", "minus", "clean"]
     student.train()
     s = {name: student(inputs[name]) for name in order}
     with torch.no_grad():
@@ -79,6 +124,12 @@ def reference_loss(method, student, teacher, x, y, args):
     target = t[getattr(args, "target", "adversarial")]
     if base == "adaad":
         loss = kl(t["adversarial"], s["adversarial"])
+    elif base == "pgd_at":
+        loss = cross_entropy(s["adversarial"], y)
+    elif base == "trades":
+        loss = cross_entropy(s["clean"], y) + args.trades_weight * kl(s["clean"], s["adversarial"])
+    elif base == "saad":
+        loss = saad_loss(t, s, args)
     elif base == "ard":
         loss = kl(target, s["adversarial"]) + args.ce_weight * cross_entropy(s["adversarial"], y)
     else:
@@ -102,9 +153,13 @@ def reference_run(method, student, teacher, batches, args):
     return loss.item()
 
 
+def script_of(method):
+    return importlib.import_module(f"{'examples.' * (method in EXAMPLES)}{method}_cifar100")
+
+
 def product_run(method, student, teacher, batches, args, wrap=lambda model: model, around=contextlib.nullcontext):
     """The script's own steps, as its main() makes them; `wrap` and `around` are the engine's, if wanted."""
-    script = importlib.import_module(f"{method}_cifar100")
+    script = script_of(method)
     optimizer = optim.sgd(student, args)
     optim.set_lr(optimizer, args, EPOCH)
     fast_student, fast_teacher = wrap(student), wrap(teacher)
@@ -120,7 +175,7 @@ def product_run(method, student, teacher, batches, args, wrap=lambda model: mode
 
 
 def settings(method, *flags):
-    script = importlib.import_module(f"{method}_cifar100")
+    script = script_of(method)
     return parse_args(script.__file__, script.RECIPE, ["--steps", "3", "--device", "cpu", *flags])
 
 

@@ -9,12 +9,16 @@ import itertools
 
 import pytest
 import torch
-from reference import SCRIPTS, assert_same_network, product_run, reference_loss, reference_run, settings
+from reference import EXAMPLES, SCRIPTS, assert_same_network, product_run, reference_loss, reference_run, settings
 
+METHODS = (*SCRIPTS, *EXAMPLES)
 FLAGS = {
     "default": [],
     "paper": ["--preset", "paper"],
-    "other": ["--beta", "0.7", "--gamma", "1.3", "--ce_weight", "0.5", "--clean_weight", "0.25"],
+    "other": [
+        *("--beta", "0.7", "--gamma", "1.3", "--ce_weight", "0.5", "--clean_weight", "0.25"),
+        *("--trades_weight", "3", "--clean_factor", "0.6", "--entropy_factor", "4"),
+    ],
 }
 
 
@@ -25,7 +29,16 @@ def flags_for(method, kind):
     return [part for flag, value in pairs if hasattr(own, flag[2:]) for part in (flag, value)]
 
 
-@pytest.mark.parametrize(("method", "kind"), list(itertools.product(SCRIPTS, FLAGS)))
+def cases():
+    """Every method with every kind of flags that it has."""
+    return [
+        (method, kind)
+        for method, kind in itertools.product(METHODS, FLAGS)
+        if flags_for(method, kind) or kind == "default"
+    ]
+
+
+@pytest.mark.parametrize(("method", "kind"), cases())
 def test_weights_and_statistics_equal_the_reference(method, kind, networks, batches):
     student, teacher = networks
     args = settings(method, *flags_for(method, kind))
@@ -50,7 +63,7 @@ def test_every_attack_choice_equals_the_reference(attack, networks, batches):
     assert_same_network(student, expected)
 
 
-@pytest.mark.parametrize("method", SCRIPTS)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_teachers_own_mode_does_not_matter(method, networks, batches):
     """A teacher left in train mode answers as in eval mode, and neither its statistics nor its mode move."""
     student, teacher = networks
@@ -95,7 +108,7 @@ def test_the_reference_computes_where_its_networks_are(method, networks, batches
     assert reference_loss(method, student, teacher, x, y, settings(method)).is_meta
 
 
-@pytest.mark.parametrize("method", SCRIPTS)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_reference_notices_what_it_must(method, networks, batches):
     """The tolerance is not so wide that a wrong pass fits in: one step size or weight off is seen."""
     student, teacher = networks
