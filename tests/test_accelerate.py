@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import CLASSES, CLOSE, SCRIPTS, assert_same_network, product_run, settings
+from reference import CLASSES, CLOSE, EXAMPLES, SCRIPTS, assert_same_network, product_run, settings
 from torch import nn
 
 import attacks
@@ -39,6 +39,7 @@ def settled(name):
 
 
 CASES = [(method, flags) for method in SCRIPTS for flags in ([], ["--preset", "paper"])]
+CASES += [(method, []) for method in EXAMPLES]
 CASES += [("rslad_IGDM", ["--beta", "0.7", "--gamma", "1.3"]), ("adaad_IGDM", ["--attack", "igdm"])]
 
 
