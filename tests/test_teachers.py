@@ -211,12 +211,6 @@ class Tiny(nn.Module):
 
 def tiny(num_classes):
     return Tiny(num_classes)
-
-def no_network(num_classes):
-    return num_classes
-
-def broken(num_classes):
-    return undefined
 """
 
 
@@ -280,9 +274,9 @@ def test_a_student_of_an_architecture_of_ones_own(own, tmp_path, x):
         assert torch.equal(loaded(x), model(x))
         assert torch.equal(load_network(folder).model(x), model(x))
     source = tmp_path / "net.py"
-    told = files.read_student(folder)
-    assert (told["architecture"], told["num_classes"]) == (own, 10)
-    assert told["source_file"] == {"path": str(source), "sha256": files.file_sha256(source), "function": "tiny"}
+    entries = files.read_student(folder)
+    assert (entries["architecture"], entries["num_classes"]) == (own, 10)
+    assert entries["source_file"] == {"path": str(source), "sha256": files.file_sha256(source), "function": "tiny"}
     source.write_text(f"{OWN}\n")
     assert f"{source} has been changed since" in refusal(folder, load=files.load_student)
     source.unlink()
@@ -385,8 +379,8 @@ def test_download(server, small, small_bytes, tmp_path, capsys, x):
         assert torch.equal(teacher(x), small(x))
     assert os.listdir(target.parent) == [target.name]
     assert target.read_bytes() == small_bytes
-    told = capsys.readouterr().out
-    assert all(word in told for word in (SMALL, f"127.0.0.1:{server.server_port}", str(target)))
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in (SMALL, f"127.0.0.1:{server.server_port}", str(target)))
 
     load_teacher(SMALL, model_dir=tmp_path / "models")
     assert len(server.requests) == 1
@@ -492,13 +486,13 @@ def test_old_robustbench_of_torchattacks_is_named(tmp_path):
         "from enum import Enum\nclass BenchmarkDataset(Enum):\n    cifar_100 = 'cifar100'\n"
         "class ThreatModel(Enum):\n    Linf = 'Linf'\n"
     )
-    told = run(
+    printed = run(
         "from experiment import UserError\nfrom experiment.teachers import load_teacher\n"
         "try: load_teacher('BDM')\nexcept UserError as error: print(error)",
         path=tmp_path,
     )
-    assert "Wang2023Better_WRN-28-10" in told
-    assert "pip install --force-reinstall --no-deps robustbench==1.1.1" in told
+    assert "Wang2023Better_WRN-28-10" in printed
+    assert "pip install --force-reinstall --no-deps robustbench==1.1.1" in printed
 
 
 def test_working_or_otherwise_broken_torchvision_is_not_touched(tmp_path):
@@ -509,9 +503,9 @@ def test_working_or_otherwise_broken_torchvision_is_not_touched(tmp_path):
     file.write_text("loaded = True")
     run(program + "assert import_torchvision().loaded and not hasattr(torch.ops.torchvision, 'nms')", path=tmp_path)
     file.write_text("raise RuntimeError('another fault')")
-    told = run(program + "try: import_torchvision()\nexcept UserError as error: print(error)", path=tmp_path)
-    assert "another fault" in told
-    assert "pip install" in told
+    printed = run(program + "try: import_torchvision()\nexcept UserError as error: print(error)", path=tmp_path)
+    assert "another fault" in printed
+    assert "pip install" in printed
 
 
 def test_an_unfinished_runs_checkpoint_is_no_teacher(tmp_path):

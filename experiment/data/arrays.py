@@ -48,29 +48,34 @@ def check_arrays(arrays: Arrays, source: Path) -> Arrays:
 
 def _problems(arrays: Arrays) -> Iterator[str]:
     """What is wrong, in an order in which each check can rely on those before it."""
-    splits = (("train", arrays.x_train, arrays.y_train), ("test", arrays.x_test, arrays.y_test))
-    for split, x, y in splits:
-        if x.dtype != np.uint8:
-            yield f"x_{split} is {x.dtype}; expected uint8"
-        if x.ndim != 4 or x.shape[3] != 3 or min(x.shape[1:3]) < SMALLEST_SIDE:
-            yield f"x_{split} has shape {x.shape}; expected (N, H, W, 3) with H and W of at least {SMALLEST_SIDE}"
-        if y.dtype.kind not in "iu":  # np.integer would include timedelta64
-            yield f"y_{split} is {y.dtype}; expected integers"
-        if y.shape != (len(x),):
-            yield f"y_{split} has shape {y.shape}; expected ({len(x)},), one label per image"
-        if len(x) < 2:
-            yield f"x_{split} has {len(x)} images; expected at least 2"
-        if y.min() < 0 or y.max() >= MOST_CLASSES:
-            yield f"y_{split} has labels from {y.min()} to {y.max()}; expected 0 to {MOST_CLASSES - 1} at most"
+    yield from _problems_of_split("train", arrays.x_train, arrays.y_train)
+    yield from _problems_of_split("test", arrays.x_test, arrays.y_test)
     if arrays.x_train.shape[1:] != arrays.x_test.shape[1:]:
         yield f"images are {arrays.x_train.shape[1:]} in x_train and {arrays.x_test.shape[1:]} in x_test"
     classes = arrays.num_classes
+    if classes < 2:
+        yield f"there are {classes} classes; expected at least 2"
     if arrays.class_names is None:
-        for label in np.setdiff1d(np.arange(max(classes, 2)), arrays.y_train):
+        for label in np.setdiff1d(np.arange(classes), arrays.y_train):
             yield f"y_train has no image of class {label}; add one, or class_names for all classes"
-    for split, _, y in splits:
+    for split, y in (("train", arrays.y_train), ("test", arrays.y_test)):
         if y.max() >= classes:
             yield f"y_{split} has label {y.max()}; expected 0 to {classes - 1}, as there are {classes} classes"
+
+
+def _problems_of_split(split: str, x: np.ndarray, y: np.ndarray) -> Iterator[str]:
+    if x.dtype != np.uint8:
+        yield f"x_{split} is {x.dtype}; expected uint8"
+    if x.ndim != 4 or x.shape[3] != 3 or min(x.shape[1:3]) < SMALLEST_SIDE:
+        yield f"x_{split} has shape {x.shape}; expected (N, H, W, 3) with H and W of at least {SMALLEST_SIDE}"
+    if y.dtype.kind not in "iu":  # np.integer would include timedelta64
+        yield f"y_{split} is {y.dtype}; expected integers"
+    if y.shape != (len(x),):
+        yield f"y_{split} has shape {y.shape}; expected ({len(x)},), one label per image"
+    if len(x) < 2:
+        yield f"x_{split} has {len(x)} images; expected at least 2"
+    if y.min() < 0 or y.max() >= MOST_CLASSES:
+        yield f"y_{split} has labels from {y.min()} to {y.max()}; expected 0 to {MOST_CLASSES - 1} at most"
 
 
 def shuffle_test(arrays: Arrays) -> Arrays:
@@ -83,9 +88,10 @@ def reduce_side(arrays: Arrays, side: int) -> Arrays:
     """Reduce images to side x side pixels: each is the mean of a block, rounded half up."""
     height, width = arrays.x_train.shape[1:3]
     if side < SMALLEST_SIDE or height != width or height % side:
-        sides = [n for n in range(SMALLEST_SIDE, height + 1) if height % n == 0] if height == width else []
-        allowed = ", ".join(map(str, sides)) or "square images"
-        raise UserError(f"--side {side} is not possible for images of {height} x {width} pixels; expected {allowed}")
+        raise UserError(
+            f"--side {side} is not possible for images of {height} x {width} pixels (expected square images and a "
+            f"divisor of their side, at least {SMALLEST_SIDE})"
+        )
     block = height // side
 
     def means(x: np.ndarray) -> np.ndarray:

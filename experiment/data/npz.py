@@ -37,7 +37,7 @@ def read_npz(path: Path) -> Arrays:
             f"{path} is not a readable .npz of plain arrays: {' '.join(str(error).split())[:120]}"
         ) from error
     if names is not None:
-        if names.ndim != 1 or len(names) < 2:
+        if names.ndim != 1:
             raise UserError(f"{path}: class_names has shape {names.shape}; expected a name per class")
         if names.dtype.kind == "S":  # as HDF5 has them
             names = np.char.decode(names, "utf-8", "replace")
