@@ -9,7 +9,6 @@ from evaluation_cases import EPSILON, labelled, tiny_network
 import attacks
 from experiment import evaluation
 from experiment.evaluation import curve
-from experiment.evaluation.second_opinion import sign_test
 
 
 @pytest.fixture
@@ -133,10 +132,3 @@ def test_a_difference_beyond_noise_is_said(monkeypatch):
     assert pgd["ours"] == 1
     assert pgd["beyond_noise"]
     assert pgd["only_theirs"] == round(60 * (1 - pgd["torchattacks"])) > 5
-
-
-def test_the_sign_test_is_the_one_of_scipy():
-    binomtest = pytest.importorskip("scipy.stats").binomtest
-    for first, second in [(0, 1), (3, 3), (1, 9), (12, 30)]:
-        assert sign_test(first, second) == pytest.approx(binomtest(first, first + second).pvalue)
-    assert sign_test(0, 0) == 1

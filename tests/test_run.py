@@ -21,9 +21,8 @@ from limits import HANGS
 
 from experiment import UserError, data, evaluation, files
 from experiment.run import Run, checks, provenance
-from experiment.run.estimate import Estimate, duration
-from experiment.run.health import fault_of, predicts_one_class
-from experiment.run.progress import epoch_line
+from experiment.run.checks import fault_of, predicts_one_class
+from experiment.run.progress import Estimate, duration, epoch_line
 from experiment.run.state import State
 
 

@@ -13,21 +13,21 @@ Conventions of every public function here:
 from experiment.evaluation.accuracy import accuracy, cw_accuracy, fgsm_accuracy, monitor, pgd_accuracy
 from experiment.evaluation.alignment import GRADIENT_DEFINITION, gradient_alignment, gradient_report
 from experiment.evaluation.autoattack import AUTOATTACK, autoattack, autoattack_label, version_for
-from experiment.evaluation.batches import check_network
+from experiment.evaluation.batches import check_network, wilson_interval
+from experiment.evaluation.cross_check import beside_torchattacks
 from experiment.evaluation.curve import REUSE, accuracy_curve, autoattack_curve, per_class
-from experiment.evaluation.differences import differences
 from experiment.evaluation.figures import alignment_figure, check_figure_name, curve_figure
-from experiment.evaluation.flags import wilson_interval
-from experiment.evaluation.record_files import (
+from experiment.evaluation.record import (
+    attack_label,
     check_output,
     check_record_place,
+    differences,
     newest_records,
+    record_text,
     records,
     save_adversarial,
     write_record,
 )
-from experiment.evaluation.record_text import attack_label, record_text
-from experiment.evaluation.second_opinion import beside_torchattacks
 
 __all__ = [
     "AUTOATTACK",

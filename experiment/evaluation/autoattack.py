@@ -22,8 +22,15 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from experiment import UserError
 from experiment.compat import import_autoattack
 from experiment.entry import is_out_of_memory
-from experiment.evaluation.batches import as_pixels, assert_eval, check_images, device_of, measuring
-from experiment.evaluation.flags import flags_text, wilson_interval
+from experiment.evaluation.batches import (
+    as_pixels,
+    assert_eval,
+    check_images,
+    device_of,
+    flags_text,
+    measuring,
+    wilson_interval,
+)
 from experiment.evaluation.ranks import SharedWork, ranks
 from experiment.files import read_json, state_sha256, write_json
 

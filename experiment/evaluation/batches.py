@@ -1,9 +1,11 @@
 """A network measured batch by batch: in eval mode, frozen, in float32, over all ranks, within the device's memory."""
 
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,6 @@ import attacks
 from experiment import UserError
 from experiment.data import as_float
 from experiment.entry import is_out_of_memory
-from experiment.evaluation.progress import progress_bar
 from experiment.evaluation.ranks import ranks
 
 
@@ -155,3 +156,36 @@ def _in_parts(
 
 def _joined(parts: list[tuple[Tensor, ...]], device: str | None = None) -> tuple[Tensor, ...]:
     return tuple(torch.cat(column).to(device) for column in zip(*parts, strict=True))
+
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+@contextmanager
+def progress_bar(name: str | None, images: int) -> Iterator["tqdm"]:
+    """A bar of so many images on rank 0's terminal; nothing is shown without a name, or where stderr is no terminal."""
+    from tqdm import tqdm
+
+    shown = name is not None and ranks()[0] == 0 and sys.stderr.isatty()
+    with tqdm(total=images, unit="image", desc=name, disable=not shown, dynamic_ncols=True, leave=False) as bar:
+        yield bar
+
+
+def flags_text(correct: Tensor) -> str:
+    """(N,) bool as N characters, 1 where it is true: small, and readable in a JSON file."""
+    return "".join("01"[flag] for flag in correct.tolist())
+
+
+def wilson_interval(correct: int, examples: int) -> tuple[float, float]:
+    """95 % interval of the accuracy behind `correct` of `examples` images, for images drawn at random.
+
+    Unlike the textbook interval it stays within [0, 1] and does not shrink to nothing at 0 and 1.
+
+    Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.
+    """
+    z = 1.959964
+    share, scale = correct / examples, 1 + z**2 / examples
+    middle = (share + z**2 / (2 * examples)) / scale
+    half = z * math.sqrt(share * (1 - share) / examples + z**2 / (4 * examples**2)) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)

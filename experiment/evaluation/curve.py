@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from experiment.evaluation.accuracy import STEPS, Attacked, attack_of, attacked
 from experiment.evaluation.autoattack import autoattack, data_sha256
-from experiment.evaluation.batches import device_of
-from experiment.evaluation.flags import flags_text, wilson_interval
+from experiment.evaluation.batches import device_of, flags_text, wilson_interval
 from experiment.files import state_sha256
 
 REUSE = (

@@ -11,7 +11,7 @@ from experiment import UserError
 from experiment.evaluation.accuracy import attack_of
 from experiment.evaluation.alignment import input_gradients
 from experiment.evaluation.batches import as_pixels, device_of, measuring
-from experiment.evaluation.record_files import check_output
+from experiment.evaluation.record import check_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,13 +14,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from experiment import data, files
 from experiment.engine import Engine
-from experiment.run import checks, config, folder, health, outcome
+from experiment.run import checks, folder, outcome
 from experiment.run.checkpoints import Checkpoints
-from experiment.run.estimate import Estimate
-from experiment.run.progress import Progress, epoch_line
+from experiment.run.progress import Estimate, Progress, epoch_line, header, summary
 from experiment.run.state import Networks, State, generators
 from experiment.run.stopping import Stopping
-from experiment.run.summary import header, summary
 from experiment.run.trackers import Trackers
 
 
@@ -94,21 +92,21 @@ class Run:
         args = self.args
         self._images, self._steps = images, images.steps(args.batch)
         self._networks = Networks(student, optimizer, teacher, AveragedModel(student) if args.swa_after else None)
-        here = config.describe(args, self.script, self.recipe, self._id, self.engine, images, teacher)
+        here = folder.describe(args, self.script, self.recipe, self._id, self.engine, images, teacher)
         self._config, self._config_at_end = here, None
         self.engine.refuse_together(
             lambda: checks.check_feasible(args, images, student, teacher, self.folder, self.engine.world)
         )
         if teacher is not None:
             checks.check_teacher(args.teacher, teacher, images)
-        changed = config.changes(self._there, here) if self._there else []
+        changed = folder.changes(self._there, here) if self._there else []
         if self._there:
-            self.engine.refuse_together(lambda: config.check_same_inputs(self.folder, self._there, here))
-            self._config, self._config_at_end = config.resumed_config(self._there, here)
+            self.engine.refuse_together(lambda: folder.check_same_inputs(self.folder, self._there, here))
+            self._config, self._config_at_end = folder.resumed_config(self._there, here)
             if changed and self.engine.main:
                 print(f"warning: {' and '.join(changed)} changed since the run began: not bit for bit the same run")
         elif self.engine.main:
-            config.write(self.folder, here)
+            folder.write_config(self.folder, here)
         self.engine.distribute(student, optimizer)
         resumed = self._restore(changed)
         trained = self._state.epoch == args.epochs
@@ -128,7 +126,7 @@ class Run:
             self._state.changed = changed
             return ""
         # Kept for result.json: nobody who reads it has seen the warnings.
-        state.changed = [said for said in config.CHANGES.values() if said in (*state.changed, *changed)]
+        state.changed = [said for said in folder.CHANGES.values() if said in (*state.changed, *changed)]
         self._state, self._saved = state, (state.epoch, state.step)
         self._write_metrics()
         return f"\n  resumed  {state.position(self.args.epochs, self._steps)}{note}"
@@ -221,7 +219,7 @@ class Run:
         sums, images = self._state.sums, self.engine.local_batch
         for name, term in terms.items():
             value = term.detach().double()
-            self._bad_step = health.earliest_bad_step(self._bad_step, value, self._state.step + 1)
+            self._bad_step = checks.earliest_bad_step(self._bad_step, value, self._state.step + 1)
             sums[name] = sums[name] + images * value if name in sums else images * value
 
     def _gather(self) -> None:
@@ -237,20 +235,20 @@ class Run:
         epoch = self._state.epoch + 1
         if self._bad_step.isfinite():
             self._diverged(f"the loss is not finite in epoch {epoch}, step {int(self._bad_step)}")
-        if weights and not health.is_finite(self._networks.student):
+        if weights and not checks.is_finite(self._networks.student):
             self._diverged(f"the student's weights are not finite in epoch {epoch}, step {self._state.step}")
 
     def _refuse_collapse(self) -> None:
         """Stop the run if the student, as it would be saved, tells no images apart any more."""
         epoch = self._state.epoch + 1
-        settled = epoch * self._steps >= health.SETTLED_STEPS
+        settled = epoch * self._steps >= checks.SETTLED_STEPS
         one_class = bool(self.args.stop_on_collapse and settled)
-        if fact := health.collapse_of(self._networks.student, self._images, one_class=one_class):
+        if fact := checks.collapse_of(self._networks.student, self._images, one_class=one_class):
             self._diverged(f"after epoch {epoch} {fact}")
 
     def _diverged(self, fact: str) -> NoReturn:
         saved = self.folder / "last.pt" if self._checkpoints.exist() else None
-        raise health.diverged(fact, self._state.means(), self._networks.optimizer.param_groups[0]["lr"], saved)
+        raise checks.diverged(fact, self._state.means(), self._networks.optimizer.param_groups[0]["lr"], saved)
 
     def end_epoch(self, accuracies: dict[str, float]) -> None:
         """Close an epoch: its row in metrics.jsonl, its checkpoint, its line on the terminal.
@@ -315,7 +313,7 @@ class Run:
         if not self.engine.main:
             return
         if self._config_at_end:
-            config.write(self.folder, self._config_at_end)
+            folder.write_config(self.folder, self._config_at_end)
         files.write_json(self.folder / "result.json", result)
         self._trackers.finish(result, self.folder / "student.pt")
         print(summary(result, str(self.folder)), flush=True)

@@ -1,6 +1,5 @@
-"""torchattacks beside ours: the same attacks at equal settings, by other hands."""
+"""The same attacks at equal settings by torchattacks, as a check of ours."""
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from experiment.evaluation.accuracy import STEPS, attack_of, attacked
-from experiment.evaluation.flags import flags_text
+from experiment.evaluation.batches import flags_text
 
 
 def beside_torchattacks(
@@ -32,6 +31,8 @@ def beside_torchattacks(
         ``flags`` of both, ``only_ours`` and ``only_theirs`` (images that fell to one of them alone), ``p`` (of so
         uneven a split, or a more uneven one, by chance) and ``beyond_noise`` (p below 0.05).
     """
+    from scipy.stats import binomtest
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # requests 2.25.1, which torchattacks pins, complains about its neighbours
         import torchattacks
@@ -50,7 +51,8 @@ def beside_torchattacks(
         ours = attacked(model, x, y, attack_of(name, model, epsilon, steps), seed=seed, progress=bar).correct
         other = attacked(model, x, y, run, seed=seed, progress=bar).correct
         only_ours, only_theirs = int((other & ~ours).sum()), int((ours & ~other).sum())
-        p = sign_test(only_ours, only_theirs)
+        apart = only_ours + only_theirs
+        p = binomtest(only_ours, apart).pvalue if apart else 1.0  # McNemar's exact test
         rows.append(
             {
                 "attack": name,
@@ -66,9 +68,3 @@ def beside_torchattacks(
             }
         )
     return rows
-
-
-def sign_test(first: int, second: int) -> float:
-    """Two-sided p of a split `first` to `second` of images that either side is as likely to get (McNemar, exact)."""
-    count, few = first + second, min(first, second)
-    return min(1.0, 2 * sum(math.comb(count, k) for k in range(few + 1)) / 2**count)
