@@ -1,7 +1,13 @@
-"""How names, paths and budgets are written, in run names, tables, messages and trackers alike."""
+"""How names, paths, budgets, values and tables are written, in run names, messages and trackers alike."""
 
+import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+ABSENT = "absent"
 
 TEXT_COLUMNS = ("method", "teacher", "student", "dataset", "run", "state")
 """Columns that are set to the left; figures are set to the right."""
@@ -38,6 +44,38 @@ def budget(epsilon: float) -> str:
     """A perturbation size in pixels of [0, 1]: 8/255 rather than 0.03137; 0.15, which is no whole level, as it is."""
     levels = round(255 * epsilon)
     return f"{levels}/255" if levels > 0 and math.isclose(levels / 255, epsilon) else f"{epsilon:g}"
+
+
+def short_text(value: Any) -> str:
+    """A value in a message or a label: on one line, cut where it is long."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = " ".join((value if isinstance(value, str) else json.dumps(value)).split())
+    # Checksums: twelve characters tell any two apart.
+    return text if len(text) <= 60 else f"{text[:12]}..."
+
+
+def comma_list(values: Iterable[Any]) -> str:
+    """Values in one line, separated by commas."""
+    return ", ".join(map(str, values))
+
+
+def escaped(text: str) -> str:
+    """Text that any output takes: bytes of a path name that are not UTF-8 become escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def points(values: Sequence[float], sign: str = "") -> str:
+    """Per cent with two decimals, with the sample standard deviation where there are several; '-' for none."""
+    return spread([100 * value for value in values], 2, sign)
+
+
+def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """The mean, with the sample standard deviation where there are several; '-' for none."""
+    if not values:
+        return "-"
+    mean = f"{fmean(values):{sign}.{digits}f}"
+    return f"{mean} ± {stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def as_text(table: Table, width: int | None = None) -> str:

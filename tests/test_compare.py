@@ -16,17 +16,12 @@ from hypothesis import strategies as st
 
 from experiment import UserError, cli, evaluation
 from experiment import compare as comparing
-from experiment.compare import (
-    comparison,
-    exports,
-    figures,
-    groups,
-    inserted,
-    results,
-    run_record,
-    sources,
-    statistics,
-)
+from experiment.compare import figures, run_record, statistics
+from experiment.compare.comparison import comparison_of
+from experiment.compare.documents import as_document, fill_marks
+from experiment.compare.notes import notes_of
+from experiment.compare.read import read_runs
+from experiment.compare.tables import as_latex, tables_of
 from experiment.text import as_text
 
 ROOT = Path(__file__).parents[1]
@@ -51,13 +46,16 @@ def make_run(
 ) -> Path:
     """Write the three files of a finished run; `changed` are settings, the dicts replace entries of their file.
 
-    `fell`: per image at which of the clean pass and AutoAttack's four steps (0 to 4) it fell, 5 for none.
+    `fell`: per image at which of the clean pass and AutoAttack's four steps (0 to 4) it fell, 5 for none; without it
+    the first images are robust.
     """
     if fell is not None:
-        steps = run_record.FIRST_BROKEN_BY
-        flags = {name: "".join("01"[at > step] for at in fell) for step, name in enumerate(steps)}
         robust, examples = fell.count(5) / len(fell), len(fell)
-        attack = {"flags": flags, **(attack or {})}
+    elif robust is not None:
+        fell = [5] * round(robust * examples) + [2] * (examples - round(robust * examples))
+    flags = {
+        name: "".join("01"[at > step] for at in fell or ()) for step, name in enumerate(run_record.FIRST_BROKEN_BY)
+    }
     folder.mkdir(parents=True)
     script = f"{method.lower()}_{f'{adds}_' if adds else ''}cifar100.py"
     command = f"python {script} --seed {seed} --run_name {folder.name}"
@@ -81,6 +79,7 @@ def make_run(
     rows += [{"epoch": epoch, "lr": 0.1, "loss": 1.0, "clean": clean, "pgd20": clean / 2} for epoch in (2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     measured = {"accuracy": robust, "epsilon": 8 / 255, "version": "standard", "seed": seed, "examples": examples}
+    measured["flags"] = flags
     finished = {
         **shared,
         **{key: chosen[key] for key in ("teacher", "student", "dataset", "seed", "epochs")},
@@ -102,8 +101,8 @@ def pair(tmp_path):
 
 def compare(*folders: Path) -> str:
     """Tables and notes as they are printed, without writing or drawing; refuses as compare.py does."""
-    found = comparison.comparison_of(sources.read_sources(folders))
-    text = "\n".join([*map(as_text, found.tables), "", *found.notes])
+    found = comparison_of(read_runs(folders))
+    text = "\n".join([*map(as_text, tables_of(found)), "", *notes_of(found)])
     if found.refusals:
         raise UserError("; ".join(found.refusals))
     return text
@@ -118,11 +117,11 @@ def cells(printed: str, name: str) -> list[str]:
 def test_pair_is_printed_written_and_drawn(pair, tmp_path):
     lines: list[str] = []
     out = tmp_path / "out"
-    comparing.compare(pair, out, lines.append)
+    comparing.compare(pair, out, show=lines.append)
     printed = "\n".join(lines)
-    assert cells(printed, "method")[7:] == ["IGDM gain", "n seeds", "AutoAttack images"]
+    assert cells(printed, "method")[7:] == ["IGDM gain (95 % interval)", "n seeds", "AutoAttack images"]
     assert cells(printed, "AdaAD") == ["AdaAD", "BDM", "RES-18", "digits", "80.00", "40.00", "38.00", "-", "1", "100"]
-    assert cells(printed, "AdaAD+IGDM")[6:] == ["41.00", "+3.00", "1", "100"]
+    assert cells(printed, "AdaAD+IGDM")[6:] == ["41.00", "+3.00 (+0.00 to +7.00)", "1", "100"]
     header, ruler, *rows = printed.splitlines()[:4]
     assert len({len(line) for line in (header, ruler, *rows)}) == 1, "columns are aligned"
     assert lines[-1] == f"markdown  {out / 'comparison.md'}"
@@ -132,7 +131,7 @@ def test_pair_is_printed_written_and_drawn(pair, tmp_path):
     assert (out / "gains.png").exists()
     assert not (out / "alignment.png").exists(), "nothing was measured to be drawn in it"
     text = (out / "comparison.md").read_text()
-    assert "| AdaAD+IGDM | BDM | RES-18 | digits | 80.00 | 40.00 | 41.00 | +3.00 | 1 | 100 |" in text
+    assert "| AdaAD+IGDM | BDM | RES-18 | digits | 80.00 | 40.00 | 41.00 | +3.00 (+0.00 to +7.00) | 1 | 100 |" in text
     assert "python adaad_IGDM_cifar100.py --seed 0 --run_name twin" in text
     assert "Some CPU" in text
     assert "(comparison.png)" in text
@@ -140,17 +139,18 @@ def test_pair_is_printed_written_and_drawn(pair, tmp_path):
 
 
 def test_a_narrow_terminal_is_told_once_what_all_rows_share(pair):
-    (table,) = comparison.comparison_of(sources.read_sources(pair)).tables
+    (table,) = tables_of(comparison_of(read_runs(pair)))
     lines = as_text(table, 80).splitlines()
-    assert lines[0] == "all: dataset digits, AutoAttack images 100, n seeds 1"
-    assert max(map(len, lines)) <= 80
-    assert cells("\n".join(lines), "AdaAD+IGDM") == ["AdaAD+IGDM", "BDM", "RES-18", "80.00", "40.00", "41.00", "+3.00"]
+    assert lines[0] == "all: dataset digits, AutoAttack images 100, n seeds 1, student RES-18, teacher BDM"
+    assert max(map(len, lines[1:])) <= 80
+    row = ["AdaAD+IGDM", "80.00", "40.00", "41.00", "+3.00 (+0.00 to +7.00)"]
+    assert cells("\n".join(lines), "AdaAD+IGDM") == row
     assert as_text(table, 300) == as_text(table)
 
 
 def test_loss_of_accuracy_is_a_negative_gain(tmp_path):
-    folders = [make_run(tmp_path / "base"), make_run(tmp_path / "twin", "IGDM", robust=0.375)]
-    assert cells(compare(*folders), "AdaAD+IGDM")[7] == "-0.50"
+    folders = [make_run(tmp_path / "base"), make_run(tmp_path / "twin", "IGDM", robust=0.37)]
+    assert cells(compare(*folders), "AdaAD+IGDM")[7].startswith("-1.00 (")
 
 
 def test_baseline_stands_first_whatever_the_order_given(pair, tmp_path):
@@ -174,17 +174,18 @@ def test_seeds_become_mean_and_sample_deviation(tmp_path):
     row = cells(printed, "AdaAD+IGDM")
     gains = [100 * (twin[s] - base[s]) for s in base]
     assert row[6] == f"30.00 ± {stdev([29, 30, 31]):.2f}"
-    assert row[7] == f"{fmean(gains):+.2f} ± {stdev(gains):.2f}"
+    # Student's t for 2 degrees of freedom, 4.303; the images alone leave less.
+    half = 4.303 * stdev(gains) / math.sqrt(3)
+    assert row[7] == f"{fmean(gains):+.2f} ({fmean(gains) - half:+.2f} to {fmean(gains) + half:+.2f})"
     assert row[8] == "3"
-    assert "A single seed" not in printed
-    # Beyond the images' noise of +-1.2, but Student's t for 2 degrees of freedom, 4.303, leaves +-3.8 around 3.67.
-    assert "it includes 0" in printed
+    assert "One seed" not in printed
+    assert "includes 0" in printed
 
 
 def test_only_seeds_that_both_have_are_subtracted(tmp_path):
     printed = compare(*seeds_of(tmp_path, {0: 0.2, 1: 0.3, 2: 0.9}, {1: 0.4, 0: 0.3}))
-    assert cells(printed, "AdaAD+IGDM")[7] == "+10.00 ± 0.00"
-    assert "without a partner: 2." in printed
+    assert cells(printed, "AdaAD+IGDM")[7].startswith("+10.00 (")
+    assert "Without a partner: 2." in printed
 
 
 @pytest.mark.parametrize(
@@ -193,10 +194,8 @@ def test_only_seeds_that_both_have_are_subtracted(tmp_path):
     [(0, 0, 1.0), (3, 3, 1.0), (1, 5, 14 / 64), (8, 2, 112 / 1024), (0, 10, 2 / 1024)],
 )
 def test_mcnemar_is_the_coin_of_the_images_that_differ(only_first, only_second, p):
-    both = [True] * 4 + [False] * 5
-    first = both + [True] * only_first + [False] * only_second
-    second = both + [False] * only_first + [True] * only_second
-    assert statistics.mcnemar(first, second) == pytest.approx(p, rel=1e-12)
+    differences = [0] * 9 + [-1] * only_first + [1] * only_second
+    assert statistics.mcnemar(differences) == pytest.approx(p, rel=1e-12)
 
 
 def test_bootstrap_of_one_seed_is_the_normal_interval():
@@ -235,7 +234,7 @@ def flags_of(twin_wins: int, baseline_wins: int, images: int = 400) -> tuple[lis
     return [2] * twin_wins + [5] * baseline_wins + rest, [5] * twin_wins + [3] * baseline_wins + rest
 
 
-@pytest.mark.parametrize(("wins", "verdict"), [((30, 2), "it excludes 0"), ((17, 15), "it includes 0")])
+@pytest.mark.parametrize(("wins", "verdict"), [((30, 2), "interval excludes 0"), ((17, 15), "interval includes 0")])
 def test_runs_on_the_same_images_are_paired(tmp_path, wins, verdict):
     base, twin = flags_of(*wins)
     folders = [make_run(tmp_path / "base", fell=base), make_run(tmp_path / "twin", "IGDM", fell=twin)]
@@ -244,9 +243,8 @@ def test_runs_on_the_same_images_are_paired(tmp_path, wins, verdict):
     assert "(bootstrap over images)" in printed
     assert verdict in printed
     assert "McNemar's exact p" in printed
-    (read,) = sources.read_sources(folders[:1]).finished
+    (read,) = read_runs(folders[:1]).finished
     assert read.flags == "".join("01234-"[at] for at in base)
-    assert read.withstood() == [at == 5 for at in base]
 
 
 def test_several_paired_seeds_are_weighed_over_seeds_and_images(tmp_path):
@@ -256,9 +254,9 @@ def test_several_paired_seeds_are_weighed_over_seeds_and_images(tmp_path):
         folders.append(make_run(tmp_path / f"base{seed}", seed=seed, fell=base))
         folders.append(make_run(tmp_path / f"twin{seed}", "IGDM", seed=seed, fell=twin))
     printed = compare(*folders)
-    assert "(the wider of Student's t over seeds and the bootstrap over seeds and images): " in printed
-    assert "): it excludes 0." in printed
-    assert "seeds that a gain of so many points needs" in printed
+    assert "(the wider of Student's t over seeds and the bootstrap over seeds and images). " in printed
+    assert "The interval excludes 0." in printed
+    assert "Seeds needed to find a gain of so many points" in printed
 
 
 def test_flags_that_do_not_fit_are_refused(tmp_path):
@@ -267,7 +265,7 @@ def test_flags_that_do_not_fit_are_refused(tmp_path):
         compare(make_run(tmp_path / "a", attack=short))
 
 
-@pytest.mark.parametrize(("examples", "verdict"), [(100, "it includes 0"), (10000, "it excludes 0")])
+@pytest.mark.parametrize(("examples", "verdict"), [(100, "interval includes 0"), (10000, "interval excludes 0")])
 def test_a_gain_is_weighed_against_its_uncertainty(tmp_path, examples, verdict):
     folders = [
         make_run(tmp_path / "base", examples=examples),
@@ -276,7 +274,7 @@ def test_a_gain_is_weighed_against_its_uncertainty(tmp_path, examples, verdict):
     printed = compare(*folders)
     assert f"points on {examples} images" in printed
     assert verdict in printed
-    assert "A single seed: the difference includes seed noise" in printed
+    assert "One seed: the interval does not cover" in printed
 
 
 @pytest.mark.parametrize(
@@ -289,7 +287,6 @@ def test_a_gain_is_weighed_against_its_uncertainty(tmp_path, examples, verdict):
         ({"config": {"teacher_sha256": "f" * 64}}, "teacher_sha256 eeeeeeeeeeee... and ffffffffffff..."),
         ({"config": {"num_classes": 20}}, "num_classes 10 and 20"),
         ({"examples": 200}, "aa_examples 100 and 200"),
-        ({"attack": {"examples": 99}}, "AutoAttack examples 100 and 99"),
         ({"attack": {"version": "rand"}}, "AutoAttack version standard and rand"),
         ({"attack": {"epsilon": 0.5}}, "AutoAttack epsilon 0.03137254901960784 and 0.5"),
         ({"attack": {"seed": 9}}, "AutoAttack seed 0 and 9"),
@@ -305,7 +302,8 @@ def test_runs_made_under_other_conditions_are_not_subtracted(tmp_path, twin, nam
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
     # The runs themselves are shown, without a gain, and the note says why.
-    written = comparison.comparison_of(sources.read_sources(folders)).markdown()
+    found = comparison_of(read_runs(folders))
+    written = as_document(tables_of(found), notes_of(found))
     assert "No gain: cannot subtract" in written
     (row,) = [line for line in written.splitlines() if line.startswith("| AdaAD+IGDM")]
     assert row.split(" | ")[7] == "-"
@@ -324,14 +322,14 @@ def test_settings_that_do_not_make_the_experiment_may_differ(tmp_path):
         make_run(tmp_path / "base", **here, checkpoint_minutes=1.0),
         make_run(tmp_path / "twin", "IGDM", **there, checkpoint_minutes=2.0, robust=0.41),
     ]
-    assert cells(compare(*folders), "AdaAD+IGDM")[7] == "+3.00"
+    assert cells(compare(*folders), "AdaAD+IGDM")[7].startswith("+3.00 (")
 
 
 def test_a_run_from_before_a_flag_did_what_the_flags_default_does(tmp_path):
     folders = [make_run(tmp_path / "base"), make_run(tmp_path / "twin", "IGDM", robust=0.41, **cli.LATER_SETTINGS)]
     printed = compare(*folders)
-    assert cells(printed, "AdaAD+IGDM")[7] == "+3.00"
-    assert "not trained and measured alike" not in printed
+    assert cells(printed, "AdaAD+IGDM")[7].startswith("+3.00 (")
+    assert "differ in settings" not in printed
 
 
 def test_different_methods_are_listed_and_not_subtracted(tmp_path):
@@ -341,7 +339,7 @@ def test_different_methods_are_listed_and_not_subtracted(tmp_path):
     ]
     printed = compare(*folders)
     assert cells(printed, "RSLAD+IGDM")[7] == "-"
-    assert "no gain, as no run of RSLAD alone" in printed
+    assert "no gain, because its baseline RSLAD is not among the runs" in printed
 
 
 def test_each_variant_is_named_by_its_settings_and_finds_its_own_baseline(tmp_path):
@@ -352,19 +350,19 @@ def test_each_variant_is_named_by_its_settings_and_finds_its_own_baseline(tmp_pa
     assert printed.index("alpha 20") < printed.index("alpha 100"), "by number, not by letter"
     assert printed == compare(*reversed(folders))
     assert cells(printed, "AdaAD (lr 0.2)")[6] == "20.00"
-    assert cells(printed, "AdaAD+IGDM (lr 0.1, alpha 20)")[7] == "+10.00"
-    assert cells(printed, "AdaAD+IGDM (lr 0.2, alpha 20)")[7] == "+20.00"
-    assert cells(printed, "AdaAD+IGDM (lr 0.2, alpha 100)")[7] == "+30.00"
+    assert cells(printed, "AdaAD+IGDM (lr 0.1, alpha 20)")[7].startswith("+10.00 (")
+    assert cells(printed, "AdaAD+IGDM (lr 0.2, alpha 20)")[7].startswith("+20.00 (")
+    assert cells(printed, "AdaAD+IGDM (lr 0.2, alpha 100)")[7].startswith("+30.00 (")
 
 
 def test_runs_below_the_first_level_that_has_some_are_counted(tmp_path):
     (make_run(tmp_path / "runs" / "alone") / "hub").mkdir()
     (tmp_path / "runs" / "alone" / "hub" / "config.json").write_text("{}")  # an export's
-    assert "Left out" not in compare(tmp_path / "runs")
+    assert "left out" not in compare(tmp_path / "runs")
     for seed in (1, 2):
         make_run(tmp_path / "runs" / "study" / f"seed{seed}", seed=seed)
     printed = compare(tmp_path / "runs")
-    assert f"Left out: 2 runs further down, such as {tmp_path}/runs/study/seed1." in printed
+    assert f"2 runs in deeper folders are left out, such as {tmp_path}/runs/study/seed1." in printed
     assert sum(line.startswith("AdaAD ") for line in printed.splitlines()) == 1
 
 
@@ -403,7 +401,7 @@ def test_alignment_and_robustness_are_counted_and_correlated(tmp_path):
     printed = compare(tmp_path / "runs")
     assert cells(printed, "AdaAD")[8:12] == ["0.1975 ± 0.0019", "0.503 ± 0.002", "1.000 ± 0.000", "0.325 ± 0.019"]
     assert (
-        "over 12 students, and in brackets with the mean of each method taken off: GC +1.00 (+1.00), GD -1.00"
+        "over 12 students, and in brackets with the mean of each method subtracted: GC +1.00 (+1.00), GD -1.00"
         in printed
     )
     pairs = (
@@ -413,7 +411,7 @@ def test_alignment_and_robustness_are_counted_and_correlated(tmp_path):
     assert (
         "Logit GD and logit GC: the same with g = gradient of logits[true class] (evaluate.py, the first 400" in printed
     )
-    comparing.compare([tmp_path / "runs"], tmp_path / "out", lambda text: None)
+    comparing.compare([tmp_path / "runs"], tmp_path / "out", show=lambda text: None)
     assert "logit GC" in (tmp_path / "out" / "alignment.svg").read_text()
 
 
@@ -438,7 +436,7 @@ def test_what_lies_between_methods_is_taken_off(tmp_path):
             robust = 0.3 + 0.2 * bool(adds) + slope * seed
             folder = tmp_path / "runs" / f"{adds}{seed}"
             make_run(folder, adds, seed=seed, robust=robust, examples=1000, result={"gradients": gradients})
-    assert "taken off: GC +0.51 (-1.00)." in compare(tmp_path / "runs")
+    assert "subtracted: GC +0.51 (-1.00)." in compare(tmp_path / "runs")
 
 
 def test_a_column_that_some_seeds_lack_is_none_of_theirs(tmp_path):
@@ -455,7 +453,7 @@ def test_records_are_not_written_from_records(pair, tmp_path):
     kept = tmp_path / "kept.json"
     comparing.main([*map(str, pair), "--out", str(tmp_path / "out"), "--records", str(kept)])
     before = kept.read_bytes()
-    with pytest.raises(UserError, match="records among the sources"):
+    with pytest.raises(UserError, match="--records needs run folders"):
         comparing.main([str(kept), "--out", str(tmp_path / "out"), "--records", str(kept)])
     assert kept.read_bytes() == before
 
@@ -472,8 +470,8 @@ def test_inserting_is_all_that_insert_does(pair, tmp_path, capsys):
     other.parent.mkdir()
     other.write_bytes(kept.read_bytes())
     with pytest.raises(UserError, match=r"two sources are called my-runs\.2"):
-        inserted.insert(page, [kept, other])
-    inserted.insert(page, [kept])
+        fill_marks(page, [kept, other])
+    fill_marks(page, [kept])
     assert "prose" in page.read_text()
     assert "| AdaAD+IGDM |" in page.read_text()
 
@@ -495,9 +493,9 @@ def test_any_method_and_addition_of_ones_own(tmp_path):
         make_run(tmp_path / "b", "Mine", method="$My_|x`", robust=0.4),
     ]
     printed = compare(*folders)
-    assert cells(printed, "method")[7] == "Mine gain"
-    assert cells(printed, "$My_|x`+Mine")[7] == "+2.00"
-    comparing.compare(folders, tmp_path, lambda text: None)
+    assert cells(printed, "method")[7] == "Mine gain (95 % interval)"
+    assert cells(printed, "$My_|x`+Mine")[7].startswith("+2.00 (")
+    comparing.compare(folders, tmp_path, show=lambda text: None)
     assert r"| $My\_\|x\`+Mine |" in (tmp_path / "comparison.md").read_text()
 
 
@@ -533,11 +531,10 @@ def test_other_hardware_and_versions_are_noted(tmp_path):
 
 def test_a_method_keeps_its_colour_and_a_baseline_its_line(pair, tmp_path):
     other = make_run(tmp_path / "other", method="Of one's own")
-    few = groups.group_by_seed(sources.read_sources(pair).finished)
-    more = groups.group_by_seed(sources.read_sources([other, *pair]).finished)
-    own, *same = figures.styles_of(more)
-    assert same == figures.styles_of(few), "whatever else is shown"
-    base, twin = same
+    few, more = (figures.styles_of(comparison_of(read_runs(runs)).groups).values() for runs in (pair, [other, *pair]))
+    own, *rest = more
+    assert rest == list(few), "whatever else is shown"
+    base, twin = rest
     assert base["color"] == twin["color"] != own["color"]
     assert (base["linestyle"], twin["linestyle"]) == ("--", "-")
     assert base["markerfacecolor"] == "white"
@@ -553,7 +550,7 @@ def test_many_rows_are_drawn(tmp_path):
     ]
     rows = (folders[0] / "metrics.jsonl").read_text().splitlines()
     (folders[0] / "metrics.jsonl").write_text(rows[-1] + "\n")
-    comparing.compare(folders, tmp_path, lambda text: None)
+    comparing.compare(folders, tmp_path, show=lambda text: None)
     assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
 
 
@@ -577,7 +574,7 @@ def test_what_holds_no_run_is_refused(pair, tmp_path):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("student.pt", "is a file; compare.py takes folders"),
+        ("student.pt", "is a file; expected a folder"),
         ("train/cat/1.png", "is a folder of images, .* --dataset "),
         ("export/model.safetensors", "is an export, not a run folder"),
         ("notes/notes.txt", "is not a run folder and holds none"),
@@ -636,7 +633,7 @@ def test_a_folder_of_runs_can_be_compared_again(tmp_path, capsys):
     (tmp_path / "runs" / "logs").mkdir()
     for _ in range(2):
         comparing.main([str(tmp_path / "runs")])
-        assert cells(capsys.readouterr().out, "AdaAD+IGDM")[7] == "+3.00"
+        assert cells(capsys.readouterr().out, "AdaAD+IGDM")[7].startswith("+3.00 (")
     assert (tmp_path / "runs" / "comparison.md").exists()
     assert "+3.00" in compare(tmp_path), "a level further up"
 
@@ -648,7 +645,7 @@ def test_unfinished_runs_are_shown_and_never_compared(pair, tmp_path):
     assert "1 runs are not finished" in printed
     assert "points, 95 %" not in printed
     (pair[0] / "result.json").unlink()
-    comparing.compare(pair, tmp_path / "out", lambda text: None)
+    comparing.compare(pair, tmp_path / "out", show=lambda text: None)
     assert "unfinished" in (tmp_path / "out" / "comparison.md").read_text()
 
 
@@ -678,7 +675,7 @@ def test_unequal_training_of_different_methods_is_said(tmp_path):
         make_run(tmp_path / "b", method="RSLAD", epochs=3, attack_steps=10),
     ]
     printed = compare(*folders)
-    assert "not trained and measured alike: epochs 2 (AdaAD), 3 (RSLAD)." in printed
+    assert "not their method's own: epochs 2 (AdaAD), 3 (RSLAD)." in printed
     assert "ce_weight" not in printed, "what is the method's own is no difference"
     other = make_run(tmp_path / "c", dataset="svhn", epochs=9, config={"dataset_sha256": "f" * 64})
     assert "epochs 2 (AdaAD), 3 (RSLAD)." in compare(*folders, other), "other data are trained on as they need"
@@ -713,15 +710,15 @@ def test_records_give_the_same_tables_as_the_folders(tmp_path, capsys):
 
     document = tmp_path / "results.md"
     document.write_text("a\n<!-- begin mine -->\nold\n<!-- end mine -->\nb\n<!-- begin mine table --><!-- end")
-    inserted.insert(document, [records])
+    fill_marks(document, [records])
     once = document.read_text()
     assert once.startswith("a\n<!-- begin mine -->\n| method |")
     assert "old" not in once
     assert "4 runs, 0.0 hours in all on Some CPU" in once
-    inserted.insert(document, [records])
+    fill_marks(document, [records])
     assert document.read_text() == once
     with pytest.raises(UserError, match="has no lines '<!-- begin other -->'"):
-        inserted.insert(document, [records.rename(tmp_path / "other.json")])
+        fill_marks(document, [records.rename(tmp_path / "other.json")])
 
 
 def test_documents_take_figures_and_several_sources_at_once(tmp_path):
@@ -735,22 +732,22 @@ def test_documents_take_figures_and_several_sources_at_once(tmp_path):
     document.parent.mkdir()
     marks = "AdaAD+RSLAD gains figure", "AdaAD+RSLAD table", "RSLAD", "other"
     document.write_text("".join(f"<!-- begin {mark} -->\nold\n<!-- end {mark} -->\n" for mark in marks))
-    said = inserted.insert(document, sources_of)
+    said = fill_marks(document, sources_of)
     assert said == [f"{document}: {mark}" for mark in marks[:3]]
     spare = tmp_path / "spare.json"
     spare.write_text(sources_of[0].read_text())
-    assert inserted.insert(document, [*sources_of, spare])[-1] == f"{document}: no mark for spare"
+    assert fill_marks(document, [*sources_of, spare])[-1] == f"{document}: no mark for spare"
     text = document.read_text()
     assert "![gains: AdaAD, RSLAD](figures/AdaAD_RSLAD_gains.svg)" in text
     assert text.count("| RSLAD+IGDM |") == 2
     assert "<!-- begin other -->\nold\n" in text, "its records were not given"
     figure = document.parent / "figures" / "AdaAD_RSLAD_gains.svg"
     assert "RSLAD+IGDM" in (once := figure.read_text())
-    inserted.insert(document, sources_of)
+    fill_marks(document, sources_of)
     assert figure.read_text() == once
-    document.write_text("<!-- begin AdaAD headroom figure -->\n<!-- end AdaAD headroom figure -->")
-    with pytest.raises(UserError, match="AdaAD has no figure 'headroom'; it has comparison, gains"):
-        inserted.insert(document, sources_of[:1])
+    document.write_text("<!-- begin AdaAD other figure -->\n<!-- end AdaAD other figure -->")
+    with pytest.raises(UserError, match="AdaAD has no figure 'other'; it has comparison, gains"):
+        fill_marks(document, sources_of[:1])
 
 
 @pytest.mark.parametrize(
@@ -787,10 +784,10 @@ def test_csv_and_latex(pair, tmp_path):
     assert [float(row["autoattack"]) for row in rows] == [0.38, 0.41, 0.395]
     assert float(rows[1]["gain"]) == pytest.approx(0.03)
     latex = (tmp_path / "a.tex").read_text()
-    assert r"AdaAD+IGDM & BDM & RES-18 & digits & \textbf{80.00}" not in latex, "the first of equals alone"
-    assert r"\textbf{41.00} & +3.00" in latex
+    assert r"AdaAD+IGDM & \textbf{80.00}" not in latex, "the first of equals alone"
+    assert r"\textbf{41.00} & $+$3.00 {\scriptsize[$+0.00$, $+7.00$]}" in latex
     assert r"M\_1 \& 50\%" in latex
-    assert latex.splitlines()[:2] == [r"\begin{tabular}{llllrrrrrr}", r"\toprule"]
+    assert latex.splitlines()[1:3] == [r"\begin{tabular}{@{}lrrr@{}}", r"\toprule"]
 
 
 @pytest.mark.parametrize(
@@ -846,12 +843,9 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path, data):
     for file, value in originals.items():
         (folder / file).write_text(json.dumps(value))
     try:
-        found = comparison.Comparison(
-            made := groups.group_by_seed([results.read_run(folder)]), *groups.gains_of(made), []
-        )
-        assert all(map(as_text, found.tables))
-        assert found.markdown()
-        assert exports.as_latex(made, found.tables[0])
+        found = comparison_of(read_runs([folder]))
+        assert as_document(tables_of(found), notes_of(found))
+        assert as_latex(found)
     except UserError:
         pass  # the only error that is not a traceback
 
@@ -859,7 +853,7 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path, data):
 def test_a_name_that_is_not_text_is_escaped(tmp_path):
     """A path that is not UTF-8 reaches Python, and JSON, as lone surrogates."""
     folders, lines = [make_run(tmp_path / "a", teacher="runs/\udcff"), make_run(tmp_path / "b")], []
-    comparing.compare(folders, tmp_path / "\udcff", lines.append)
+    comparing.compare(folders, tmp_path / "\udcff", show=lines.append)
     assert cells("\n".join(lines), "AdaAD")[1] == r"\udcff"
     assert r"runs/\udcff" in (tmp_path / "\udcff" / "comparison.md").read_text()
 
@@ -931,7 +925,7 @@ def test_committed_tables_and_figures_are_those_of_the_committed_records(documen
     }
     marks = {name for names in re.findall(r"<!-- begin ([\w+]+)", text) for name in names.split("+")}
     (tmp_path / "made.md").write_text(text)
-    inserted.insert(tmp_path / "made.md", [sources[mark] for mark in sorted(marks)], tmp_path)
+    fill_marks(tmp_path / "made.md", [sources[mark] for mark in sorted(marks)], run_dir=tmp_path)
     for drawn in sorted(tmp_path.glob("figures/*")):
         assert drawn.read_text() == (ROOT / document).parent.joinpath("figures", drawn.name).read_text(), drawn.name
     assert (tmp_path / "made.md").read_text() == text

@@ -4,72 +4,97 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiment import UserError, cli
 from experiment.compare.comparison import Comparison, comparison_of
-from experiment.compare.exports import as_csv, as_latex, commands
-from experiment.compare.inserted import insert
+from experiment.compare.documents import as_document, fill_marks
+from experiment.compare.notes import notes_of
+from experiment.compare.read import read_runs
 from experiment.compare.records import write_records
-from experiment.compare.sources import read_sources
-from experiment.compare.text import escaped
+from experiment.compare.tables import HEADS, as_csv, as_latex, tables_of
 from experiment.files import write_atomically
-from experiment.text import as_text
+from experiment.text import as_text, escaped
+
+FILES = {
+    "csv": "a line per run, accuracies as fractions",
+    "latex": "the table of results as a booktabs tabular that fits a column",
+    "html": "one page with everything, that opens without network",
+    "records": "the finished runs in one small file, which compare.py takes in their place",
+}
+"""What can be written beside comparison.md and the plots, by flag."""
 
 
-def compare(sources: Sequence[Path], out: Path, show: Callable[[str], None] = print) -> Comparison:
+def compare(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    columns: Sequence[str] = (),
+    files: Mapping[str, Path] | None = None,
+    show: Callable[[str], None] = print,
+) -> Comparison:
     """Compare runs: show tables and notes; write comparison.md and the plots (PNG, PDF, SVG) into `out`.
 
     Args:
-        sources: see ``read_sources``.
+        sources: run folders, folders that hold run folders, studies (.toml) or records (.json).
         out: created if it does not exist.
+        columns: keys of ``tables.HEADS`` to show in the table of results; default what was measured.
+        files: what else to write, by name: csv, latex, html, records.
         show: takes each text for the terminal.
 
     Raises:
-        UserError: see ``read_sources`` and ``comparison_of``; `out` cannot be written to. After all was written and
-            shown, the rest without a gain: runs that cannot be subtracted, see ``gains_of``.
+        UserError: a source is none of these or damaged; two runs have the same settings and seed; a file cannot be
+            written. After all was written and shown: a run and its baseline differ in more than the addition.
     """
-    comparison = comparison_of(read_sources(sources))
-    _write(comparison, out, show)
-    _refuse(comparison)
-    return comparison
-
-
-def _write(comparison: Comparison, out: Path, show: Callable[[str], None]) -> None:
+    files = files or {}
+    comparison = comparison_of(read_runs(sources))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made a folder: {error.strerror}") from error
-    from experiment.compare.plots import draw_all  # matplotlib takes a second
+    from experiment.compare.figures import all_figures, write_figures  # matplotlib takes a second
 
-    plots = draw_all(comparison.groups, comparison.gains, out)
-    pictures = [f"![{path.stem}]({path.name})" for path in plots if path.suffix == ".png"]
-    parts = [comparison.markdown(), *pictures]
-    parts += ["Commands:", commands(comparison.groups)] if comparison.groups else []
-    path = out / "comparison.md"
-    _write_text(path, "\n\n".join(part.rstrip("\n") for part in parts) + "\n")
-    width = _terminal_width()
-    for table in comparison.tables:
-        show(escaped(as_text(table, width)) + "\n")
-    for note in comparison.notes:
-        show(escaped(note))
-    show(
-        escaped(f"\nplots     {', '.join(str(path) for path in plots)}" if plots else "\nno plots: nothing is finished")
-    )
-    show(escaped(f"markdown  {path}"))
+    tables, notes, figures = tables_of(comparison, columns), notes_of(comparison), all_figures(comparison)
+    plots = write_figures(figures, out)
+    _write(out / "comparison.md", _markdown(comparison, tables, notes, figures))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for text in (*(as_text(table, width) + "\n" for table in tables), *notes):
+        show(escaped(text))
+    show(escaped(f"\nplots     {', '.join(map(str, plots))}" if plots else "\nno plots: no run is finished"))
+    show(escaped(f"markdown  {out / 'comparison.md'}"))
+    for name, path in files.items():
+        if name == "csv":
+            _write(path, as_csv(comparison))
+        elif name == "latex":
+            _write(path, as_latex(comparison, columns))
+        elif name == "html":
+            from experiment.compare.page import page
 
-
-def _refuse(comparison: Comparison) -> None:
+            _write(path, page(comparison, tables, notes, figures))
+        else:
+            write_records(path, [run for group in comparison.groups for run in group.runs])
+        show(escaped(f"{name:<8}  {path}"))
     if comparison.refusals:
         raise UserError("; ".join(comparison.refusals))
+    return comparison
 
 
-def _terminal_width() -> int | None:
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+def _markdown(comparison: Comparison, tables: list, notes: list[str], figures: Mapping[str, Any]) -> str:
+    parts = [as_document(tables, notes), *(f"![{name}]({name}.png)" for name in figures)]
+    if comparison.groups:
+        lines = []
+        for group in comparison.groups:
+            for run in group.runs:
+                what = f"# {group.label}, {run.teacher}, {run.student}, seed {run.seed}: {run.environment['hardware']}"
+                # One line each: a line break in a quoted argument could end the code block.
+                lines += [" ".join(text.split()) for text in (what, run.command)]
+        parts += ["Commands:", "\n".join(["```sh", *lines, "```"])]
+    return "\n\n".join(parts) + "\n"
 
 
-def _write_text(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(escaped(text).encode()))
 
 
@@ -94,13 +119,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=argparse.SUPPRESS,  # depends on the others: keeps "default: None" out of --help
         help="folder for comparison.md and the plots; default the runs' common parent, or . if there is none",
     )
-    files = {
-        "csv": "a line per run, accuracies as fractions",
-        "latex": "the table of results as a booktabs tabular",
-        "html": "one page with everything, that opens without network",
-        "records": "the finished runs in one small file, which compare.py takes in their place",
-    }
-    for flag, what in files.items():
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        choices=tuple(HEADS),
+        default=[],
+        metavar="NAME",
+        help=f"columns of the table of results: {', '.join(HEADS)}; default all that were measured, for --latex and a "
+        "table in a document method, clean, autoattack and gain",
+    )
+    for flag, what in FILES.items():
         parser.add_argument(f"--{flag}", type=Path, metavar="FILE", help=f"also write {what}")
     parser.add_argument(
         "--insert",
@@ -110,41 +138,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         "<!-- begin NAME --> and <!-- end NAME --> of FILE.md (or NAME table: one table; A+B gains figure: a figure)",
     )
     args = parser.parse_args(argv)
+    files = {flag: path for flag in FILES if (path := getattr(args, flag))}
     if args.insert:
-        others = [flag for flag in ("out", *files) if getattr(args, flag, None)]
+        others = [*(["out"] if "out" in args else []), *files]
         if others:
             parser.error(f"argument --insert: writes nothing else; not together with --{others[0]}")
-        print(*insert(args.insert, args.sources), sep="\n")
+        print(*fill_marks(args.insert, args.sources, args.columns), sep="\n")
         return
-    for flag in files:
-        if (path := getattr(args, flag)) and not path.parent.is_dir():
+    for flag, path in files.items():
+        if not path.parent.is_dir():
             raise UserError(f"--{flag} {path}: {path.parent} is not a folder")
-    runs = read_sources(args.sources)
-    if args.records and len(runs.folders) < len(runs.finished):
-        raise UserError("--records is made of run folders; records among the sources are not taken over")
-    comparison = comparison_of(runs)
-    _write(comparison, getattr(args, "out", None) or _common_parent(args.sources), print)
-    if args.csv:
-        _write_text(args.csv, as_csv(comparison.groups, comparison.gains))
-    if args.latex and comparison.groups:
-        _write_text(args.latex, as_latex(comparison.groups, comparison.tables[0]))
-    if args.html:
-        from experiment.compare.page import page
-
-        _write_text(args.html, page(comparison))
-    if args.records:
-        write_records(args.records, runs.folders)
-    for flag in files:
-        if (path := getattr(args, flag)) and (flag != "latex" or comparison.groups):
-            print(f"{flag:<8}  {path}")
-    _refuse(comparison)
+    taken = [source for source in args.sources if source.suffix == ".json" and source.is_file()]
+    if args.records and taken:
+        raise UserError(f"--records needs run folders; {taken[0]} is a records file")
+    compare(args.sources, getattr(args, "out", None) or _common_parent(args.sources), columns=args.columns, files=files)
 
 
 def _common_parent(sources: Sequence[Path]) -> Path:
-    """The folder that holds all run folders, shown from here if it lies below; else the current one."""
+    """The folder that holds all run folders, relative if it is below the current one; else the current one."""
     folders = {Path(os.path.abspath(source)) for source in sources}
     parents = {path.parent if (path / "config.json").is_file() or path.is_file() else path for path in folders}
-    here, parent = Path.cwd(), parents.pop()
+    current, parent = Path.cwd(), parents.pop()
     if parents:
         return Path(".")
-    return parent.relative_to(here) if parent.is_relative_to(here) else parent
+    return parent.relative_to(current) if parent.is_relative_to(current) else parent

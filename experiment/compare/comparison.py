@@ -1,73 +1,118 @@
-"""Runs grouped by seed, subtracted from their baselines, as tables and sentences.
+"""Runs grouped by seed, labelled, and subtracted from their baselines: made once, for tables, notes and figures.
 
-A method that adds something to a base method (config.json's "adds") stands beside its baseline; its gain, the
-AutoAttack accuracy minus the baseline's, is told only if the two were made under the same conditions.
+A method that adds something to a base method (config.json's "adds") is compared with its baseline. Its gain, the
+AutoAttack accuracy minus the baseline's, needs runs that were made under the same conditions.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 from experiment import UserError
-from experiment.compare.exports import as_markdown, markdown_text
-from experiment.compare.groups import Gain, SeedGroup, contrasts_of, gains_of, group_by_seed
-from experiment.compare.notes import notes_of
+from experiment.compare.read import Runs
 from experiment.compare.run_record import PendingRun, RunRecord
-from experiment.compare.sources import Runs
-from experiment.compare.tables import pending_table, published_table, results_table
-from experiment.text import Table
+from experiment.compare.statistics import interval_of_gain, mcnemar
+from experiment.text import ABSENT, comma_list, short_text
+
+
+@dataclass(frozen=True, eq=False)
+class SeedGroup:
+    """Runs that differ in nothing but their seed, in the order of their seeds."""
+
+    runs: tuple[RunRecord, ...]
+    label: str
+    """The method; where a comparison has variants of it, also the settings in which they differ ('lr 0.1')."""
+
+    @property
+    def first(self) -> RunRecord:
+        """Any of the runs, for what they share."""
+        return self.runs[0]
+
+    @property
+    def pair(self) -> tuple[str, ...]:
+        """What a baseline and the version with an addition share."""
+        return _pair(self.first)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it adds nothing to its method."""
+        return self.first.added is None
+
+    @property
+    def has_teacher(self) -> bool:
+        """False for a network that was trained without a teacher, such as a teacher itself."""
+        return self.first.teacher != "-"
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, ascending."""
+        return [run.seed for run in self.runs]
+
+    def values(self, name: str) -> list[float]:
+        """One of ``RunRecord.values`` per seed that has it."""
+        return [run.values[name] for run in self.runs if name in run.values]
+
+    def all_values(self, name: str) -> list[float]:
+        """As `values`, but empty unless every seed has one."""
+        values = self.values(name)
+        return values if len(values) == len(self.runs) else []
+
+
+@dataclass(frozen=True)
+class Gain:
+    """AutoAttack accuracy of a group minus another's, over the seeds that both have; fractions."""
+
+    group: SeedGroup
+    baseline: SeedGroup
+    by_seed: dict[int, float]
+    p_values: dict[int, float]
+    """McNemar's, by seed."""
+    interval: tuple[float, float]
+    """95 %, of the mean."""
+
+    @property
+    def mean(self) -> float:
+        """The mean over the seeds."""
+        return fmean(self.by_seed.values())
+
+    @property
+    def includes_0(self) -> bool:
+        """Whether the interval includes 0."""
+        return self.interval[0] <= 0 <= self.interval[1]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups of finished runs, their gains, what could not be subtracted, and runs that are not in it."""
+    """Groups of finished runs, their gains, and runs that are not compared."""
 
     groups: list[SeedGroup]
     gains: list[Gain]
+    """Of additions over their baselines."""
+    ablations: list[Gain]
+    """Of one method in two variants that differ in one setting: the second minus the first."""
     refusals: list[str]
+    """Why a group has no gain over its baseline, one sentence each."""
     pending: list[PendingRun]
-    deeper: list[Path] = field(default_factory=list)
-    unlike: list[str] = field(default_factory=list)
-    """Sentences about evaluate.py's gradients that are left out."""
-
-    @cached_property
-    def tables(self) -> list[Table]:
-        """The results, ours beside published figures, and the runs that are not finished; those that have rows."""
-        tables = [results_table(self.groups, self.gains)] if self.groups else []
-        extra = (published_table(self.groups, self.pending), pending_table(self.pending))
-        return tables + [table for table in extra if table]
-
-    @cached_property
-    def notes(self) -> list[str]:
-        """Sentences for below the tables."""
-        refused = [f"No gain: {refusal}." for refusal in self.refusals]
-        deeper = [f"Left out: {len(self.deeper)} runs further down, such as {self.deeper[0]}."] if self.deeper else []
-        return [
-            *notes_of(self.groups, [*self.gains, *contrasts_of(self.groups)], self.pending),
-            *self.unlike,
-            *refused,
-            *deeper,
-        ]
-
-    def markdown(self) -> str:
-        """Tables and notes."""
-        parts = [as_markdown(table) for table in self.tables]
-        return "\n\n".join([*parts, "\n".join(f"- {markdown_text(note)}" for note in self.notes)]) + "\n"
+    left_out: list[str]
+    """What was read and is not shown, one sentence each."""
 
 
 def comparison_of(runs: Runs) -> Comparison:
-    """Group and subtract runs.
+    """Group, label and subtract runs.
 
     Raises:
-        UserError: see ``group_by_seed``; there is neither a finished nor an unfinished run.
+        UserError: there is no run; two runs have the same settings and the same seed, so that they are not independent.
     """
     if not runs.finished and not runs.pending:
         raise UserError("there are no runs to compare")
-    finished, unlike = _on_the_same_images(runs.finished)
-    groups = group_by_seed(finished)
-    return Comparison(groups, *gains_of(groups), runs.pending, runs.deeper, unlike)
+    finished, left_out = _on_the_same_images(runs.finished)
+    if runs.deeper:
+        left_out.append(f"{len(runs.deeper)} runs in deeper folders are left out, such as {runs.deeper[0]}.")
+    groups = _grouped(finished)
+    gains, refusals = _gains(groups)
+    return Comparison(groups, gains, _ablations(groups), refusals, runs.pending, left_out)
 
 
 def _on_the_same_images(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
@@ -77,15 +122,138 @@ def _on_the_same_images(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], lis
         most[run.dataset] = max(most[run.dataset], run.gradients.get("scalars_examples", 0))
     kept, left_out = [], []
     for run in runs:
-        images = run.gradients.get("scalars_examples")
-        if images is None or images == most[run.dataset]:
-            kept.append(run)
-            continue
-        gradients = {key: value for key, value in run.gradients.items() if not key.startswith("scalars")}
-        kept.append(replace(run, gradients=gradients))
-        left_out.append(
-            f"Logit GD and logit GC of {run.folder.name} are left out: measured on {images} images, others on "
-            f"{most[run.dataset]}. Measure again with: python evaluate.py {run.folder} --attacks gradients "
-            f"--examples {most[run.dataset]}"
-        )
+        images = run.gradients.get("scalars_examples", most[run.dataset])
+        if images < most[run.dataset]:
+            left_out.append(
+                f"Logit GD and logit GC of {run.folder.name} are left out: measured on {images} images, others on "
+                f"{most[run.dataset]}. Measure again with: python evaluate.py {run.folder} --attacks gradients "
+                f"--examples {most[run.dataset]}"
+            )
+            values = {name: value for name, value in run.values.items() if not name.startswith("logit")}
+            run = replace(run, values=values)  # noqa: PLW2901
+        kept.append(run)
     return kept, left_out
+
+
+def _pair(run: RunRecord) -> tuple[str, ...]:
+    teacher = run.teacher if "teacher" not in run.added_settings else "-"  # added: the baseline has none
+    return run.method, run.base_script, teacher, run.student, run.dataset
+
+
+def _grouped(runs: Sequence[RunRecord]) -> list[SeedGroup]:
+    """Pairs together, the baseline first, variants in the order of their numbers (alpha 2 before alpha 10)."""
+    by_identity: dict[str, dict[int, RunRecord]] = {}
+    for run in runs:
+        identity = json.dumps([*_pair(run), run.added, run.settings], sort_keys=True)
+        seeds = by_identity.setdefault(identity, {})
+        if run.seed in seeds:
+            raise UserError(
+                f"{seeds[run.seed].folder} and {run.folder} are the same experiment with the same seed {run.seed}; "
+                "give one of them"
+            )
+        seeds[run.seed] = run
+
+    def place(seeds: dict[int, RunRecord]) -> tuple:
+        first = next(iter(seeds.values()))
+        numbers = [value for _, value in sorted(first.settings.items()) if isinstance(value, int | float)]
+        return order.index(_pair(first)), first.added is not None, numbers
+
+    order = list(dict.fromkeys(map(_pair, runs)))
+    groups = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in sorted(by_identity.values(), key=place)]
+    return [SeedGroup(group, _label(group[0], [other[0] for other in groups])) for group in groups]
+
+
+def _label(run: RunRecord, others: Sequence[RunRecord]) -> str:
+    variants = [other.settings for other in others if _pair(other) == _pair(run) and other.name == run.name]
+    varying = [
+        f"{key} {short_text(run.settings.get(key, ABSENT))}"
+        for key in dict.fromkeys(key for settings in variants for key in settings)
+        if any(settings.get(key) != run.settings.get(key) for settings in variants)
+    ]
+    return f"{run.name} ({', '.join(varying)})" if varying else run.name
+
+
+def _gains(groups: Sequence[SeedGroup]) -> tuple[list[Gain], list[str]]:
+    """Subtract its baseline from every group that has one; a sentence for each group where that is not possible."""
+    gains, refusals = [], []
+    for group in groups:
+        baselines = [other for other in groups if other.pair == group.pair and other.is_baseline]
+        if group.is_baseline or not baselines:
+            continue
+        # Several baselines (another learning rate, say) may be listed: the one that fits is the one subtracted.
+        baseline = min(baselines, key=lambda other: len(_differing_settings(group.first, other.first)))
+        pairs = _pairs(group, baseline)
+        if reason := _not_comparable(group, baseline, pairs):
+            what = f"{baseline.first.folder} ({baseline.first.name}) from {group.first.folder} ({group.first.name})"
+            refusals.append(f"cannot subtract {what}: {reason}")
+        elif _attacked(pairs):
+            gains.append(_gain(group, baseline, pairs))
+    return gains, refusals
+
+
+def _not_comparable(group: SeedGroup, baseline: SeedGroup, pairs: Sequence[tuple[RunRecord, RunRecord]]) -> str | None:
+    if settings := _differing_settings(group.first, baseline.first):
+        allowed = ", ".join(group.first.added_settings) or "nothing"
+        return f"they differ in {'; '.join(settings)}. Only {allowed} may differ. Rerun one of them"
+    if not pairs:
+        return (
+            f"their seeds differ: {comma_list(baseline.seeds)} and {comma_list(group.seeds)}. "
+            "Give runs with the same seeds"
+        )
+    seeds = _attack_seeds(pairs)
+    if seeds[0] != seeds[1]:
+        return f"they differ in AutoAttack seed {comma_list(seeds[0])} and {comma_list(seeds[1])}. Rerun one of them"
+    if any(run.attack and not run.flags for pair in pairs for run in pair):
+        return "AutoAttack's result per image is missing. Rerun one of them"
+    return None
+
+
+def _differing_settings(run: RunRecord, baseline: RunRecord) -> list[str]:
+    """Every setting in which the runs differ, with both values, except those that the addition brings."""
+    found = []
+    for key in dict.fromkeys([*baseline.settings, *run.settings]):
+        of_run, of_baseline = run.settings.get(key, ABSENT), baseline.settings.get(key, ABSENT)
+        if key.removesuffix("_sha256") not in run.added_settings and of_run != of_baseline:
+            found.append(f"{key} {short_text(of_baseline)} and {short_text(of_run)}")
+    return found
+
+
+def _ablations(groups: Sequence[SeedGroup]) -> list[Gain]:
+    """One method in two variants that differ in one setting only; of three variants or more none is subtracted."""
+    found = []
+    for first in groups:
+        variants = [group for group in groups if (group.pair, group.first.added) == (first.pair, first.first.added)]
+        if len(variants) != 2 or variants[0] is not first:
+            continue
+        settings, of_second = first.first.settings, variants[1].first.settings
+        pairs = _pairs(variants[1], first)
+        differing = [key for key in {**of_second, **settings} if of_second.get(key) != settings.get(key)]
+        attack_seeds = _attack_seeds(pairs)
+        one = len(differing) == 1 and differing != ["dataset_sha256"]  # other images cannot be paired
+        if one and pairs and _attacked(pairs) and attack_seeds[0] == attack_seeds[1]:
+            found.append(_gain(variants[1], first, pairs))
+    return found
+
+
+def _pairs(group: SeedGroup, baseline: SeedGroup) -> list[tuple[RunRecord, RunRecord]]:
+    """(run of the baseline, run of the group) for each seed that both have."""
+    by_seed = {run.seed: run for run in baseline.runs}
+    return [(by_seed[run.seed], run) for run in group.runs if run.seed in by_seed]
+
+
+def _attack_seeds(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> tuple[list[object], list[object]]:
+    return [base.attack.get("seed") for base, _ in pairs], [run.attack.get("seed") for _, run in pairs]
+
+
+def _attacked(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> bool:
+    return all(run.flags for pair in pairs for run in pair)
+
+
+def _gain(group: SeedGroup, baseline: SeedGroup, pairs: Sequence[tuple[RunRecord, RunRecord]]) -> Gain:
+    by_seed = {run.seed: run.values["autoattack"] - base.values["autoattack"] for base, run in pairs}
+    differences = [
+        [(flag == "-") - (of_base == "-") for of_base, flag in zip(base.flags, run.flags, strict=True)]
+        for base, run in pairs
+    ]
+    p_values = {run.seed: mcnemar(row) for (_, run), row in zip(pairs, differences, strict=True)}
+    return Gain(group, baseline, by_seed, p_values, interval_of_gain(differences, list(by_seed.values())))

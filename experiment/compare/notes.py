@@ -1,153 +1,254 @@
-"""What must be known to read the tables: units, attacks, how sure the figures are, and what differs between rows."""
+"""Sentences below the tables: units, attacks, gains with their intervals, alignment, and what differs between rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 
-from experiment.compare.alignment_notes import alignment_notes
-from experiment.compare.groups import Gain, SeedGroup, unequal_settings
-from experiment.compare.published import published_cell, published_epochs, source_name
-from experiment.compare.run_record import PendingRun
+from experiment.compare.comparison import Comparison, Gain, SeedGroup
+from experiment.compare.published import IMAGES, published_cell, source
+from experiment.compare.run_record import RunRecord
 from experiment.compare.statistics import seeds_needed
-from experiment.compare.tables import labels_of
-from experiment.compare.text import ABSENT, comma_list, p_value, points, short_text
-from experiment.text import budget
+from experiment.text import ABSENT, budget, comma_list, points, short_name, short_text
 
 GAINS_TO_FIND = (0.01, 0.02, 0.03)
-"""Gains, in fractions, for which the number of seeds is told."""
+"""Gains, in fractions, for which the number of seeds is given."""
+MEASURES = {"GC": ("gc", 1), "GD": ("gd", -1), "logit GC": ("logit_gc", 1), "logit GD": ("logit_gd", -1)}
+"""By name: the key in a run's values, and the sign of a change that brings the student closer to the teacher."""
+FEWEST = 6
+"""With fewer students or pairs nothing is said about alignment and robustness."""
+DIGITS = 9
+"""Decimals of a value before it is ranked: far more than is printed, far fewer than a float has."""
 
 
-PUBLISHED_IMAGES = 10_000
-"""Under AutoAttack, in the published figures."""
+def notes_of(comparison: Comparison) -> list[str]:
+    """All sentences."""
+    return [
+        *_notes_on_columns(comparison.groups),
+        *(note for gain in (*comparison.gains, *comparison.ablations) for note in _notes_on_gain(gain)),
+        *_notes_on_alignment(comparison),
+        *_notes_on_settings(comparison.groups),
+        *_notes_on_published_figures(comparison.groups),
+        *_notes_on_missing(comparison),
+        *comparison.left_out,
+        *(f"No gain: {refusal}." for refusal in comparison.refusals),
+    ]
 
 
-def notes_of(groups: Sequence[SeedGroup], gains: Sequence[Gain], pending: Sequence[PendingRun] = ()) -> list[str]:
-    """Sentences for below the table."""
-    labels = {id(group): label for group, label in zip(groups, labels_of(groups), strict=True)}
-    notes = []
-    if groups:
-        tested = comma_list(sorted({run.test_examples for group in groups for run in group.runs}))
-        notes.append(
-            f"Accuracies in per cent; clean and PGD-20 on all {tested} test images, gains in points of AutoAttack."
-        )
-    if any(len(group.runs) > 1 for group in groups):
-        notes.append("Mean ± sample standard deviation (n - 1) over seeds where n seeds is above 1.")
-    notes += _attack_notes(groups, labels)
-    definitions = dict.fromkeys(group.first.gradients.get("definition") for group in groups if group.first.gradients)
-    notes += [f"GD (lower is closer to the teacher), GC (higher is closer): {text}." for text in definitions if text]
-    if any(group.values("best_minus_last") for group in groups):
-        notes.append("best - last: PGD-20 of the checkpoint chosen on held-out training images minus that of the last.")
-    students = [group for group in groups if group.first.teacher != "-"]
-    if peaks := [group for group in students if group.all_values("peak_minus_last")]:
-        each = (f"{labels[id(group)]} {points(group.values('peak_minus_last'))}" for group in peaks)
-        notes.append(
-            "Robust overfitting, at most: PGD-20 of the best epoch (which the test images choose) minus that of the "
-            f"last: {comma_list(each)}."
-        )
-    of_logit = {run.gradients["scalars_examples"] for group in groups for run in group.runs if run.logit_gc is not None}
-    if of_logit:
-        images = comma_list(sorted(of_logit))
-        notes.append(
-            "Logit GD and logit GC: the same with g = gradient of logits[true class] "
-            f"(evaluate.py, the first {images} test images)."
-        )
-    for gain in gains:
-        notes += _gain_notes(gain, labels)
-    notes += alignment_notes(groups, [gain for gain in gains if gain.group.name != gain.baseline.name])
-    for dataset in dict.fromkeys(group.first.dataset for group in groups):
-        if unequal := unequal_settings([group for group in groups if group.first.dataset == dataset]):
-            notes.append(f"These rows are not trained and measured alike: {'; '.join(unequal)}.")
-    notes += _published_notes(groups)
-    alone = []
-    for group in groups:
-        if not group.is_baseline and not any(other.pair == group.pair and other.is_baseline for other in groups):
-            first = group.first
-            alone.append(
-                f"{group.name} ({first.teacher_name}, {first.student}, {first.dataset}): no gain, as no "
-                f"run of {first.method} alone with the same teacher, student and dataset is listed."
-            )
-    notes += dict.fromkeys(alone)  # once for all variants
-    if pending:
-        notes.append(f"{len(pending)} runs are not finished: they are listed and in no figure.")
-    return notes
+def verdict(gain: Gain) -> str:
+    """The gain in one sentence."""
+    low, high = (100 * end for end in gain.interval)
+    seeds = f"{len(gain.by_seed)} seeds" if len(gain.by_seed) > 1 else "1 seed"
+    first, mean = gain.group.first, 100 * gain.mean
+    verb = "gains" if mean >= 0 else "loses"
+    includes = ", which includes 0" if gain.includes_0 else ""
+    return (
+        f"{gain.group.label} {verb} {abs(mean):.1f} points AutoAttack over {gain.baseline.label} (teacher "
+        f"{first.teacher_name}, student {short_name(first.student)}, {short_name(first.dataset)}): 95 % interval "
+        f"{low:.1f} to {high:.1f}{includes}, {seeds}."
+    )
 
 
-def _attack_notes(groups: Sequence[SeedGroup], labels: dict[int, str]) -> list[str]:
+def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
     from experiment.evaluation import wilson_interval
 
+    runs = [run for group in groups for run in group.runs]
+    if groups:
+        tested = comma_list(sorted({run.test_examples for run in runs}))
+        yield f"Accuracies in per cent; clean and PGD-20 on all {tested} test images, gains in points of AutoAttack."
+    if any(len(group.runs) > 1 for group in groups):
+        yield "Mean ± sample standard deviation (n - 1) over seeds where n seeds is above 1."
+    attacked = [group for group in groups if group.first.attack]
     kinds: dict[tuple[str, float], list[str]] = {}
     widths: dict[int, list[float]] = {}
-    for group in groups:
-        if not group.first.attack:
-            continue
-        kinds.setdefault((group.first.attack["version"], group.first.attack["epsilon"]), []).append(labels[id(group)])
-        examples, accuracy = group.first.attack["examples"], fmean(group.values("autoattack"))
-        low, high = wilson_interval(round(accuracy * examples), examples)
-        widths.setdefault(examples, []).append(50 * (high - low))
-    notes = []
+    for group in attacked:
+        attack = group.first.attack
+        kinds.setdefault((attack["version"], attack["epsilon"]), []).append(group.label)
+        correct = round(fmean(group.values("autoattack")) * attack["examples"])
+        low, high = wilson_interval(correct, attack["examples"])
+        widths.setdefault(attack["examples"], []).append(50 * (high - low))
     for (version, epsilon), users in kinds.items():
         whose = "" if len(kinds) == 1 else f" ({comma_list(dict.fromkeys(users))})"
-        notes.append(f"AutoAttack: {version}, epsilon {budget(epsilon)}{whose}.")
+        yield f"AutoAttack: {version}, epsilon {budget(epsilon)}{whose}."
     for examples, halves in widths.items():
-        low, high = f"{min(halves):.1f}", f"{max(halves):.1f}"
-        points = low if low == high else f"{low} to {high}"
-        notes.append(f"Uncertainty of an AutoAttack accuracy: ± {points} points on {examples} images (95 %, binomial).")
+        ends = " to ".join(dict.fromkeys((f"{min(halves):.1f}", f"{max(halves):.1f}")))
+        yield f"Uncertainty of an AutoAttack accuracy: ± {ends} points on {examples} images (95 %, binomial)."
     for group in groups:
         for run in group.runs:
-            notes += [f"{labels[id(group)]}, seed {run.seed}, AutoAttack warned: {text}." for text in run.warnings]
-    return notes
+            yield from (f"{group.label}, seed {run.seed}, AutoAttack warned: {text}." for text in run.warnings)
+    for text in dict.fromkeys(run.gradients["definition"] for run in runs if run.gradients):
+        yield f"GD (lower is closer to the teacher), GC (higher is closer): {text}."
+    if any(group.values("best_minus_last") for group in groups):
+        yield "best - last: PGD-20 of the checkpoint chosen on held-out training images minus that of the last."
+    if peaks := [group for group in groups if group.has_teacher and group.all_values("peak_minus_last")]:
+        each = comma_list(f"{group.label} {points(group.values('peak_minus_last'))}" for group in peaks)
+        yield (
+            "Robust overfitting, at most: PGD-20 of the best epoch (which the test images choose) minus that of the "
+            f"last: {each}."
+        )
+    if images := sorted({run.gradients["scalars_examples"] for run in runs if "logit_gc" in run.values}):
+        yield (
+            "Logit GD and logit GC: the same with g = gradient of logits[true class] "
+            f"(evaluate.py, the first {comma_list(images)} test images)."
+        )
 
 
-def _gain_notes(gain: Gain, labels: dict[int, str]) -> list[str]:
+def _notes_on_gain(gain: Gain) -> Iterator[str]:
     first, seeds = gain.group.first, list(gain.by_seed)
     low, high = (100 * end for end in gain.interval)
-    how = "bootstrap over images" if gain.paired else "unpaired, as it is not recorded which images fell"
+    how = "bootstrap over images"
     if len(seeds) > 1:
-        what = "the bootstrap over seeds and images" if gain.paired else "the unpaired accuracies'"
-        how = f"the wider of Student's t over seeds and {what}"
-    text = (
-        f"{labels[id(gain.group)]} minus {labels[id(gain.baseline)]} ({first.teacher_name}, {first.student}, "
-        f"{first.dataset}): {100 * gain.mean:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f} ({how}"
+        how = "the wider of Student's t over seeds and the bootstrap over seeds and images"
+    values = (f"{100 * gain.by_seed[seed]:+.2f} (p {_p_value(gain.p_values[seed])})" for seed in seeds)
+    yield (
+        f"{gain.group.label} minus {gain.baseline.label} ({first.teacher_name}, {first.student}, {first.dataset}): "
+        f"{100 * gain.mean:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f} ({how}). The interval "
+        f"{'includes' if gain.includes_0 else 'excludes'} 0. By seed, with McNemar's exact p: {comma_list(values)}."
     )
-    text += f"): {gain.verdict}."
-    if gain.p_values:
-        values = (f"{100 * gain.by_seed[seed]:+.2f} (p {p_value(gain.p_values[seed])})" for seed in seeds)
-        text += f" By seed, with McNemar's exact p: {comma_list(values)}."
-    notes = [text]
     if len(seeds) > 1:
         deviation = stdev(gain.by_seed.values())
         needed = (f"{100 * size:g}: {seeds_needed(size, deviation) or 'over 1000'}" for size in GAINS_TO_FIND)
-        notes.append(
-            f"Its differences vary by {100 * deviation:.2f} points from seed to seed; if that is so, seeds that a gain "
-            "of so many points needs to be found on these images (paired t test at 5 %, power 80 %): "
-            f"{comma_list(needed)}."
+        yield (
+            f"The standard deviation of this gain over seeds is {100 * deviation:.2f} points. Seeds needed to find a "
+            f"gain of so many points (paired t test at 5 %, power 80 %): {comma_list(needed)}."
         )
     else:
-        notes.append("A single seed: the difference includes seed noise, which the interval does not cover.")
-    left_out = sorted({*gain.group.seeds, *gain.baseline.seeds} - set(seeds))
-    if left_out:
-        notes.append(f"Only seeds that both have are subtracted; without a partner: {comma_list(left_out)}.")
+        yield "One seed: the interval does not cover the variation between seeds."
+    if unpaired := sorted({*gain.group.seeds, *gain.baseline.seeds} - set(seeds)):
+        yield f"Only seeds that both have are subtracted. Without a partner: {comma_list(unpaired)}."
     runs = (*gain.baseline.runs, *gain.group.runs)
     changed = []
     for key in dict.fromkeys(key for run in runs for key in run.environment):
-        values = dict.fromkeys(short_text(run.environment.get(key, ABSENT)) for run in runs)
-        changed += [f"{key} {' and '.join(values)}"] if len(values) > 1 else []
+        found = dict.fromkeys(short_text(run.environment.get(key, ABSENT)) for run in runs)
+        changed += [f"{key} {' and '.join(found)}"] if len(found) > 1 else []
     if changed:
-        notes.append(f"These runs were not made in the same place: {'; '.join(changed)}.")
-    return notes
+        yield f"The environments of these runs differ: {'; '.join(changed)}."
 
 
-def _published_notes(groups: Sequence[SeedGroup]) -> list[str]:
-    shown = [group for group in groups if published_cell(group.first)]
+def _p_value(value: float) -> str:
+    return f"{value:.2g}" if value >= 0.001 else "< 0.001"
+
+
+def _notes_on_alignment(comparison: Comparison) -> Iterator[str]:
+    """Per teacher, student and dataset: rank correlations over students, and how often which measure changed."""
+
+    def setting(group: SeedGroup) -> tuple[str, str, str]:
+        return group.first.teacher, group.first.student, group.first.dataset
+
+    for chosen in dict.fromkeys(map(setting, comparison.groups)):
+        groups = [list(filter(_is_measured, group.runs)) for group in comparison.groups if setting(group) == chosen]
+        runs = [run for group in groups for run in group]
+        pairs = [pair for gain in comparison.gains if setting(gain.group) == chosen for pair in _pairs(gain)]
+        where = f"Alignment and robustness ({comma_list([short_name(chosen[0]), *chosen[1:]])})"
+        if len(runs) >= FEWEST and len({run.name for run in runs}) > 1:
+            found = _correlations(groups)
+            aside = ", and in brackets with the mean of each method subtracted" if "(" in found else ""
+            yield (
+                f"{where}, rank correlation with AutoAttack accuracy over {len(runs)} students{aside}: {found}. (It "
+                "describes and does not test: students of one method, or of one seed, are not independent.)"
+            )
+        if len(pairs) >= FEWEST:
+            counts = [f"AutoAttack rose in {sum(_change(pair, 'autoattack') > 0 for pair in pairs)}"]
+            for name, (key, sign) in MEASURES.items():
+                if all(key in run.values for pair in pairs for run in pair):
+                    closer = sum(sign * _change(pair, key) > 0 for pair in pairs)
+                    counts.append(f"{name} {'rose' if sign > 0 else 'fell'} in {closer}")
+            yield f"{where}, of {len(pairs)} pairs of one seed: {comma_list(counts)}."
+
+
+def _is_measured(run: RunRecord) -> bool:
+    return {"autoattack", "gc"} <= run.values.keys()
+
+
+def _pairs(gain: Gain) -> list[tuple[RunRecord, RunRecord]]:
+    sides = [{run.seed: run for run in side.runs} for side in (gain.baseline, gain.group)]
+    pairs = [(sides[0][seed], sides[1][seed]) for seed in gain.by_seed]
+    return [pair for pair in pairs if all(map(_is_measured, pair))]
+
+
+def _change(pair: tuple[RunRecord, RunRecord], key: str) -> float:
+    return pair[1].values[key] - pair[0].values[key]
+
+
+def _correlations(groups: Sequence[Sequence[RunRecord]]) -> str:
+    """Spearman's, of each measure that all runs have, with AutoAttack accuracy; in brackets that of what is left of
+    both when each group's mean is subtracted, which no difference between methods can bring about.
+    """
+    from scipy.stats import spearmanr
+
+    found = []
+    for name, (key, _) in MEASURES.items():
+        if not all(key in run.values for runs in groups for run in runs):
+            continue
+        tables = [[(run.values[key], run.values["autoattack"]) for run in runs] for runs in groups]
+        together = [point for table in tables for point in table]
+        if 1 in map(len, map(set, zip(*together, strict=True))):
+            continue
+        text = f"{name} {spearmanr(*zip(*together, strict=True)).statistic:+.2f}"
+        within = [point for table in tables if len(table) > 1 for point in _centred(table)]
+        if len(within) >= FEWEST:
+            text += f" ({spearmanr(*zip(*within, strict=True)).statistic:+.2f})"
+        found.append(text)
+    return comma_list(found) or "not available"
+
+
+def _centred(table: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Each value minus the mean of its column, rounded so that float error does not break ties."""
+    means = [fmean(values) for values in zip(*table, strict=True)]
+    return [(round(x - means[0], DIGITS), round(y - means[1], DIGITS)) for x, y in table]
+
+
+def _notes_on_settings(groups: Sequence[SeedGroup]) -> Iterator[str]:
+    """Per dataset every setting in which rows differ, though it is not their method's own.
+
+    A difference between methods counts too: two methods trained for unequal epochs are no fair comparison.
+    """
+    for dataset in dict.fromkeys(group.first.dataset for group in groups):
+        rows = [group for group in groups if group.first.dataset == dataset]
+        own = {key for group in rows for key in (*group.first.added_settings, *group.first.method_settings)}
+        # The inner maximisation is a method's own, so it is compared within a method; the table's columns show theirs.
+        own |= {"attack", "student", "teacher", "teacher_sha256", "dataset", "dataset_sha256", "num_classes"}
+        rows = [group for group in rows if group.has_teacher]
+        found = []
+        for key in dict.fromkeys(key for group in rows for key in group.first.settings if key not in own):
+            users: dict[str, dict[str, None]] = {}
+            for group in rows:
+                users.setdefault(short_text(group.first.settings.get(key, ABSENT)), {})[group.first.name] = None
+            if len(users) > 1:
+                found.append(f"{key} " + ", ".join(f"{value} ({comma_list(who)})" for value, who in users.items()))
+        for key, column in (("teacher_sha256", "teacher"), ("dataset_sha256", "dataset"), ("attack", "method")):
+            values: dict[str, dict[str, None]] = {}
+            for group in rows:
+                value = short_text(group.first.settings.get(key, ABSENT))
+                values.setdefault(getattr(group.first, column), {})[value] = None
+            found += [f"{key} {' and '.join(v)} ({name})" for name, v in values.items() if len(v) > 1]
+        if found:
+            yield f"These rows differ in settings that are not their method's own: {'; '.join(found)}."
+
+
+def _notes_on_published_figures(groups: Sequence[SeedGroup]) -> Iterator[str]:
+    shown = [group.first for group in groups if published_cell(group.first)]
     if not shown:
-        return []
-    notes = [f"Published figures are the {source_name()}'s: one run each, no seeds; differences below 0.4 say nothing."]
-    images = sorted({group.first.attack["examples"] for group in shown if group.first.attack} - {PUBLISHED_IMAGES})
-    if images:
-        notes.append(f"AutoAttack: ours on {comma_list(images)} images, the published on {PUBLISHED_IMAGES}.")
-    for method in dict.fromkeys(group.first.method for group in shown):
-        theirs = published_epochs(method)
-        ours = {group.first.settings.get("epochs") for group in shown if group.first.method == method}
-        if theirs and ours != {theirs}:
+        return
+    yield (
+        f"Published figures are those of the {source()['name']}: one run each. Differences below 0.4 points carry no "
+        "information."
+    )
+    if images := sorted({run.attack["examples"] for run in shown if run.attack} - {IMAGES}):
+        yield f"AutoAttack: ours on {comma_list(images)} images, the published on {IMAGES}."
+    for method in dict.fromkeys(run.method for run in shown):
+        published = source()["epochs"].get(method)
+        ours = {run.settings.get("epochs") for run in shown if run.method == method}
+        if published and ours != {published}:
             epochs = comma_list(sorted(map(str, ours)))
-            notes.append(f"{method}: ours were trained for {epochs} epochs, the published for {theirs}.")
-    return notes
+            yield f"{method}: ours were trained for {epochs} epochs, the published for {published}."
+
+
+def _notes_on_missing(comparison: Comparison) -> Iterator[str]:
+    baselines = {group.pair for group in comparison.groups if group.is_baseline}
+    alone = {
+        (run.name, run.teacher_name, run.student, run.dataset): run
+        for run in (group.first for group in comparison.groups if group.pair not in baselines)
+    }
+    for (name, *where), run in alone.items():  # once for all variants
+        yield f"{name} ({comma_list(where)}): no gain, because its baseline {run.method} is not among the runs."
+    if comparison.pending:
+        yield f"{len(comparison.pending)} runs are not finished. They are listed and not compared."

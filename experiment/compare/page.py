@@ -1,76 +1,55 @@
 """compare.py --html: one page that opens without network and is read without a script."""
 
-from collections.abc import Sequence
+import base64
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from experiment.compare import figures
 from experiment.compare.comparison import Comparison
-from experiment.compare.groups import SeedGroup, unequal_settings
-from experiment.compare.plots import all_figures
-from experiment.compare.tables import labels_of
-from experiment.text import TEXT_COLUMNS
+from experiment.compare.figures import svg
+from experiment.compare.notes import verdict
+from experiment.text import TEXT_COLUMNS, Table
 
 ABOUT = {
     "comparison": "PGD-20 and clean accuracy by epoch (bands: one standard deviation over seeds) and AutoAttack. "
     "Dashed, hollow, hatched: a baseline. Solid: with its addition. Dotted: the teacher.",
     "gains": "Gain over the baseline, with its 95 % interval and a dot per seed.",
-    "alignment": "Do alignment and robustness move together? Arrows lead from a baseline to its twin.",
-    "headroom": "Gain against what the teacher is ahead of the baseline.",
+    "alignment": "Gradient alignment against AutoAttack accuracy. Arrows lead from a baseline to the version with an "
+    "addition.",
 }
-"""What is read from each figure; also its text for those who do not see it."""
+"""The caption of each figure, also for screen readers."""
+TYPES = {".png": "png", ".svg": "svg+xml"}
 
-PICTURES = {".png": "png", ".svg": "svg+xml"}
 
-
-def page(comparison: Comparison) -> str:
-    """The page: tables, notes, figures as SVG, settings that differ, commands, versions and hashes."""
+def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str], figures: Mapping[str, Any]) -> str:
+    """The gains in sentences, tables, notes, figures as SVG, and each run's command, versions and hashes."""
     from jinja2 import Environment
 
-    drawn = all_figures(comparison.groups, comparison.gains)
     template = resources.files("experiment.compare").joinpath("page.html").read_text(encoding="utf-8")
     # Everything is escaped but the SVG, whose text matplotlib escapes.
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    runs = [(group.label, run) for group in comparison.groups for run in group.runs]
     return environment.from_string(template).render(
-        title=_title(comparison.groups),
-        tables=comparison.tables,
+        title=", ".join(dict.fromkeys(run.name for _, run in runs)) or "Runs that are not finished",
+        verdicts=[verdict(gain) for gain in comparison.gains],
+        tables=tables,
         text_columns=TEXT_COLUMNS,
-        notes=comparison.notes,
-        figures=[
-            {"name": name, "about": ABOUT[name], "svg": _with_own_ids(figures.svg(figure), name)}
-            for name, figure in drawn.items()
+        notes=notes,
+        figures=[(name, ABOUT[name], _with_own_ids(svg(figure), name)) for name, figure in figures.items()],
+        pictures=[
+            (
+                f"{label}, seed {run.seed}: {path.stem}",
+                f"data:image/{TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}",
+            )
+            for label, run in runs
+            for path in run.pictures
         ],
-        pictures=_pictures(comparison.groups),
-        differing=unequal_settings(comparison.groups),
-        runs=[
-            {"label": label, "run": run}
-            for group, label in zip(comparison.groups, labels_of(comparison.groups), strict=True)
-            for run in group.runs
-        ],
+        runs=runs,
     )
 
 
-def _title(groups: Sequence[SeedGroup]) -> str:
-    names = dict.fromkeys(group.name for group in groups)
-    return ", ".join(names) or "Runs that are not finished"
-
-
-def _with_own_ids(svg: str, name: str) -> str:
+def _with_own_ids(text: str, name: str) -> str:
     """Ids that no other figure of the page has."""
     for attribute in ('id="', "url(#", 'xlink:href="#'):
-        svg = svg.replace(attribute, f"{attribute}{name}-")
-    return svg
-
-
-def _pictures(groups: Sequence[SeedGroup]) -> list[dict[str, Any]]:
-    """Figures that evaluate.py wrote into the run folders' evaluations/, as data in the page."""
-    import base64
-
-    found = []
-    for group in groups:
-        for run in group.runs:
-            for path in sorted((run.folder / "evaluations").iterdir() if run.evaluations else ()):
-                if kind := PICTURES.get(path.suffix):
-                    data = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-                    found.append({"name": f"{run.name}, seed {run.seed}: {path.stem}", "data": data})
-    return found
+        text = text.replace(attribute, f"{attribute}{name}-")
+    return text

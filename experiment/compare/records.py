@@ -1,8 +1,7 @@
-"""Records of runs in one small file, to be kept where the run folders are not: tables are made from either.
+"""Finished runs in one small file, kept where the run folders are not; tables and figures are the same from either.
 
 A records file is JSON, one line per run: what config.json and result.json hold, metrics.jsonl by column, AutoAttack's
-flags as one character per image (the step that broke it, see ``results.FIRST_BROKEN_BY``), and of evaluate.py's records
-the report on gradients.
+flags as in ``RunRecord.flags``, and evaluate.py's report on gradients.
 """
 
 import json
@@ -12,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import UserError
-from experiment.compare.results import checked_run, read_run
-from experiment.compare.run_record import FIRST_BROKEN_BY, RunRecord
+from experiment.compare.run_record import FIRST_BROKEN_BY, RunRecord, checked_run
 from experiment.files import read_json, read_metrics, write_atomically
 
 FORMAT = 1
@@ -21,17 +19,11 @@ DIGITS = 6
 """Significant digits that are kept of what metrics.jsonl holds; config.json and result.json are kept whole."""
 
 
-def write_records(path: Path, folders: Sequence[Path]) -> None:
-    """Write the records of finished runs.
-
-    Raises:
-        UserError: a folder does not hold a finished run; the file cannot be written.
-    """
+def write_records(path: Path, runs: Sequence[RunRecord]) -> None:
+    """Write the records of runs that were read from their folders."""
     lines = []
-    for folder in folders:
-        run = read_run(folder)
-        result = read_json(folder / "result.json")
-        config = read_json(folder / "config.json")
+    for run in runs:
+        config, result = read_json(run.folder / "config.json"), read_json(run.folder / "result.json")
         if run.flags:
             result["autoattack"]["flags"] = run.flags
         if run.gradients:
@@ -40,11 +32,11 @@ def write_records(path: Path, folders: Sequence[Path]) -> None:
             if "command" in values:
                 values["command"] = _without_folder(values["command"])
         record = {
-            "folder": folder.as_posix(),
+            "folder": run.folder.as_posix(),
             "config": config,
             "result": result,
             "weights": run.hashes.get("weights"),
-            "metrics": _columns(read_metrics(folder / "metrics.jsonl")),
+            "metrics": _columns(read_metrics(run.folder / "metrics.jsonl")),
         }
         lines.append(json.dumps(record, separators=(",", ":")))
     text = f'{{"format":{FORMAT},"runs":[\n' + ",\n".join(lines) + "\n]}\n"
@@ -52,11 +44,7 @@ def write_records(path: Path, folders: Sequence[Path]) -> None:
 
 
 def read_records(path: Path) -> list[RunRecord]:
-    """The runs of a records file.
-
-    Raises:
-        UserError: it is not a records file, or a record does not hold what a run writes.
-    """
+    """The runs of a records file; another or a damaged file is a UserError."""
     content = read_json(path)
     if content.get("format") != FORMAT or not isinstance(content.get("runs"), list):
         raise UserError(f"{path} is not a records file of this version (compare.py --records writes one)")
@@ -67,7 +55,7 @@ def read_records(path: Path) -> list[RunRecord]:
             if flags:
                 result = {**result, "autoattack": {**result["autoattack"], "flags": _by_attack(flags)}}
             folder, rows = Path(record["folder"]), _rows(record["metrics"])
-            runs.append(checked_run(folder, record["config"], result, rows, weights=record["weights"]))
+            runs.append(checked_run(folder, record["config"], result, rows, record["weights"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise UserError(f"{path}: {error}") from error
@@ -76,14 +64,14 @@ def read_records(path: Path) -> list[RunRecord]:
 
 
 def _without_folder(command: str) -> str:
-    """A command that names its script without the folder it lay in: of no use elsewhere, and nobody's business."""
+    """A command whose script is named without its folder, which is the machine's own."""
     return re.sub(r"\S*/(?=\w+\.py(\s|$))", "", command, count=1)
 
 
 def _by_attack(flags: str) -> dict[str, str]:
     """One character per image as AutoAttack's texts of 0 and 1, one per step."""
-    fell = [len(FIRST_BROKEN_BY) if flag == "-" else int(flag) for flag in flags]
-    return {name: "".join("1" if at > step else "0" for at in fell) for step, name in enumerate(FIRST_BROKEN_BY)}
+    broken_at = [len(FIRST_BROKEN_BY) if flag == "-" else int(flag) for flag in flags]
+    return {name: "".join("01"[at > step] for at in broken_at) for step, name in enumerate(FIRST_BROKEN_BY)}
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

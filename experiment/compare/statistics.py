@@ -1,48 +1,57 @@
-"""How sure a difference is: exact tests, intervals, and the seeds that a gain would need.
+"""How sure a gain is: an exact test per seed, an interval, and the seeds that a gain would need.
 
-Runs that were attacked on the same images are paired: what counts is on which images they differ.
+Runs that were attacked on the same images are paired. A difference is, per image, 1 where only the second run is
+correct under attack, -1 where only the first is, and 0 elsewhere.
 """
 
 import math
 from collections.abc import Sequence
-from statistics import stdev
+from statistics import fmean
 
 import numpy as np
 
 RESAMPLES = 4000
-"""The ends of a 95 % interval from so many move by some 3 % of its width from one random seed to another."""
+"""With this many, the ends of a 95 % interval move by some 3 % of its width from one random seed to another."""
 CHUNK = 250
 """Resamples at a time: their draws stay below 20 MB each for 10,000 images."""
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Two-sided p value of McNemar's exact test that two networks withstand equally many images.
-
-    Args:
-        first, second: per image, whether the network withstood; of the same images in the same order.
+def mcnemar(differences: Sequence[int]) -> float:
+    """Two-sided p value of McNemar's exact test that two networks are correct under attack on equally many images.
 
     Source: McNemar, Psychometrika 1947; exact, as the binomial test of the images on which the two differ.
     """
     from scipy.stats import binomtest  # takes a second to import
 
-    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
-    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
-    differing = only_first + only_second
-    return float(binomtest(only_first, differing).pvalue) if differing else 1.0
+    second_only, first_only = differences.count(1), differences.count(-1)
+    differing = second_only + first_only
+    return float(binomtest(first_only, differing).pvalue) if differing else 1.0
 
 
-def bootstrap_interval(differences: Sequence[Sequence[int]], seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of a table of seeds x images, both drawn anew with replacement.
+def interval_of_gain(differences: Sequence[Sequence[int]], gains: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean gain: the bootstrap's, or with several seeds Student's t over them where that is wider.
 
     Args:
-        differences: per seed and image the twin's flag minus the baseline's: -1, 0 or 1.
-        seed: of the draws.
+        differences: seeds x images.
+        gains: per seed.
+    """
+    bootstrap = bootstrap_interval(differences)
+    if len(gains) == 1:
+        return bootstrap
+    from scipy.stats import sem, t
+
+    mean, half = fmean(gains), float(t.ppf(0.975, len(gains) - 1) * sem(gains))
+    return max(bootstrap, (mean - half, mean + half), key=lambda ends: ends[1] - ends[0])
+
+
+def bootstrap_interval(differences: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """95 % percentile interval of the mean of a table of seeds x images, both drawn anew with replacement.
 
     Source: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007 (rows and columns drawn independently).
     """
     table = np.asarray(differences, dtype=np.float64)
     seeds, images = table.shape
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     means = []
     for _ in range(RESAMPLES // CHUNK):
         of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=CHUNK) / seeds
@@ -52,34 +61,10 @@ def bootstrap_interval(differences: Sequence[Sequence[int]], seed: int = 0) -> t
     return float(low), float(high)
 
 
-def t_half_width(values: Sequence[float]) -> float:
-    """Half of Student's 95 % interval of the mean of two values or more."""
-    from scipy.stats import t
-
-    n = len(values)
-    return float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
-
-
-def unpaired_half_width(first: float, second: float, examples: int) -> float:
-    """Half of the 95 % interval of the difference of two accuracies, where it is not known which images fell."""
-    from experiment.evaluation import wilson_interval
-
-    halves = []
-    for accuracy in (first, second):
-        low, high = wilson_interval(round(accuracy * examples), examples)
-        halves.append((high - low) / 2)
-    return math.hypot(*halves)
-
-
 def seeds_needed(gain: float, deviation: float, most: int = 1000) -> int | None:
-    """Seeds with which a paired t test (two-sided, 5 %) finds a mean gain with a probability of 80 %.
+    """Seeds, 2 up to `most`, with which a paired t test (two-sided, 5 %) finds a mean gain with a probability of 80 %.
 
-    Args:
-        gain: the mean difference to be found, above 0.
-        deviation: standard deviation of the differences between seeds, in the unit of `gain`.
-
-    Returns:
-        The number, 2 or more; None if `most` do not suffice.
+    `deviation` is the standard deviation of the gain between seeds.
     """
     from scipy.stats import nct, t
 

@@ -1,103 +1,197 @@
-"""The tables: runs side by side with their gains, our figures beside published ones, runs that are not finished."""
+"""The tables of a comparison, as Markdown, LaTeX and CSV: results, beside published figures, and unfinished runs."""
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from experiment.compare.groups import Gain, SeedGroup
+from experiment.compare.comparison import Comparison, SeedGroup
 from experiment.compare.published import FIGURES, published_cell
-from experiment.compare.run_record import PendingRun
-from experiment.compare.text import ABSENT, points, short_text, spread
-from experiment.text import Table, short_name
+from experiment.compare.run_record import Experiment, PendingRun
+from experiment.text import TEXT_COLUMNS, Table, points, short_name, spread
 
-HEADS = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack"}
-
-
-def labels_of(groups: Sequence[SeedGroup]) -> list[str]:
-    """Method names; groups of one name also get the settings in which they differ ('lr 0.1')."""
-    labels = []
-    for group in groups:
-        twins = [other.first.settings for other in groups if other.pair == group.pair and other.name == group.name]
-        varying = [
-            f"{key} {short_text(group.first.settings.get(key, ABSENT))}"
-            for key in dict.fromkeys(key for settings in twins for key in settings)
-            if any(settings.get(key) != group.first.settings.get(key) for settings in twins)
-        ]
-        labels.append(f"{group.name} ({', '.join(varying)})" if varying else group.name)
-    return labels
-
-
-def results_table(groups: Sequence[SeedGroup], gains: Sequence[Gain]) -> Table:
-    """Text cells, header first; accuracies in per cent, gains in points; columns that nothing was measured for go."""
-    added = "/".join(dict.fromkeys(group.first.added for group in groups if group.first.added))
-    by_group = {id(gain.group): list(gain.by_seed.values()) for gain in gains}
-    columns: dict[str, list[str]] = {
-        "method": labels_of(groups),
-        "teacher": [group.first.teacher_name for group in groups],
-        "student": [short_name(group.first.student) for group in groups],
-        "dataset": [Path(group.first.dataset).name for group in groups],
-    }
-    for figure, head in HEADS.items():
-        columns[head] = [points(group.values(figure)) for group in groups]
-    if added:
-        columns[f"{added} gain"] = [points(by_group.get(id(group), ()), "+") for group in groups]
-    # Measured of some seeds only, it would stand beside "n seeds" as if of all.
-    optional = {
-        "GD": [spread(group.all_values("gd"), 4) for group in groups],
-        "GC": [spread(group.all_values("gc"), 3) for group in groups],
-        "logit GD": [spread(group.all_values("logit_gd"), 3) for group in groups],
-        "logit GC": [spread(group.all_values("logit_gc"), 3) for group in groups],
-        "best - last": [points(group.all_values("best_minus_last"), "+") for group in groups],
-        "holdout PGD-10": [points(group.all_values("holdout_pgd10")) for group in groups],
-        "SWA AutoAttack": [points(group.all_values("swa_autoattack")) for group in groups],
-    }
-    columns |= {head: cells for head, cells in optional.items() if set(cells) != {"-"}}
-    columns["n seeds"] = [str(len(group.runs)) for group in groups]
-    columns["AutoAttack images"] = [str(group.first.attack.get("examples", "-")) for group in groups]
-    return _rows(columns)
+HEADS = {
+    **{name: name for name in ("method", "teacher", "student", "dataset", "clean")},
+    "pgd20": "PGD-20",
+    "autoattack": "AutoAttack",
+    "gain": "gain (95 % interval)",
+    "gd": "GD",
+    "gc": "GC",
+    "logit_gd": "logit GD",
+    "logit_gc": "logit GC",
+    "best_minus_last": "best - last",
+    "holdout_pgd10": "holdout PGD-10",
+    "swa_autoattack": "SWA AutoAttack",
+    "seeds": "n seeds",
+    "images": "AutoAttack images",
+}
+"""The head of each column, by its name for --columns."""
+OPTIONAL = ("gd", "gc", "logit_gd", "logit_gc", "best_minus_last", "holdout_pgd10", "swa_autoattack")
+"""Columns that are left out where nothing was measured for them, unless they are asked for."""
+DIGITS = {"gd": 4, "gc": 3, "logit_gd": 3, "logit_gc": 3}
+"""Decimals of what is not an accuracy."""
+SIGNED = {"best_minus_last": "+"}
 
 
-def published_table(groups: Sequence[SeedGroup], pending: Sequence[PendingRun]) -> Table:
-    """Our figures (per cent) beside the published ones and the difference (points); [] where nothing was published.
-
-    Runs that are not finished stand with a dash for our figures.
-    """
-    table: Table = []
-    finished = {(g.name, g.first.teacher, g.first.student, g.first.dataset) for g in groups}
-    waiting = [
-        run for run in _one_of_each(pending) if (run.name, run.teacher, run.student, run.dataset) not in finished
+def tables_of(comparison: Comparison, columns: Sequence[str] = ()) -> list[Table]:
+    """The tables that have rows; the first is that of the results, if a run is finished."""
+    made = [
+        results_table(comparison, columns) if comparison.groups else [],
+        _published_table(comparison),
+        _pending_table(comparison.pending),
     ]
-    names = [*labels_of(groups), *(run.name for run in waiting)]
-    for name, figure_source in zip(names, (*groups, *waiting), strict=True):
-        run = figure_source.first if isinstance(figure_source, SeedGroup) else figure_source
-        cell = published_cell(run)
-        if cell is None:
-            continue
-        row = [name, run.teacher_name, short_name(run.student)]
-        for figure in FIGURES:
-            ours = figure_source.values(figure) if isinstance(figure_source, SeedGroup) else []
-            difference = [sum(ours) / len(ours) - cell[figure]] if ours else []
-            row += [points(ours), points([cell[figure]]), points(difference, "+")]
-        table.append(row)
-    if not table:
-        return []
+    return [table for table in made if table]
+
+
+def results_table(comparison: Comparison, columns: Sequence[str] = ()) -> Table:
+    """Accuracies in per cent, gains in points; without `columns`, those that something was measured for."""
+    groups = comparison.groups
+    added = "/".join(dict.fromkeys(group.first.added for group in groups if group.first.added))
+    cells = {name: [_cell(group, name, comparison) for group in groups] for name in columns or HEADS}
+    if not columns:
+        optional = OPTIONAL if added else (*OPTIONAL, "gain")
+        cells = {name: column for name, column in cells.items() if name not in optional or set(column) != {"-"}}
+    heads = HEADS | {"gain": f"{added} {HEADS['gain']}".strip()}
+    return [[heads[name] for name in cells], *map(list, zip(*cells.values(), strict=True))]
+
+
+def short_columns(comparison: Comparison) -> list[str]:
+    """Method, clean, AutoAttack and gain; teacher, student and dataset where they differ."""
+    students = [group.first for group in comparison.groups if group.has_teacher]
+    networks = [name for name in ("teacher", "student", "dataset") if len({getattr(run, name) for run in students}) > 1]
+    return ["method", *networks, "clean", "autoattack", "gain"]
+
+
+def _cell(group: SeedGroup, name: str, comparison: Comparison) -> str:
+    run = group.first
+    if name == "gain":
+        gain = next((gain for gain in comparison.gains if gain.group is group), None)
+        low, high = (100 * end for end in gain.interval) if gain else (0, 0)
+        return f"{100 * gain.mean:+.2f} ({low:+.2f} to {high:+.2f})" if gain else "-"
+    what = {
+        "method": group.label,
+        "teacher": run.teacher_name,
+        "student": short_name(run.student),
+        "dataset": Path(run.dataset).name,
+        "seeds": str(len(group.runs)),
+        "images": str(run.attack.get("examples", "-")),
+    }
+    if name in what:
+        return what[name]
+    # Measured of some seeds only, an optional value would be shown beside "n seeds" as if of all.
+    values = group.all_values(name) if name in OPTIONAL else group.values(name)
+    return spread(values, DIGITS[name]) if name in DIGITS else points(values, SIGNED.get(name, ""))
+
+
+def _published_table(comparison: Comparison) -> Table:
+    """Our figures (per cent) beside the published ones and the difference (points); a dash for unfinished runs."""
+
+    def what(run: Experiment) -> tuple[str, ...]:
+        return run.name, run.teacher, run.student, run.dataset
+
+    rows: list[tuple[str, Experiment, dict[str, list[float]]]] = [
+        (group.label, group.first, {name: group.values(name) for name in FIGURES}) for group in comparison.groups
+    ]
+    finished = {what(group.first) for group in comparison.groups}
+    waiting = {what(run): run for run in comparison.pending}  # seeds of one experiment once
+    rows += [(run.name, run, {}) for key, run in waiting.items() if key not in finished]
+    table = []
+    for name, run, values in rows:
+        if cell := published_cell(run):
+            row = [name, run.teacher_name, short_name(run.student)]
+            for figure in FIGURES:
+                ours = values.get(figure, [])
+                difference = [sum(ours) / len(ours) - cell[figure]] if ours else []
+                row += [points(ours), points([cell[figure]]), points(difference, "+")]
+            table.append(row)
     heads = [f"{HEADS[figure]}{part}" for figure in FIGURES for part in ("", ", published", ", difference")]
-    return [["method", "teacher", "student", *heads], *table]
+    return [["method", "teacher", "student", *heads], *table] if table else []
 
 
-def _one_of_each(pending: Sequence[PendingRun]) -> list[PendingRun]:
-    """Runs that differ in their seed only once."""
-    return list({(run.name, run.teacher, run.student, run.dataset): run for run in pending}.values())
-
-
-def pending_table(pending: Sequence[PendingRun]) -> Table:
-    """Runs that are not finished, with their state; [] where there are none."""
-    if not pending:
-        return []
+def _pending_table(pending: Sequence[PendingRun]) -> Table:
     rows = [
         [run.folder, run.name, run.teacher_name, short_name(run.student), str(run.seed), run.state] for run in pending
     ]
-    return [["run", "method", "teacher", "student", "seed", "state"], *rows]
+    return [["run", "method", "teacher", "student", "seed", "state"], *rows] if rows else []
 
 
-def _rows(columns: dict[str, list[str]]) -> Table:
-    return [list(columns), *(list(cells) for cells in zip(*columns.values(), strict=True))]
+def as_markdown(table: Table) -> str:
+    """A Markdown table."""
+    ruler = ["---" if head in TEXT_COLUMNS else "---:" for head in table[0]]
+    rows = [[markdown_text(cell) if cell != "-" else cell for cell in row] for row in table]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ruler, *rows[1:]))
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def as_csv(comparison: Comparison) -> str:
+    """One line per run, accuracies as fractions: for other programs."""
+    from pandas import DataFrame
+
+    names = ("clean", "pgd20", "autoattack", "gd", "gc", "logit_gd", "logit_gc", "best_minus_last")
+    gains = {gain.group: gain.by_seed for gain in comparison.gains}
+    rows: list[dict[str, Any]] = [
+        {
+            "method": group.label,
+            "base_method": run.method,
+            **{name: getattr(run, name) for name in ("teacher", "student", "dataset", "seed")},
+            **{name: run.values.get(name) for name in names},
+            "gain": gains.get(group, {}).get(run.seed),
+            "test_examples": run.test_examples,
+            "autoattack_examples": run.attack.get("examples"),
+            "run": run.folder,
+        }
+        for group in comparison.groups
+        for run in group.runs
+    ]
+    return DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def as_latex(comparison: Comparison, columns: Sequence[str] = ()) -> str:
+    r"""A booktabs tabular of the results that fits a column; the best of a teacher, student and dataset is bold.
+
+    It needs ``\usepackage{booktabs}``.
+    """
+    from pandas import DataFrame
+
+    names = list(columns or short_columns(comparison))
+    table = results_table(comparison, names)
+    best = _best(comparison.groups)
+    bold = [["textbf:--rwrap;" if (group, name) in best else "" for name in names] for group in comparison.groups]
+    frame = DataFrame(table[1:], columns=table[0])
+    styler = frame.style.hide(axis="index").format(_latex_cell, escape="latex")
+    styler = styler.format_index(_latex_cell, escape="latex", axis=1)
+    styler = styler.apply(lambda cells: DataFrame(bold, cells.index, cells.columns), axis=None)
+    alignment = "".join("l" if head in TEXT_COLUMNS else "r" for head in table[0])
+    made = styler.to_latex(hrules=True, column_format=f"@{{}}{alignment}@{{}}")
+    return f"{{\\footnotesize\\setlength{{\\tabcolsep}}{{3pt}}%\n{made}}}\n"
+
+
+def _latex_cell(text: str) -> str:
+    """A cell, after LaTeX's characters were escaped: signs in mathematics, deviations and intervals small."""
+    text = re.sub(r" ± ([\d.]+)", r" {\\scriptsize$\\pm$\1}", text)
+    text = re.sub(r" \(([+-][\d.]+) to ([+-][\d.]+)\)", r" {\\scriptsize[$\1$, $\2$]}", text)
+    text = re.sub(r" \(95 \\% interval\)", r" {\\scriptsize[95\\,\\%]}", text)
+    return re.sub(r"^([+-])(?=\d)", r"$\1$", text)
+
+
+def _best(groups: Sequence[SeedGroup]) -> set[tuple[SeedGroup, str]]:
+    """(group, column) of the highest mean accuracy among two or more of one teacher, student and dataset."""
+
+    def setting(group: SeedGroup) -> tuple[str, ...]:
+        return group.first.teacher, group.first.student, group.first.dataset
+
+    rivals = Counter(map(setting, groups))
+    best: dict[tuple[str, ...], tuple[float, SeedGroup]] = {}
+    for group in groups:
+        for name in FIGURES:
+            values, key = group.values(name), (*setting(group), name)
+            if rivals[setting(group)] > 1 and values:
+                mean = sum(values) / len(values)
+                if key not in best or mean > best[key][0]:
+                    best[key] = (mean, group)
+    return {(group, key[-1]) for key, (_, group) in best.items()}

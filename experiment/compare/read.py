@@ -1,4 +1,4 @@
-"""What compare.py is given (run folders, folders that hold them, studies, records) as runs."""
+"""What compare.py is given, run folders, folders that hold them, studies and records files, as runs."""
 
 import os
 from collections.abc import Sequence
@@ -8,11 +8,9 @@ from typing import Any
 
 from experiment import UserError
 from experiment.compare.records import read_records
-from experiment.compare.results import read_run
-from experiment.compare.run_record import PendingRun, RunRecord, on_part
-from experiment.compare.text import number_or_0
+from experiment.compare.run_record import PendingRun, RunRecord, number_or_0, read_run
 from experiment.files import MAKE_A_RUN, read_json, read_metrics
-from experiment.study import PlannedRun, is_locked, read_study
+from experiment.study import is_locked, read_study
 
 DEPTH = 3
 """Folders of runs are looked for down to this level: runs/STUDY/RUN."""
@@ -21,34 +19,26 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 @dataclass
 class Runs:
-    """Finished runs, those that are not, the folders of the finished ones (records have none), and runs left out."""
+    """Finished and unfinished runs, and the folders further down that were left out."""
 
     finished: list[RunRecord] = field(default_factory=list)
     pending: list[PendingRun] = field(default_factory=list)
-    folders: list[Path] = field(default_factory=list)
     deeper: list[Path] = field(default_factory=list)
 
 
-def read_sources(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
-    """Read every run once, in the order given.
-
-    Args:
-        sources: run folders, folders that hold run folders, studies (.toml) or records (.json).
-        run_dir: where the runs of studies lie.
-
-    Raises:
-        UserError: one of them is none of these; see ``read_run``, ``read_study`` and ``read_records``.
-    """
+def read_runs(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
+    """Read every run once, in the order given; `run_dir` holds the runs of studies."""
     runs, seen = Runs(), set()
     for source in sources:
         if source.suffix == ".json" and os.path.isfile(source):
             runs.finished += read_records(source)
             continue
+        planned = {}
         if source.suffix == ".toml" and os.path.isfile(source):
             planned = {run.folder: run for run in read_study(source, run_dir).all_runs}
             folders = list(planned)
         else:
-            planned, (folders, deeper) = {}, _run_folders(source)
+            folders, deeper = _run_folders(source)
             runs.deeper += deeper
         for folder in folders:
             place = os.path.realpath(folder)
@@ -57,25 +47,22 @@ def read_sources(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
             seen.add(place)
             if (folder / "result.json").is_file():
                 runs.finished.append(read_run(folder))
-                runs.folders.append(folder)
             elif (folder / "config.json").is_file():
                 config = read_json(folder / "config.json")
                 runs.pending.append(_pending(folder.name, config, config.get("settings"), _progress(folder, config)))
             else:
-                runs.pending.append(pending_of(planned[folder]))
+                run = planned[folder]
+                runs.pending.append(_pending(run.name, run.recipe, run.settings, run.state()))
     return runs
 
 
 def _run_folders(source: Path) -> tuple[list[Path], list[Path]]:
     """The runs of the first level that has any, and those below it: another study's, which would not be compared."""
     # os.path.isdir and isfile answer False where Path's raise, such as for a name that is too long.
+    if os.path.isfile(source):
+        raise UserError(f"{source} is a file; expected a folder, a study (.toml) or records (.json). {MAKE_A_RUN}")
     if not os.path.isdir(source):
-        kind = "file; compare.py takes folders, studies (.toml) and records (.json)"
-        raise UserError(
-            f"{source} is a {kind}. {MAKE_A_RUN}"
-            if os.path.isfile(source)
-            else f"{source} is not a folder; give folders of runs, or folders that hold them"
-        )
+        raise UserError(f"{source} is not a folder; give folders of runs, or folders that hold them")
     if os.path.isfile(source / "model.safetensors"):
         raise UserError(f"{source} is an export, not a run folder. Give the run that it was made from. {MAKE_A_RUN}")
     levels = (sorted(path.parent for path in source.glob("*/" * level + "config.json")) for level in range(DEPTH))
@@ -88,30 +75,24 @@ def _run_folders(source: Path) -> tuple[list[Path], list[Path]]:
     raise UserError(f"{source} is not a run folder and holds none: there is no config.json in it. {MAKE_A_RUN}")
 
 
-def pending_of(run: PlannedRun) -> PendingRun:
-    """A run of a study that is not finished."""
-    return _pending(run.name, run.recipe, run.settings, run.state())
-
-
 def _pending(name: str, recipe: dict[str, Any], settings: Any, state: str) -> PendingRun:
     if not isinstance(settings, dict):
         raise UserError(f"{name}: config.json holds no settings; was the file edited?")
     return PendingRun(
-        name="+".join(str(part) for part in (recipe.get("method"), recipe.get("adds")) if part),
+        method=str(recipe.get("method")),
+        added=str(recipe["adds"]) if recipe.get("adds") else None,
         teacher=str(settings.get("teacher") or "-"),
         student=str(settings.get("student")),
         dataset=str(settings.get("dataset")),
-        epsilon=number_or_0(settings.get("epsilon")),
         seed=int(number_or_0(settings.get("seed"))),
-        state=state,
+        settings=settings,
         folder=name,
-        on_part=on_part(settings),
+        state=state,
     )
 
 
 def _progress(folder: Path, config: dict[str, Any]) -> str:
-    path = folder / "metrics.jsonl"
+    path, settings = folder / "metrics.jsonl", config.get("settings")
     done = len(read_metrics(path)) if path.is_file() else 0
-    state = "running" if is_locked(folder / ".lock") else "unfinished"
-    settings = config.get("settings")
-    return f"{state}, {done} of {settings.get('epochs') if isinstance(settings, dict) else '?'} epochs"
+    epochs = settings.get("epochs") if isinstance(settings, dict) else "?"
+    return f"{'running' if is_locked(folder / '.lock') else 'unfinished'}, {done} of {epochs} epochs"

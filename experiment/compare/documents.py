@@ -1,0 +1,105 @@
+"""compare.py --insert: tables and figures in Markdown documents, made from records.
+
+A mark is ``<!-- begin WHAT -->`` on a line of its own, up to ``<!-- end WHAT -->``. WHAT is the name of a records file
+or study (without its ending; several joined by ``+`` are read together), and after it
+
+    nothing       tables, notes, and by what, where and in how long the runs were made
+    table         the table of results in short
+    NAME figure   one figure of compare.py (gains, alignment, ...), as an SVG in the folder figures beside the document
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiment import UserError
+from experiment.compare.comparison import Comparison, comparison_of
+from experiment.compare.notes import notes_of
+from experiment.compare.read import read_runs
+from experiment.compare.tables import as_markdown, markdown_text, results_table, short_columns, tables_of
+from experiment.files import write_atomically
+from experiment.text import Table, comma_list
+
+_MARK = re.compile(
+    r"^<!-- begin (([\w.+-]+)(?: (table|(\w+) figure))?) -->\n((?:(?!<!-- begin ).)*?)<!-- end \1 -->$",
+    re.DOTALL | re.MULTILINE,
+)
+FIGURES = "figures"
+"""Folder beside the document."""
+
+
+def fill_marks(
+    path: Path, sources: Sequence[Path], columns: Sequence[str] = (), run_dir: Path = Path("runs")
+) -> list[str]:
+    """Fill every mark of a document whose sources are all given; a line per mark, and per source that has none.
+
+    Raises:
+        UserError: the document cannot be read, or has no mark for any source; a mark names a figure that these runs
+            do not have.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    by_name = {source.stem: source for source in sources}
+    if len(by_name) < len(sources):
+        names = [source.stem for source in sources]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two sources are called {twice}: give either the study or its records")
+    comparisons: dict[str, Comparison] = {}
+    done = []
+
+    def filled(mark: re.Match[str]) -> str:
+        what, names, part, figure, _ = mark.groups()
+        if not by_name.keys() >= set(names.split("+")):
+            return mark[0]
+        if names not in comparisons:
+            comparisons[names] = comparison_of(read_runs([by_name[name] for name in names.split("+")], run_dir))
+        comparison = comparisons[names]
+        if figure:
+            content = _picture(comparison, path, names, figure)
+        elif part and comparison.groups:
+            content = as_markdown(results_table(comparison, columns or short_columns(comparison)))
+        else:
+            content = _described(comparison, columns)
+        done.append(f"{path}: {what}")
+        return f"<!-- begin {what} -->\n{content}\n<!-- end {what} -->"
+
+    made = _MARK.sub(filled, text)
+    if not done:
+        name = next(iter(by_name))
+        raise UserError(f"{path} has no lines '<!-- begin {name} -->' and '<!-- end {name} -->'")
+    write_atomically(path, lambda file: file.write(made.encode()))
+    used = {name for names in comparisons for name in names.split("+")}
+    return done + [f"{path}: no mark for {name}" for name in by_name if name not in used]
+
+
+def as_document(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Tables and notes in Markdown."""
+    return "\n\n".join([*map(as_markdown, tables), "\n".join(f"- {markdown_text(note)}" for note in notes)])
+
+
+def _described(comparison: Comparison, columns: Sequence[str]) -> str:
+    """Tables, notes, and by what, where and in how long they were made."""
+    tables = tables_of(comparison, columns)
+    runs = [run for group in comparison.groups for run in group.runs]
+    if not runs:  # published figures, without ours
+        return as_markdown(tables[0])
+    hours = sum(sum(run.seconds.values()) for run in runs) / 3600
+    hardware = comma_list(dict.fromkeys(run.environment["hardware"] for run in runs))
+    commits = comma_list(dict.fromkeys(run.environment["commit"][:12] for run in runs))
+    total = f"{len(runs)} runs, {hours:.1f} hours in all on {hardware}; commit {commits}."
+    return f"{as_document(tables, notes_of(comparison))}\n\n{total}"
+
+
+def _picture(comparison: Comparison, document: Path, names: str, name: str) -> str:
+    """Draw one figure beside the document; the Markdown that shows it."""
+    from experiment.compare.figures import all_figures, svg  # matplotlib takes a second
+
+    figures = all_figures(comparison)
+    if name not in figures:
+        raise UserError(f"{document}: {names} has no figure {name!r}; it has {', '.join(figures) or 'none'}")
+    path = document.parent / FIGURES / f"{names.replace('+', '_')}_{name}.svg"
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, lambda file: file.write(svg(figures[name]).encode()))
+    return f"![{name}: {names.replace('+', ', ')}]({FIGURES}/{path.name})"
