@@ -1,9 +1,6 @@
-"""The pages: what they name exists, the commands they show are accepted, the method they add runs."""
+"""The pages: what they name exists, the commands they show are accepted, the method they show is a file."""
 
-import copy
 import importlib
-import json
-import math
 import os
 import re
 import shlex
@@ -14,20 +11,20 @@ import sys
 
 import pytest
 import torch
-from fault_server import ROOT, TIMES
+from fault_server import ROOT
 from limits import HANGS
-from reference import CLOSE, kl
 
 import attacks
 from experiment import cli
-from experiment.study import costs
+from experiment.study import costs, plan
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TUTORIAL = ROOT / "docs/tutorial.md"
+ROOMS = ("benchmarks", "cifar100_models", "examples", "experiment")
 PRODUCT = [
     *(ROOT / name for name in ("Makefile", "requirements.txt", "pyproject.toml")),
     *ROOT.glob("*.py"),
-    *(path for room in ("benchmarks", "cifar100_models", "experiment") for path in (ROOT / room).rglob("*.py")),
+    *(path for room in ROOMS for path in (ROOT / room).rglob("*.py")),
 ]
 # What commands write, and a document of the AutoAttack package.
 WRITTEN = {"comparison.md", "gpu_check.md", "FILE.md", "flags_doc.md"}
@@ -66,15 +63,14 @@ def commands(page):
     """The lines of a page's code blocks that run a script of this repository, as lists of words."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        if found := re.search(r"\b(?:python|torchrun [^#]*?) (\w+\.py)\b(.*)", line):
-            yield found[1], shlex.split(found[2], comments=True)
+        if found := re.search(r"\b(?:python|torchrun [^#]*?) (?:(\w+)\.py|-m (examples\.\w+))\b(.*)", line):
+            yield found[1] or found[2], shlex.split(found[3], comments=True)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != TUTORIAL], ids=name_of)
 def test_commands_are_accepted(page):
     for script, flags in commands(page):
-        assert (ROOT / script).is_file(), script
-        module = importlib.import_module(script.removesuffix(".py"))
+        module = importlib.import_module(script)
         if hasattr(module, "RECIPE"):
             cli.parse_args(module.__file__, module.RECIPE, [*flags, "--device", "cpu"])
         elif hasattr(module, "build_parser"):
@@ -227,24 +223,6 @@ class CallCount(torch.nn.Module):
         return x.flatten(1)
 
 
-FLAGS = [
-    *("--dataset", "digits", "--teacher", "teacher", "--student", "RES-8", "--batch", "512", "--epochs", "3"),
-    *("--steps", "1", "--epsilon", "0.4", "--step_size", "0.2", "--eval_after", "0", "--aa_examples", "8"),
-    *("--device", "cpu", "--entropy_factor", "4"),
-]
-
-
-@pytest.fixture(scope="module")
-def seventh():
-    """The file that docs/extending.md shows, with the main that it says to append."""
-    (example,) = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs/extending.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    assert len(example.splitlines()) < 60
-    baseline = (ROOT / "adaad_cifar100.py").read_text()
-    return example + "\n\n" + baseline[baseline.index("def main():") :]
-
-
 def start(home, script, *flags):
     """A process as a user would start it; the project is found as if the script lay beside the others."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -258,71 +236,24 @@ def finish(process):
     return out
 
 
-def rows_of(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+def block(page, language):
+    """The code block of a page that has one of this language."""
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return found
 
 
-def test_the_seventh_method_trains_stops_resumes_and_is_compared(seventh, small):
-    home = small.home
-    (home / "saad_cifar100.py").write_text(seventh)
-    finish(start(home, "saad_cifar100.py", *FLAGS, "--run_name", "whole"))
-    rows = rows_of(home / "runs/whole")
-    assert {"loss_saad", "loss_igdm", "loss_clean", "clean", "pgd20"} <= set(rows[-1])
-    config, result = (json.loads((home / f"runs/whole/{name}.json").read_text()) for name in ("config", "result"))
-    assert (config["settings"]["entropy_factor"], config["settings"]["clean_factor"]) == (4.0, 1.0)
-    assert result["autoattack"]["examples"] == 8
-    assert set(result["gradients"]) >= {"gd", "gc"}
-
-    stopped = start(home, "saad_cifar100.py", *FLAGS, "--run_name", "saad_resumed")
-    for line in stopped.stdout:
-        if re.match("epoch 1/3", line):
-            stopped.send_signal(signal.SIGTERM)
-    _, err = stopped.communicate(timeout=HANGS)
-    assert stopped.returncode == 75, err
-    assert not (home / "runs/saad_resumed/result.json").exists()
-    finish(start(home, "saad_cifar100.py", *FLAGS, "--run_name", "saad_resumed"))
-    assert rows_of(home / "runs/saad_resumed") == rows
-
-    assert "SAAD" in finish(start(home, ROOT / "compare.py", "runs/whole", "runs/adaad_cifar100_whole"))
+def test_the_method_that_extending_shows_is_the_file():
+    shown = block("docs/extending.md", "python")
+    code = (ROOT / "examples/pgd_at_IGDM_cifar100.py").read_text()
+    assert shown == code[: code.index("def main")].rstrip() + "\n"
 
 
-def test_the_seventh_method_is_studied(seventh, small):
-    home = small.home
-    (home / "saad_cifar100.py").write_text(seventh)
-    (grid,) = re.findall(r"^```toml\n(.*?)^```", (ROOT / "docs/extending.md").read_text(), re.MULTILINE | re.DOTALL)
-    settings = 'dataset = "digits"\nteacher = "teacher"\nstudent = "RES-8"\nepochs = 1\nbatch = 512\nsteps = 1\n'
-    (home / "seventh.toml").write_text(f"{grid}\n[settings]\n{settings}aa_examples = 0\ndevice = 'cpu'\n")
-    finish(start(home, ROOT / "study.py", "seventh.toml"))
-    configs = [json.loads(path.read_text()) for path in sorted((home / "runs/seventh").glob("saad*/config.json"))]
-    assert [config["settings"]["entropy_factor"] for config in configs] == [4.0, 5.0]
-    assert "2 of 2 runs finished" in finish(start(home, ROOT / "study.py", "seventh.toml"))
+def test_the_study_that_extending_shows_is_planned(tmp_path):
+    (tmp_path / "methods.toml").write_text(block("docs/extending.md", "toml"))
+    study = plan.read_study(tmp_path / "methods.toml", tmp_path)
+    assert {run.name for run in study.runs} == {f"pgd_at{igdm}_seed{n}" for igdm in ("", "_IGDM") for n in (0, 1)}
 
 
-def test_the_seventh_method_is_its_equations(seventh, networks, batches):
-    """Against the page's formulas, image by image in float64."""
-    namespace = {"__name__": "saad", "__file__": "saad_cifar100.py"}
-    exec(compile(seventh, "saad_cifar100.py", "exec"), namespace)
-    student, teacher = networks
-    x, y = batches[0]
-    args = cli.parse_args("saad_cifar100.py", namespace["RECIPE"], ["--steps", "2", "--device", "cpu"])
-    student.train()
-    copied = copy.deepcopy(student)
-    torch.manual_seed(0)
-    terms = namespace["training_loss"](student, teacher, x, y, 3, args)
-
-    torch.manual_seed(0)
-    x_adv = attacks.adaad(copied, teacher, x, args.epsilon, args.step_size, args.steps)
-    student_adv, student_clean, student_minus = copied(x_adv), copied(x), copied(2 * x - x_adv)
-    teacher_adv, teacher_clean, teacher_minus = teacher(x_adv), teacher(x), teacher(2 * x - x_adv)
-    entropies = [-math.log(sum(p.item() ** 2 for p in row.softmax(0))) for row in teacher_adv]
-    expected = dict.fromkeys(terms, 0.0)
-    for i, entropy in enumerate(entropies):
-        w = 5 * (entropy - min(entropies))
-        w_bar = w / (5 * (max(entropies) - min(entropies)))
-        at = slice(i, i + 1)
-        expected["saad"] += w * kl(teacher_adv[at], student_adv[at]) / len(x)
-        changes = teacher_adv[at] - teacher_minus[at], student_adv[at] - student_minus[at]
-        expected["igdm"] += w * 10 * 3 / 200 * kl(*changes) / len(x)
-        expected["clean"] += (1 - w_bar) * kl(teacher_clean[at], student_clean[at]) / len(x)
-    torch.testing.assert_close(terms, expected, **CLOSE)
+def test_the_table_of_examples_names_them_all():
+    named = re.findall(r"`(\w+_cifar100)`", (ROOT / "docs/extending.md").read_text())
+    assert set(named) == {path.stem for path in (ROOT / "examples").glob("*_cifar100.py")}
