@@ -103,13 +103,6 @@ def tests(args: argparse.Namespace) -> Rows:
                 yield "tests", {"name": found[1], "outcome": found[2].lower()}
 
 
-def convolutions(args: argparse.Namespace) -> Rows:
-    """Every kind of convolution by itself in bfloat16, with cuDNN trying ten kernels and all."""
-    args.precisions = ["bf16"]
-    for row in training_step.layer_rows(networks_of(args), torch.device(args.device), args, tries=(10, 0)):
-        yield "layers", row
-
-
 def baseline(args: argparse.Namespace) -> Rows:
     """The published order; the product's eager step in TF32 and bfloat16, and asking the teacher less often."""
     networks, tops = networks_of(args), tops_of(args)
@@ -140,7 +133,7 @@ def profile(args: argparse.Namespace) -> Rows:
     networks = networks_of(args)
     batches = measure.make_batches(args.batch, torch.device(args.device))
     fields = (METHOD, networks, batches, "product", "bf16", best["compile"], best["trick"])
-    for row in profiling.profile_rows(METHOD, training_step.setting_of(*fields), networks, args.batch):
+    for row in profiling.profile_rows(training_step.setting_of(*fields)):
         yield "profile", row
 
 
@@ -224,7 +217,6 @@ class Part:
 PARTS = {
     "machine": Part(machine, 0.5),
     "tests": Part(tests, 2),
-    "convolutions": Part(convolutions, 1, bfloat16=True),
     "baseline": Part(baseline, 1),
     "step": Part(step, 3, bfloat16=True),
     "profile": Part(profile, 0.75, bfloat16=True),

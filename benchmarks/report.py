@@ -53,10 +53,6 @@ def _memory(row: Row) -> str:
     return "-" if row.get("peak_memory_gib") is None else f"{row['peak_memory_gib']:.2f}"
 
 
-def _percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"
-
-
 def _per_image(row: Row, seconds: float) -> str:
     return f"{seconds / row['examples']:.3f}"
 
@@ -89,20 +85,6 @@ COLUMNS: dict[str, list[tuple[str, Callable[[Row], object]]]] = {
         ("share of peak", lambda r: _share(r["share_of_peak"]) if "share_of_peak" in r else "-"),
         MEMORY,
     ],
-    "layers": [
-        ("convolution", lambda r: f"{r['network']}, {r['precision']}, {r['layer']}"),
-        ("number", lambda r: r["count"]),
-        *(
-            (f"{title}, TFLOP/s", lambda r, name=name: f"{r['gflop'] / r[name] / 1e3:.3g}" if name in r else "-")
-            for title, name in (
-                ("forward", "forward"),
-                ("input gradient", "input_gradient"),
-                ("weight gradient", "weight_gradient"),
-                ("flipped forward", "flipped_forward"),
-            )
-        ),
-        ("cuDNN tries", lambda r: r["kernels_tried"] if r["kernels_tried"] else "all"),
-    ],
     "profile": [("part of the step's time", lambda r: r["name"]), ("share", lambda r: _share(r["share"]))],
     "batches": [
         ("processes", lambda r: r["processes"]),
@@ -120,14 +102,6 @@ COLUMNS: dict[str, list[tuple[str, Callable[[Row], object]]]] = {
         ("teacher's GMAC/forward", lambda r: f"{r['teacher_gmac']:.3f}"),
         ("published", lambda r: f"{r['published']:.1f}"),
         ("product", lambda r: f"{r['product']:.1f}"),
-    ],
-    "evidence": [
-        ("run", lambda r: f"{r['name']}, {r['network']}, {r['epochs']} epochs"),
-        ("clean", lambda r: _percent(r.get("clean"))),
-        ("PGD-20", lambda r: _percent(r.get("pgd20"))),
-        ("AutoAttack", lambda r: _percent(r["autoattack"]["accuracy"]) if "autoattack" in r else "-"),
-        ("of images", lambda r: r["autoattack"]["examples"] if "autoattack" in r else "-"),
-        ("training, s", lambda r: f"{r['seconds']:.0f}" if "seconds" in r else "not finished"),
     ],
     "fidelity": [
         ("against float32, ten attack steps", lambda r: f"{r['method']}, {r['precision']}"),

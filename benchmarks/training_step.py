@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks import convolutions, measure, profiling, published, report
+from benchmarks import measure, operations, profiling, published, report
 from benchmarks.tricks import TRICKS
 from experiment import UserError, cli, optim
 from experiment.data import Data
@@ -34,7 +34,7 @@ from experiment.engine import Engine
 from experiment.files import read_json, write_json
 from experiment.run import Run
 
-METHODS = tuple(convolutions.PASSES)
+METHODS = tuple(operations.PASSES)
 EPOCH = 1
 EPOCH_IMAGES = 50_000
 """CIFAR-100's training set: the data pipeline is timed on as many images."""
@@ -131,7 +131,7 @@ def row_of(
     """A timed setting's figures; the ratio is the baseline's seconds over its own."""
     setting.check_finite()
     row = {**setting.fields, **measure.speed(batch, setting.seconds), **measure.ratio(baseline, setting.seconds)}
-    counted = convolutions.gflop_of_step(row["method"], networks, row.get("teacher_every", 1))
+    counted = operations.gflop_of_step(row["method"], networks, row.get("teacher_every", 1))
     row["gflop_per_image"] = counted[row["step"]]
     row["tflops"] = row["gflop_per_image"] * row["images_per_second"] / 1e3
     # Convolutions of the published step run in TF32 on CUDA: the framework's default.
@@ -184,27 +184,15 @@ def trick_rows(
             yield {"setting": name, "error": " ".join(str(error).split())[:300]}
 
 
-def layer_rows(
-    networks: Networks, device: torch.device, args: argparse.Namespace, tries: Sequence[int] = (10,)
-) -> Iterator[dict[str, Any]]:
-    """A row per kind of convolution in student and teacher, precision, and number of kernels that cuDNN tries."""
-    for (name, network), precision, tried in itertools.product(
-        zip((args.student, args.teacher), networks, strict=True), args.precisions, tries
-    ):
-        measure.Numerics(precision == "tf32", precision == "tf32", True, tried).apply()
-        for row in convolutions.timed(network, args.batch, precision, device, args.rounds, flipped=True):
-            yield {"network": name, "kernels_tried": tried, **row}
-
-
 def operation_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Operations per image by teacher and method, published order and product, counted from passes and layers."""
     student, rows = measure.make_network(args.student, torch.device("cpu"), 0), []
     for name in args.count:
         teacher = measure.make_network(name, torch.device("cpu"), 1)
-        gmac = convolutions.gflop_of_passes(teacher)[0] / 2
+        gmac = operations.gflop_of_passes(teacher)[0] / 2
         for method in METHODS:
             fields = {"teacher": name, "student": args.student, "method": method, "teacher_gmac": gmac}
-            rows.append(fields | convolutions.gflop_of_step(method, (student, teacher)))
+            rows.append(fields | operations.gflop_of_step(method, (student, teacher)))
     return rows
 
 
@@ -298,7 +286,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--tricks", nargs="*", choices=("all", *TRICKS), default=[], help="time these at the last precision and compile"
     )
-    add("--layers", type=int, choices=(0, 1), default=0, help="time each kind of convolution by itself")
     add("--count", nargs="*", default=[], metavar="TEACHER", help="teachers whose steps' operations are counted")
     add("--overhead", type=int, choices=(0, 1), default=0, help="time data pipeline and logging beside the step")
     add("--batches", nargs="*", type=cli.whole(2), default=[], help="global batches to time, for the last method")
@@ -337,11 +324,9 @@ def main() -> None:
         found["rows"] += rows
         print(f"{name}: measured", file=sys.stderr, flush=True)
     if args.profile and args.methods:
-        found["profile"] = profiling.profile_rows(method, best, networks, args.batch)
+        found["profile"] = profiling.profile_rows(best)
     if args.tricks:
         found["tricks"] = list(trick_rows(method, networks, tops, device, args))
-    if args.layers:
-        found["layers"] = list(layer_rows(networks, device, args))
     if args.batches:
         found["batches"] = [
             spawn(n, batch, args) if n > 1 else batch_row(batch, networks, method, device, args)

@@ -74,10 +74,9 @@ def commands(folder: Path) -> list[tuple[str, list[str], int]]:
     tests = ["-m", "pytest", "-W", "default", "-m", "gpu", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "-k"]
     from_root = str(ROOT / "tests" / "test_gpu.py")
     listed.append(("the GPU tests, CPU copy", [*tests, "not compiled and not end_to_end", from_root], 0))
-    for name in ("gpu_check", "gpu_evidence"):
-        flags = ["--rehearse", "--out", str(folder / name)]
-        flags += ["--parts", "machine", "convolutions", "baseline", "fidelity", "launches"] * (name == "gpu_check")
-        listed.append((f"benchmarks.{name}", ["-m", f"benchmarks.{name}", *flags], 0))
+    check = ["-m", "benchmarks.gpu_check", "--rehearse", "--out", str(folder / "gpu_check")]
+    parts = ["--parts", "machine", "baseline", "fidelity", "launches"]
+    listed.append(("benchmarks.gpu_check", [*check, *parts], 0))
     toy = ["--device", "cpu", "--rounds", "1", "--student", "RES-8"]
     step = [*toy, "--teacher", "DM-WRN-10-1", "--batch", "2", "--methods", "ard_IGDM"]
     listed.append(("benchmarks.training_step", ["-m", "benchmarks.training_step", *step], 0))

@@ -1,14 +1,10 @@
-"""The convolutions of a network: what they have to compute, counted from the layers, and how fast they do it alone."""
+"""Operations of a training step, counted from the layers of both networks and the passes of the method."""
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import measure
@@ -98,59 +94,3 @@ def gflop_of_step(method: str, networks: tuple[nn.Module, nn.Module], teacher_ev
     saved = ATTACK_STEPS - math.ceil(ATTACK_STEPS / teacher_every)
     found["product"] -= saved * (teacher[0] + teacher[1])  # each of these steps lacks a forward and a backward pass
     return found
-
-
-def timed(
-    network: nn.Module, batch: int, precision: str, device: torch.device, rounds: int = 5, flipped: bool = False
-) -> Iterator[dict[str, Any]]:
-    """A row for each kind of convolution: seconds and 10^12 operations per second, timed over and over on one input.
-
-    Yields:
-        ``layer``, ``count``, ``forward``, ``input_gradient`` and ``weight_gradient`` (seconds of one layer on the
-        batch) and, with `flipped`, ``flipped_forward``: the input's gradient computed as a forward pass with flipped
-        weights, where that is the same function; ``gflop`` of each on the batch.
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    repeats = 20 if device.type == "cuda" else 1
-    for layer, count in layers(network).items():
-        shape = (batch, layer.in_channels, layer.side, layer.side)
-        kernel = (layer.out_channels, layer.in_channels // layer.groups, layer.kernel, layer.kernel)
-        x, weight = (
-            torch.randn(size, device=device).to(dtype, memory_format=torch.channels_last) for size in (shape, kernel)
-        )
-        options = ([layer.stride] * 2, [layer.padding] * 2, [1, 1])
-        forward = partial(F.conv2d, x, weight, None, *options, layer.groups)
-        gradient = torch.randn_like(forward())
-        backward = partial(
-            torch.ops.aten.convolution_backward, gradient, x, weight, None, *options, False, [0, 0], layer.groups
-        )
-        runs = {
-            "forward": forward,
-            "input_gradient": partial(backward, [True, False, False]),
-            "weight_gradient": partial(backward, [False, True, False]),
-        }
-        if flipped and layer.stride == 1 and layer.groups == 1:
-            turned = weight.transpose(0, 1).flip(2, 3).contiguous(memory_format=torch.channels_last)
-            runs["flipped_forward"] = partial(F.conv2d, gradient, turned, padding=layer.kernel - 1 - layer.padding)
-        seconds = {name: measure.best_seconds(run, device, rounds, repeats) for name, run in runs.items()}
-        fields = {"layer": str(layer), "count": count, "first": layer.first, "precision": precision}
-        yield {**fields, "gflop": batch * layer.gflop, **seconds}
-
-
-def seconds_alone(
-    method: str, networks: tuple[nn.Module, nn.Module], batch: int, precision: str, device: torch.device
-) -> float:
-    """Seconds of all convolutions of the product's step, each kind timed by itself, over and over on the same data.
-
-    What a step would take if nothing but its convolutions cost time, and each found its data in the cache as far as it
-    fits: the least that a step can take with the library's convolutions.
-    """
-    costs = []
-    for network in networks:
-        rows = list(timed(network, batch, precision, device))
-        forward, to_input = (sum(r["count"] * r[n] for r in rows) for n in ("forward", "input_gradient"))
-        # The gradient of the training images themselves is not needed in a full backward pass.
-        full = sum(r["count"] * (r["weight_gradient"] + (0 if r["first"] else r["input_gradient"])) for r in rows)
-        costs.append((forward, to_input, full))
-    student, teacher = costs
-    return sum(n * cost for n, cost in zip(PASSES[method]["product"], (*student, *teacher[:2]), strict=True))
