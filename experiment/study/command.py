@@ -1,18 +1,21 @@
-"""The command line of a study: shows its grid, and runs what is not finished."""
+"""study.py: shows the grid of a study, and runs what is not finished."""
 
+import argparse
 import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from experiment import UserError, cli
 from experiment.study.costs import EXPECTED, cost_of, counted
-from experiment.study.live import LiveTable
-from experiment.study.plan import FINISHED, ROOT, Study, read_study
+from experiment.study.live import progress_table
+from experiment.study.plan import FINISHED, ROOT, PlannedRun, Study, read_study
 from experiment.study.processes import Processes
 from experiment.text import as_text
+
+UNKNOWN = "not known before the first epoch"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,19 +30,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="only runs with these names; * stands for any text"
     )
-    parser.add_argument(
-        "--dry_run", type=cli.switch, default=0, metavar="{0,1}", help="1 prints each command and what it would cost"
-    )
+    switch = {"type": cli.switch, "default": 0, "metavar": "{0,1}"}
+    parser.add_argument("--dry_run", **switch, help="1 prints each command and what it would cost")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=cli.whole(1), default=1, metavar="N", help="runs side by side, threads divided")
     where.add_argument("--devices", nargs="+", default=[], metavar="DEVICE", help="one run at a time on each: cuda:0 …")
-    parser.add_argument(
-        "--slurm",
-        type=cli.switch,
-        default=0,
-        metavar="{0,1}",
-        help="1 sends the runs to SLURM as an array, --jobs wide",
-    )
+    parser.add_argument("--slurm", **switch, help="1 sends the runs to SLURM as an array, --jobs wide")
     parser.add_argument(
         "--slurm_cluster", choices=("slurm", "local", "debug"), default="slurm", help="local and debug try it out here"
     )
@@ -54,11 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     study = read_study(args.file, args.run_dir)
     if args.only:
-        study = chosen(study, args.only)
+        study = _chosen(study, args.only)
     if args.dry_run:
-        show_costs(study)
+        _show_costs(study)
         return
-    show_grid(study)
+    states = [[run.name, run.state()] for run in study.all_runs]
+    print(as_text([["run", "state"], *states]))
+    print(f"\n{_progress(study)}", flush=True)
     # The runs import this project wherever they start.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if args.slurm:
@@ -66,100 +64,74 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         submit(study, cluster=args.slurm_cluster, jobs=args.jobs, options=dict(args.slurm_options))
     else:
-        check_machine(study, args.devices)
-        run_study(study, jobs=args.jobs, devices=args.devices)
+        _run(study, args.jobs, args.devices)
 
 
 def _option(text: str) -> tuple[str, Any]:
-    import argparse
-
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; KEY=VALUE")
     return key, int(value) if value.isdecimal() else value
 
 
-def chosen(study: Study, names: Sequence[str]) -> Study:
-    """The study with only the runs whose names match.
-
-    Raises:
-        UserError: a name matches none.
-    """
+def _chosen(study: Study, names: Sequence[str]) -> Study:
     for name in names:
         if not any(fnmatch(run.name, name) for run in study.runs):
             raise UserError(f"--only {name} matches no run of {study.name}, which has {study.runs[0].name}, …")
-    runs = tuple(run for run in study.runs if any(fnmatch(run.name, name) for name in names))
-    return Study(study.name, study.folder, study.teacher, runs)
+    return replace(study, runs=tuple(run for run in study.runs if any(fnmatch(run.name, name) for name in names)))
 
 
-def show_grid(study: Study) -> None:
-    """Print every run with its state."""
-    states = [[run.name, run.state()] for run in study.all_runs]
-    print(as_text([["run", "state"], *states]))
-    finished = sum(state == FINISHED for _, state in states)
-    print(f"\n{study.folder}: {finished} of {len(states)} runs finished", flush=True)
+def _progress(study: Study) -> str:
+    finished = sum(run.state() == FINISHED for run in study.all_runs)
+    return f"{study.folder}: {finished} of {len(study.all_runs)} runs finished"
 
 
-def show_costs(study: Study) -> None:
-    """Print each run's command and state, and what it would cost."""
-    table = [["run", "state", "hours", "from"]]
-    total, unknown = 0.0, 0
+def _show_costs(study: Study) -> None:
+    """Print each run's command, state and cost, and the cost of all."""
+    rows, hours, unfinished = [], [], 0
     for run in study.all_runs:
         print(run.command)
         cost, state = cost_of(run, study), run.state()
-        total += cost.hours if cost and state != FINISHED else 0.0
-        unknown += cost is None and state != FINISHED
-        hours, source = (f"{cost.hours:.2f}", cost.source) if cost else ("-", UNKNOWN)
-        table.append([run.name, state, hours, source])
-    print("\n" + as_text(table))
-    unfinished = sum(row[1] != FINISHED for row in table[1:])
-    known = UNKNOWN if unknown == unfinished > 0 else f"{total:.1f} hours, one run at a time"
+        rows.append([run.name, state, *((f"{cost.hours:.2f}", cost.source) if cost else ("-", UNKNOWN))])
+        if state != FINISHED:
+            unfinished += 1
+            hours += [cost.hours] if cost else []
+    print("\n" + as_text([["run", "state", "hours", "from"], *rows]))
+    unknown = unfinished - len(hours)
+    total = UNKNOWN if unknown == unfinished > 0 else f"{sum(hours):.1f} hours, one run at a time"
     more = f"; {unknown} of them {UNKNOWN}" if 0 < unknown < unfinished else ""
-    print(f"\n{unfinished} unfinished runs: {known}{more}")
-    if any(row[3].startswith(EXPECTED) for row in table[1:]):
+    print(f"\n{unfinished} unfinished runs: {total}{more}")
+    if any(row[3].startswith(EXPECTED) for row in rows):
         print(f"{EXPECTED}: operations counted, at the speed expected (not measured) of {counted()['expected']['on']}")
 
 
-UNKNOWN = "not known before the first epoch"
+def _run(study: Study, jobs: int, devices: Sequence[str]) -> None:
+    """Run what is not finished, the teacher first; what this machine cannot run is an error before any run starts."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
 
-
-def check_machine(study: Study, devices: Sequence[str] = ()) -> None:
-    """Refuse what this machine cannot run, before any run starts.
-
-    Raises:
-        SystemExit: status 2, after the line with which the run would refuse it.
-    """
     for run in (run for run in study.all_runs if run.state() != FINISHED):
         for device in ([f"--device={device}"] for device in devices) if devices else [[]]:
             cli.parse_args(str(run.script), run.recipe, [*run.arguments, *device])
+    console = Console()
 
+    def report(line: str) -> None:
+        console.print(Text(line), soft_wrap=True)
 
-def run_study(study: Study, *, jobs: int = 1, devices: Sequence[str] = ()) -> None:
-    """Run what is not finished, the teacher first.
+    def watch(runs: Sequence[PlannedRun]) -> None:
+        if console.is_terminal:
+            live.update(progress_table(runs, _progress(study)))
 
-    Raises:
-        UserError: runs failed; all others have ended.
-        RunStopped: a signal came; the runs at work have saved themselves.
-    """
-    waiting = [run for run in study.runs if run.state() != FINISHED]
-    done = sum(run.state() == FINISHED for run in study.all_runs)
-    with LiveTable(len(study.all_runs), done) as table:
-        processes = Processes(study.folder / "logs", jobs, devices, tell=table.tell, watch=table.show)
+    with Live(console=console, refresh_per_second=2, transient=True) as live:
+        processes = Processes(study.folder / "logs", jobs, devices, report, watch)
         if study.teacher and study.teacher.state() != FINISHED:
-            processes.work([study.teacher])
+            failed = processes.work([study.teacher])
             if study.teacher.state() != FINISHED:
-                reason = processes.outcome.failed.get(study.teacher.name, "another process is training it")
+                reason = failed.get(study.teacher.name, "another process is training it")
                 raise UserError(f"the teacher {study.teacher.folder} is not finished: {reason}")
-        outcome = processes.work(waiting)
-    _conclude(study, outcome.failed)
-
-
-def _conclude(study: Study, failed: Mapping[str, str]) -> None:
-    finished = sum(run.state() == FINISHED for run in study.all_runs)
-    print(f"{study.folder}: {finished} of {len(study.all_runs)} runs finished, {len(failed)} failed", flush=True)
+        failed = processes.work([run for run in study.runs if run.state() != FINISHED])
+    print(f"{_progress(study)}, {len(failed)} failed", flush=True)
     if failed:
-        raise UserError(
-            f"{len(failed)} of {len(study.runs)} runs failed: "
-            + "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        )
-    sys.stdout.flush()
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise UserError(f"{len(failed)} of {len(study.runs)} runs failed: {reasons}")

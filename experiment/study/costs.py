@@ -4,7 +4,6 @@ import functools
 import math
 import re
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from statistics import fmean
@@ -16,6 +15,10 @@ from experiment.files import read_json, read_metrics
 from experiment.study.plan import PlannedRun, Study
 
 EXPECTED = "expected"
+COUNTED_STEPS = 10
+"""Steps of the attack in the passes of costs.toml."""
+PASSES_OF_EVALUATION = 42
+"""Clean accuracy, and PGD-20: twenty times forward and backward to the input, and once forward."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,6 @@ class Cost:
     source: str
 
 
-COUNTED_STEPS = 10
-"""Steps of the attack in the passes of costs.toml."""
-PASSES_OF_EVALUATION = 42
-"""Clean accuracy, and PGD-20: twenty times forward and backward to the input, and once forward."""
-
-
 @functools.cache
 def counted() -> dict[str, Any]:
     """The content of costs.toml."""
@@ -39,43 +36,36 @@ def counted() -> dict[str, Any]:
 
 
 def cost_of(run: PlannedRun, study: Study) -> Cost | None:
-    """What a run takes; None if there is nothing yet to tell it from.
-
-    Measured: the mean epoch, evaluation and AutoAttack of the study's runs with the same script, networks and data.
-    Counted: operations of its passes, for networks and data whose size is known, at the expected speed of a GPU.
-    """
-    alike = cli.settings_with(cli.Role.COST)
-    same = [
-        other
-        for other in study.all_runs
-        if other.script == run.script and all(other.settings.get(k) == run.settings.get(k) for k in alike)
-    ]
-    return _measured(run, same) or _counted(run)
+    """What a run takes; None if neither its epochs nor its operations are known."""
+    return _measured(run, study) or _counted(run)
 
 
-def _measured(run: PlannedRun, same: Sequence[PlannedRun]) -> Cost | None:
-    epochs, rest, speeds = [], [], []
-    for other in same:
-        path = other.folder / "metrics.jsonl"
-        rows = read_metrics(path) if path.is_file() else []
-        epochs += [row["seconds"] for row in rows if "seconds" in row]
-        speeds += [row["images_per_second"] for row in rows if "images_per_second" in row]
+def _measured(run: PlannedRun, study: Study) -> Cost | None:
+    """The mean epoch, evaluation and AutoAttack of the study's runs with the same script, networks and data."""
+    keys = cli.settings_with(cli.Role.COST)
+    rows, rest = [], []
+    for other in study.all_runs:
+        if other.script != run.script or any(other.settings.get(key) != run.settings.get(key) for key in keys):
+            continue
+        if (other.folder / "metrics.jsonl").is_file():
+            rows += [row for row in read_metrics(other.folder / "metrics.jsonl") if "seconds" in row]
         if (other.folder / "result.json").is_file():
             seconds = read_json(other.folder / "result.json").get("seconds") or {}
             rest.append(seconds.get("evaluation", 0.0) + seconds.get("autoattack", 0.0))
-    if not epochs:
+    if not rows:
         return None
-    seconds = fmean(epochs) * run.settings["epochs"] + (fmean(rest) if rest else 0.0)
+    seconds = fmean(row["seconds"] for row in rows) * run.settings["epochs"] + (fmean(rest) if rest else 0.0)
+    speed = fmean(row["images_per_second"] for row in rows)
     attack = "" if rest else ", evaluation and AutoAttack not measured yet"
-    return Cost(seconds / 3600, f"measured, {fmean(speeds):.0f} images/s{attack}")
+    return Cost(seconds / 3600, f"measured, {speed:.0f} images/s{attack}")
 
 
 def _counted(run: PlannedRun) -> Cost | None:
+    """Operations of its passes, for networks and data whose size is known, at the expected speed of a GPU."""
     table, settings = counted(), run.settings
     passes, images = table["passes"].get(run.method), table["training_images"].get(settings["dataset"])
-    student = forward_macs(settings["student"])
-    teacher = forward_macs(str(settings.get("teacher")))
-    if passes is None or images is None or student is None or teacher is None or settings.get("side"):
+    student, teacher = forward_macs(settings["student"]), forward_macs(str(settings.get("teacher")))
+    if None in (passes, images, student, teacher) or settings.get("side"):
         return None
     if "device" in run.given and settings["device"] == "cpu":
         return None

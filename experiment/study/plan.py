@@ -10,7 +10,6 @@
 import fcntl
 import functools
 import itertools
-import os
 import runpy
 import shlex
 import tomllib
@@ -23,7 +22,6 @@ from experiment.files import read_json
 from experiment.text import short_name, started_as
 
 ROOT = Path(__file__).resolve().parents[2]
-TEACHER_SCRIPT = "train_teacher"
 RESERVED = ("run_dir", "run_name")
 """Flags that the study gives every run itself."""
 
@@ -45,7 +43,7 @@ class PlannedRun:
 
     @property
     def command(self) -> str:
-        """What starts or resumes it, as it would be typed."""
+        """The command that starts or resumes it, as it would be typed."""
         return shlex.join(["python", *started_as(self.script), *self.arguments])
 
     @property
@@ -66,12 +64,11 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Study:
-    """All runs of a study file."""
+    """All runs of a study file; its teacher, if it trains one, comes before the others."""
 
     name: str
     folder: Path
     teacher: PlannedRun | None
-    """Trained before the others."""
     runs: tuple[PlannedRun, ...]
 
     @property
@@ -86,7 +83,7 @@ def read_study(path: Path, run_dir: Path = Path("runs")) -> Study:
     Raises:
         UserError: the file cannot be read or is no study; a table, script or flag in it does not exist; a run's folder
             holds a run with other settings.
-        SystemExit: status 2, after the one line with which a script refuses a value.
+        SystemExit: status 2, after the line with which a script reports a value that is not allowed.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -94,28 +91,21 @@ def read_study(path: Path, run_dir: Path = Path("runs")) -> Study:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
         raise UserError(f"{path} is not valid TOML: {error}") from error
-    if unknown := sorted(content.keys() - {"teacher", "grid", "settings"}):
-        raise UserError(f"{path} has {unknown[0]!r}; [teacher], [grid] and [settings] are allowed")
-    grid, settings = _table(path, content, "grid"), _table(path, content, "settings")
-    folder = run_dir / path.stem
+    for key, table in content.items():
+        if key not in ("teacher", "grid", "settings") or not isinstance(table, dict):
+            raise UserError(f"{path} has {key!r}; the tables [teacher], [grid] and [settings] are allowed")
+    grid, settings, folder = content.get("grid", {}), content.get("settings", {}), run_dir / path.stem
     teacher = None
     if "teacher" in content:
-        flags = _table(path, content, "teacher")
-        name, place = flags.pop("run_name", "teacher"), flags.pop("run_dir", str(folder))
-        teacher = _planned(path, str(name), Path(str(place)), TEACHER_SCRIPT, flags, {})
+        flags = dict(content["teacher"])
+        name, parent = str(flags.pop("run_name", "teacher")), Path(str(flags.pop("run_dir", folder)))
+        teacher = _planned(path, name, parent, "train_teacher", flags)
         if "teacher" not in grid:
             settings = {"teacher": str(teacher.folder), **settings}
     study = Study(path.stem, folder, teacher, _grid_runs(path, folder, grid, settings))
     for run in study.all_runs:
         _check_folder(run)
     return study
-
-
-def _table(path: Path, content: dict[str, Any], name: str) -> dict[str, Any]:
-    table = content.get(name, {})
-    if not isinstance(table, dict):
-        raise UserError(f"{path}: {name} is {table!r:.40}; a table [{name}] is needed")
-    return dict(table)
 
 
 def _grid_runs(path: Path, folder: Path, grid: dict[str, Any], settings: dict[str, Any]) -> tuple[PlannedRun, ...]:
@@ -134,13 +124,13 @@ def _grid_runs(path: Path, folder: Path, grid: dict[str, Any], settings: dict[st
         if flag in RESERVED or (flag != "script" and not any(flag in flags for flags in known.values())):
             raise UserError(f"{path}: {flag} is not a flag that a study can give to {', '.join(scripts)}")
     runs: dict[str, PlannedRun] = {}
-    for point in itertools.product(*({key: scripts, **grid}[key] for key in grid)):
+    for point in itertools.product(*({**grid, "script": scripts}[key] for key in grid)):
         chosen = dict(zip(grid, point, strict=True))
-        script = str(chosen.pop("script")).removesuffix(".py")
+        script = chosen.pop("script")
         varied = {flag: value for flag, value in chosen.items() if flag in known[script]}
         common = {flag: value for flag, value in shared.items() if flag in known[script]}
         name = _name(script, varied)
-        run = _planned(path, name, folder, script, {**common, **own.get(script, {})}, varied)
+        run = _planned(path, name, folder, script, {**common, **own.get(script, {}), **varied})
         # A flag that this script does not have repeats its runs: each once.
         if runs.setdefault(name, run).arguments != run.arguments:
             raise UserError(f"{path}: two different runs would have the name {name}")
@@ -148,7 +138,7 @@ def _grid_runs(path: Path, folder: Path, grid: dict[str, Any], settings: dict[st
 
 
 def _script_path(script: str) -> Path:
-    """SCRIPT.py from here, or that of this project; PACKAGE.SCRIPT is in a folder."""
+    """SCRIPT.py in the current folder, or that of this project; PACKAGE.SCRIPT is in a folder."""
     path = Path(f"{script.replace('.', '/')}.py")
     return path if path.is_file() else ROOT / path
 
@@ -164,64 +154,58 @@ def _recipe(script: str) -> dict[str, Any]:
     return recipe
 
 
+def _resolved(script: str, arguments: list[str]) -> dict[str, Any]:
+    return vars(cli.parse_args(str(_script_path(script)), _recipe(script), arguments, elsewhere=True))
+
+
 def _flags_of(script: str) -> set[str]:
-    return {"wandb", *vars(cli.parse_args(str(_script_path(script)), _recipe(script), [], elsewhere=True))}
+    return {"wandb", *_resolved(script, [])}
 
 
-def _planned(
-    path: Path, name: str, run_dir: Path, script: str, settings: dict[str, Any], varied: dict[str, Any]
-) -> PlannedRun:
-    if reserved := [flag for flag in RESERVED if flag in settings]:
+def _planned(path: Path, name: str, run_dir: Path, script: str, flags: dict[str, Any]) -> PlannedRun:
+    if reserved := [flag for flag in RESERVED if flag in flags]:
         raise UserError(f"{path}: {reserved[0]} is given by the study itself; remove it")
-    flags = {**settings, **varied, "run_dir": str(run_dir), "run_name": name}
+    flags = {**flags, "run_dir": str(run_dir), "run_name": name}
     arguments = [text for flag, value in flags.items() for text in (f"--{flag}", *_texts(path, flag, value))]
-    recipe = _recipe(script)
-    resolved = vars(cli.parse_args(str(_script_path(script)), recipe, arguments, elsewhere=True))
-    return PlannedRun(name, run_dir / name, _script_path(script), tuple(arguments), tuple(flags), resolved, recipe)
+    settings = _resolved(script, arguments)
+    return PlannedRun(
+        name, run_dir / name, _script_path(script), tuple(arguments), tuple(flags), settings, _recipe(script)
+    )
 
 
 def _texts(path: Path, flag: str, value: Any) -> list[str]:
     """A TOML value as arguments: true and false as 1 and 0, a list as several."""
     if isinstance(value, list):
         return [text for each in value for text in _texts(path, flag, each)]
-    if isinstance(value, bool):
-        return [str(int(value))]
     if not isinstance(value, int | float | str):
         raise UserError(f"{path}: {flag} is {value!r:.40}; a number, a text or a list of these is needed")
-    return [str(value)]
+    return [str(int(value)) if isinstance(value, bool) else str(value)]
 
 
 def _name(script: str, varied: dict[str, Any]) -> str:
     """ard_IGDM_BDM_RES-18_alpha20_seed0: method, teacher and student by name, any other flag with its value."""
-    parts = [_script_path(script).stem.removesuffix("_cifar100")]
-    networks = ("teacher", "student")
+    parts, networks = [_script_path(script).stem.removesuffix("_cifar100")], ("teacher", "student")
     for flag in sorted(varied, key=lambda flag: (flag == "seed", flag not in networks)):
         value = varied[flag]
         text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
-        if flag in networks:
-            parts.append(short_name(text))
-        else:
-            parts.append(f"{flag}{text}".replace("/", "-"))
+        parts.append(short_name(text) if flag in networks else f"{flag}{text}".replace("/", "-"))
     return "_".join(parts)
 
 
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock of a run folder."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    finally:
-        os.close(descriptor)
+    except OSError:
+        return False
     return False
 
 
 def _check_folder(run: PlannedRun) -> None:
-    """Refuse a folder whose run has other values of the flags that the study gives."""
+    """The settings of a run that its folder holds must be those that the study gives."""
     from experiment.run import free_settings
 
     path = run.folder / "config.json"
@@ -229,12 +213,12 @@ def _check_folder(run: PlannedRun) -> None:
         return
     # Where it is resumed, the run itself decides on the device and on what was attacked.
     free = {*RESERVED, "device", *cli.settings_with(cli.Role.AUTOATTACK), *free_settings(run.settings)}
-    there = read_json(path).get("settings")
-    there = cli.LATER_SETTINGS | (there if isinstance(there, dict) else {})
+    written = read_json(path).get("settings")
+    written = cli.LATER_SETTINGS | (written if isinstance(written, dict) else {})
     differing = [
-        f"{flag} {there.get(flag)} there, {run.settings[flag]} in the study"
+        f"{flag} is {written.get(flag)}, {run.settings[flag]} in the study"
         for flag in run.given
-        if flag in run.settings and flag not in free and there.get(flag) != run.settings[flag]
+        if flag in run.settings and flag not in free and written.get(flag) != run.settings[flag]
     ]
     if differing:
         raise UserError(f"{run.folder} holds a run with other settings ({'; '.join(differing[:4])}); move it away")

@@ -1,13 +1,12 @@
-"""The processes of a study: so many at once, each with its threads or its device, stopped in order, none lost."""
+"""The processes of a study: several at a time, each with its threads or its device, stopped in order."""
 
 import os
-import queue
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -16,17 +15,6 @@ from experiment.study.plan import FINISHED, RUNNING, PlannedRun
 from experiment.text import started_as
 
 POLL_SECONDS = 0.5
-
-
-@dataclass
-class Outcome:
-    """What has become of the runs that were asked for, by name."""
-
-    done: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    """Finished before, or at work in another process."""
-    failed: dict[str, str] = field(default_factory=dict)
-    """The last line that each failed run printed."""
 
 
 @dataclass
@@ -47,7 +35,7 @@ class Processes:
         logs: folder of what the runs print, a file per run.
         jobs: processes at a time; the machine's cores are divided among them unless OMP_NUM_THREADS is set.
         devices: values of --device, one process on each at a time; they take the place of `jobs`.
-        tell: takes a line when a run starts or ends.
+        report: takes a line when a run starts or ends.
         watch: called twice a second with the runs at work.
     """
 
@@ -56,33 +44,31 @@ class Processes:
         logs: Path,
         jobs: int = 1,
         devices: Sequence[str] = (),
-        tell: Callable[[str], None] = print,
+        report: Callable[[str], None] = print,
         watch: Callable[[Sequence[PlannedRun]], None] = lambda runs: None,
     ) -> None:
-        self._logs, self._tell, self._watch = logs, tell, watch
-        places: Sequence[str | None] = list(devices) or [None] * jobs
-        self._places: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        for place in places:
-            self._places.put(place)
-        self._threads = max(1, len(os.sched_getaffinity(0)) // len(places))
+        self._logs, self._report, self._watch = logs, report, watch
+        self._places: list[str | None] = list(devices) or [None] * jobs
+        self._threads = max(1, len(os.sched_getaffinity(0)) // len(self._places))
         self._children: list[_Child] = []
         self._stopped_by: signal.Signals | None = None
-        self.outcome = Outcome()
+        self.failed: dict[str, str] = {}
+        """By name the last line that each failed run printed."""
 
-    def work(self, runs: Sequence[PlannedRun]) -> Outcome:
-        """Run all of them; a failed one does not stop the others.
+    def work(self, runs: Sequence[PlannedRun]) -> dict[str, str]:
+        """Run all of them and return the failed ones; a failed run does not stop the others.
 
         Raises:
             RunStopped: a signal came; the children have ended.
         """
         waiting = list(runs)
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last is a cluster's warning
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             while (waiting and not self._stopped_by) or self._children:
-                while waiting and not self._stopped_by and not self._places.empty():
+                while waiting and not self._stopped_by and self._places:
                     self._start(waiting.pop(0))
                 time.sleep(POLL_SECONDS if self._children else 0)
                 self._children = [child for child in self._children if not self._has_ended(child)]
@@ -92,51 +78,48 @@ class Processes:
                 signal.signal(number, handler)
         if self._stopped_by:
             name = self._stopped_by.name
-            raise RunStopped(f"stopped by {name}; the same command goes on where it stopped", RunStopped.INTERRUPTED)
-        return self.outcome
+            raise RunStopped(f"stopped by {name}; the same command resumes it", RunStopped.INTERRUPTED)
+        return self.failed
 
     def _start(self, run: PlannedRun) -> None:
         state = run.state()  # now: another process may have taken it since the grid was read
         if state in (FINISHED, RUNNING):
-            self.outcome.skipped.append(run.name)
-            self._tell(f"{run.name}: {state}{' in another process' if state == RUNNING else ''}, skipped")
+            self._report(f"{run.name}: {state}{' in another process' if state == RUNNING else ''}, skipped")
             return
-        device = self._places.get()
-        command = [sys.executable, *started_as(run.script), *run.arguments, *(["--device", device] if device else [])]
-        threads = os.environ.get("OMP_NUM_THREADS", str(self._threads))
+        device = self._places.pop(0)
         log = self._logs / f"{run.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("ab")
         # A group of its own: the terminal's Ctrl-C must reach it once, through this process, and not twice.
         process = subprocess.Popen(
-            command,
+            [sys.executable, *started_as(run.script), *run.arguments, *(["--device", device] if device else [])],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
+            env={"OMP_NUM_THREADS": str(self._threads), **os.environ},
             process_group=0,
         )
         self._children.append(_Child(run, process, device, log, output))
         if self._stopped_by:  # while the process was made: it was no child yet
             process.send_signal(signal.SIGTERM)
-        self._tell(f"{run.name}: {'resumed' if (run.folder / 'last.pt').exists() else 'started'}")
+        self._report(f"{run.name}: {'resumed' if (run.folder / 'last.pt').exists() else 'started'}")
 
     def _has_ended(self, child: _Child) -> bool:
-        status = child.process.poll()
+        status, name = child.process.poll(), child.run.name
         if status is None:
             return False
         child.output.close()
-        self._places.put(child.device)
+        self._places.append(child.device)
         if status == 0:
-            self.outcome.done.append(child.run.name)
-            self._tell(f"{child.run.name}: finished")
+            self._report(f"{name}: finished")
         elif self._stopped_by and status == RunStopped.INTERRUPTED:
             saved = (child.run.folder / "last.pt").is_file()
-            self._tell(f"{child.run.name}: stopped, {'saved' if saved else 'before it had anything to save'}")
+            self._report(f"{name}: stopped, {'saved' if saved else 'before it had anything to save'}")
         else:
-            reason = f"{_last_line(child.log)} (exit status {status}, {child.log})"
-            self.outcome.failed[child.run.name] = reason
-            self._tell(f"{child.run.name}: failed: {reason}")
+            lines = [line.strip() for line in child.log.read_text(errors="replace").split("\n") if line.strip()]
+            last = lines[-1] if lines else "it printed nothing"
+            self.failed[name] = f"{last} (exit status {status}, {child.log})"
+            self._report(f"{name}: failed: {self.failed[name]}")
         return True
 
     def _on_signal(self, number: int, _frame: object) -> None:
@@ -144,8 +127,3 @@ class Processes:
         for child in self._children:
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM)
-
-
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")

@@ -37,17 +37,17 @@ class Job:
 
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-            if not _ends(self._process.pid, SECONDS_TO_SAVE):
+            if not _ends(self._process.pid):
                 self._process.kill()
         return DelayedSubmission(Job(self.command))
 
 
-def _ends(pid: int, seconds: float) -> bool:
-    """Whether a child ends within so many seconds; it stays to be waited for.
+def _ends(pid: int) -> bool:
+    """Whether a child ends in time; it stays to be waited for.
 
     Popen.wait would not do: it waits for its own lock, which the wait that the signal has interrupted holds.
     """
-    end = time.monotonic() + seconds
+    end = time.monotonic() + SECONDS_TO_SAVE
     while time.monotonic() < end:
         try:
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
@@ -59,17 +59,10 @@ def _ends(pid: int, seconds: float) -> bool:
 
 
 def submit(study: Study, *, cluster: str, jobs: int, options: Mapping[str, Any]) -> list[Any]:
-    """Send what is not finished as one array, at most `jobs` at a time; a missing teacher goes ahead of it.
+    """Send what is not finished as one array, at most `jobs` at a time, after a missing teacher; return its jobs.
 
-    Args:
-        cluster: slurm, or submitit's local and debug executors, which run it here.
-        options: parameters of submitit's AutoExecutor, such as slurm_partition.
-
-    Returns:
-        submitit's jobs, the teacher's not among them.
-
-    Raises:
-        UserError: there is no SLURM here, submitit does not know an option, or the teacher is being trained elsewhere.
+    `cluster` is slurm, or submitit's local and debug executors, which run it here. No SLURM, an unknown option, and a
+    teacher that is being trained elsewhere are UserErrors.
     """
     import submitit
 
@@ -79,30 +72,26 @@ def submit(study: Study, *, cluster: str, jobs: int, options: Mapping[str, Any])
         parallel = {"slurm_array_parallelism": jobs} if cluster == "slurm" else {}
         executor.update_parameters(**{**DEFAULTS, **parallel, **options})
     except (RuntimeError, NameError, TypeError, ValueError) as error:
-        raise UserError(f"submitit refuses: {' '.join(str(error).split())}") from error
+        raise UserError(f"submitit: {' '.join(str(error).split())}") from error
     if study.teacher and study.teacher.state() == RUNNING:
         raise UserError(f"{study.teacher.folder} is being trained; send the runs once it is finished")
     if study.teacher and study.teacher.state() != FINISHED:
-        teacher = executor.submit(Job(_command(study.teacher)))
+        teacher = executor.submit(_job(study.teacher))
         print(f"{study.teacher.name}: job {teacher.job_id}")
         if cluster == "slurm":
             executor.update_parameters(slurm_additional_parameters={"dependency": f"afterok:{teacher.job_id}"})
         else:
             teacher.result()
     waiting = [run for run in study.runs if run.state() not in (FINISHED, RUNNING)]
-    sent = _send(executor, waiting)
+    sent = []
+    if waiting:
+        with executor.batch():
+            sent = [executor.submit(_job(run)) for run in waiting]
     for run, job in zip(waiting, sent, strict=True):
         print(f"{run.name}: job {job.job_id}")
-    print(f"what they print: {folder}")
+    print(f"output of the jobs: {folder}")
     return sent
 
 
-def _send(executor: Any, runs: Sequence[PlannedRun]) -> list[Any]:
-    if not runs:
-        return []
-    with executor.batch():
-        return [executor.submit(Job(_command(run))) for run in runs]
-
-
-def _command(run: PlannedRun) -> list[str]:
-    return [sys.executable, *started_as(run.script.resolve()), *run.arguments]
+def _job(run: PlannedRun) -> Job:
+    return Job([sys.executable, *started_as(run.script.resolve()), *run.arguments])
