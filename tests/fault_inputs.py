@@ -21,7 +21,7 @@ def numerical(server: Server, home: Path) -> Iterator[tuple[str, int, str]]:
     for i, (kind, (point, n, action, flags, message)) in enumerate(cases.items()):
         script = SCRIPTS[flags is SMALL]  # the baseline's steps take less time
         outcome = server.run(script, [*flags, "--run_name", f"bad_{i}"], home, faults=[(point, n, action)])
-        outcome.expect(3, f"{message}.*lr 0.*nothing after it is saved.*last.pt")
+        outcome.expect(3, f"{message}.*lr 0.*The diverged state is not saved.*last.pt")
         folder = home / "runs" / f"bad_{i}"
         assert not (folder / "student.pt").exists()
         assert not (folder / "result.json").exists()

@@ -68,7 +68,7 @@ def interrupt(server: Server, home: Path, expected: dict, times: int, seed: int 
         # A checkpoint a day: what is saved is saved because of the signal.
         flags = [*SMALL, "--checkpoint_minutes", "1440", "--run_name", name]
         fault = (point, rng.randint(low, high), action + " twice" * (i % 2))
-        server.run(script, flags, home, faults=[fault]).expect(75, f"stopped by {action}.*goes on")
+        server.run(script, flags, home, faults=[fault]).expect(75, f"stopped by {action}.*resumes")
         if point == "evaluation":  # PGD-20 comes after the last step: nothing of the epoch may be lost
             assert (
                 "resumed  in epoch 2 after step 6 of 6"

@@ -63,7 +63,7 @@ def real_mounts(server: Server, home: Path, expected: dict) -> Iterator[tuple[st
     with mounted(home / "small", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as done:
         if done:
             flags = [*SMALL, "--run_dir", home / "small", "--run_name", "r"]
-            server.run(script, flags, home).expect(2, "error: .*needs 2 MiB for checkpoints, the disk has")
+            server.run(script, flags, home).expect(2, "error: .*needs 2 MiB for checkpoints, but the disk has")
         yield (
             "disk too small for the checkpoints",
             int(done),
@@ -72,5 +72,5 @@ def real_mounts(server: Server, home: Path, expected: dict) -> Iterator[tuple[st
     with mounted(home / "read_only", "-t", "tmpfs", "-o", "ro", "tmpfs") as done:
         if done:
             flags = [*SMALL, "--run_dir", home / "read_only", "--run_name", "r"]
-            server.run(script, flags, home).expect(2, "error: cannot write .*Read-only file system; choose another")
+            server.run(script, flags, home).expect(2, "error: cannot write .*Read-only file system. Use another")
         yield "read-only run folder", int(done), "error before training, exit status 2" if done else denied

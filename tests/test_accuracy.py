@@ -136,9 +136,9 @@ GOOD = torch.full((2, 3, 8, 8), 0.5)
 @pytest.mark.parametrize(
     ("x", "y", "said"),
     [
-        (GOOD * 3, torch.tensor([0, 1]), "pixels from 1.5 to 1.5"),
-        (GOOD - 0.6, torch.tensor([0, 1]), "pixels from -0.1"),
-        (GOOD * float("nan"), torch.tensor([0, 1]), "pixels from nan"),
+        (GOOD * 3, torch.tensor([0, 1]), "pixel values range from 1.5 to 1.5"),
+        (GOOD - 0.6, torch.tensor([0, 1]), "pixel values range from -0.1"),
+        (GOOD * float("nan"), torch.tensor([0, 1]), "pixel values range from nan"),
         (GOOD.long(), torch.tensor([0, 1]), "torch.int64"),
         (GOOD, torch.tensor([0]), "labels"),
         (GOOD, torch.tensor([0, -1]), "from -1"),
@@ -181,7 +181,7 @@ def test_accuracy_does_not_depend_on_the_memory():
     assert len(set(by_seed)) > 1
     assert max(roomy.sizes) == 23
     assert sum(size <= 3 for size in tight.sizes) >= 16
-    with pytest.raises(UserError, match="even image by image"):
+    with pytest.raises(UserError, match="even with single images"):
         evaluation.accuracy(SmallMemory(network, 0), x, y)
 
 

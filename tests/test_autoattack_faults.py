@@ -82,7 +82,7 @@ def test_autoattack_does_not_depend_on_the_memory(quick_autoattack, monkeypatch,
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     replace_run(monkeypatch, no_room)
-    with pytest.raises(UserError, match="even one by one"):
+    with pytest.raises(UserError, match="even with single images"):
         evaluation.autoattack(network, x, y, 0.03)
 
 

@@ -111,8 +111,8 @@ def test_evaluate_says_that_data_and_teacher_are_not_the_runs(run_folder, monkey
     (record,) = evaluation.records(run_folder)
     assert said == [f"note: {difference}" for difference in record["differences"]]
     assert [line.partition(":")[0] for line in record["differences"]] == [
-        "the data is not the run's",
-        "the teacher is not the run's",
+        "the data differs from the run's",
+        "the teacher differs from the run's",
     ]
 
 
@@ -239,8 +239,8 @@ def test_evaluate_bare_weights_and_what_is_no_network(run_folder, monkeypatch, c
         (["--precision", "bf16"], "'bf16'"),
         (["--attacks", "autoattack", "--aa_examples", "0"], "autoattack would measure nothing"),
         (["--figure", "gradients.gif"], ".png, .pdf, .svg"),
-        (["--figure", "nowhere/gradients.png"], "there is no folder nowhere"),
-        (["--out", "nowhere/record.json"], "there is no folder nowhere"),
+        (["--figure", "nowhere/gradients.png"], "no such folder: nowhere"),
+        (["--out", "nowhere/record.json"], "no such folder: nowhere"),
         (["--save_adversarial", "kept.npz"], "give --attacks one of"),
         (["--beside", "other"], "needs --figure"),
         (["--restarts", "0"], "'0' is not allowed"),

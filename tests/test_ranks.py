@@ -197,7 +197,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path, teacher, after, 
     outputs = stop(processes, after, *signals)
     assert [process.returncode for process in processes] == [75, 75], outputs
     assert "Traceback" not in "".join(outputs), outputs
-    lines = re.findall(r"stopped by (\w+) (.*); the same command goes on", "".join(outputs))
+    lines = re.findall(r"stopped by (\w+) (.*); the same command resumes", "".join(outputs))
     assert len(lines) == 1, outputs
     assert lines[0][0] == signals[0][1].name
     assert re.fullmatch(place, lines[0][1]), lines
@@ -225,7 +225,7 @@ def test_a_finished_run_ends_every_rank(finished):
     """No rank waits for one that has gone."""
     folder, command = finished
     first, second = launch(2, *command(folder.parent))
-    assert "holds a finished run" in first
+    assert "is a finished run" in first
     assert second == ""
 
 

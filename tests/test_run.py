@@ -97,21 +97,21 @@ def test_signal_saves_and_stops(small, number):
     where = f"in epoch {saved['epoch'] + 1} after step {saved['step']} of 6;"
     if saved["step"] == 0:
         where = f"after epoch {saved['epoch']} of 200;"
-    assert f"stopped by {number.name} {where} the same command goes on" in error
+    assert f"stopped by {number.name} {where} the same command resumes" in error
 
 
 def test_signal_before_the_first_step(small):
     outcome = small.server.run(
         SCRIPTS[0], [*SMALL, "--run_name", "soon"], small.home, faults=[("start of run", 1, "SIGTERM")]
     )
-    outcome.expect(75, "begins anew: nothing was saved yet")
+    outcome.expect(75, "starts from the beginning: no checkpoint was written yet")
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(small):
     folder = small.home / "runs" / f"{SCRIPTS[0]}_whole"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     outcome = small.server.run(SCRIPTS[0], [*SMALL, "--run_name", folder.name], small.home).expect(0)
-    assert "holds a finished run" in outcome.out
+    assert "is a finished run" in outcome.out
     assert "AutoAttack" in outcome.out
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
@@ -120,9 +120,9 @@ def test_other_settings_are_refused_and_free_ones_are_not(small):
     folder = stopped_run(small.server, small.home, "other")
     flags = [*SMALL, "--run_name", "other"]
     outcome = small.server.run(SCRIPTS[0], [*flags, "--lr", "0.2", "--seed", "3"], small.home)
-    outcome.expect(2, "other settings .*lr 0.1 there, 0.2 now; seed 0 there, 3 now")
+    outcome.expect(2, "other settings .*lr was 0.1, is now 0.2; seed was 0, is now 3")
     outcome = small.server.run(SCRIPTS[1], flags, small.home)
-    outcome.expect(2, "script 'adaad_cifar100.py' there, 'adaad_IGDM_cifar100.py' now")
+    outcome.expect(2, "script was 'adaad_cifar100.py', is now 'adaad_IGDM_cifar100.py'")
     free = ["--checkpoint_minutes", "5", "--wandb_tags", "x", "--data_dir", "elsewhere"]
     small.server.run(SCRIPTS[0], [*flags, *free], small.home).expect(0)
     assert result_of(folder) == small.expected[SCRIPTS[0]]
@@ -142,7 +142,7 @@ def test_folder_of_something_else_is_refused_untouched(small):
     (folder / ".last.pt.7.tmp").write_text("also mine")
     (folder / "chapter.tex").write_text("")
     outcome = small.server.run(SCRIPTS[0], [*SMALL, "--run_name", "thesis"], small.home)
-    outcome.expect(2, "is not a run folder .it holds .notes.tmp.")
+    outcome.expect(2, "is not a run folder .it contains .notes.tmp.")
     assert len(list(folder.iterdir())) == 4  # and .lock
     shutil.rmtree(folder)
 
@@ -185,7 +185,7 @@ def test_a_finished_run_without_autoattack_can_be_attacked(small):
     small.server.run(SCRIPTS[0], [*flags, "--aa_examples", "0"], small.home).expect(0)
     assert json.loads((folder / "result.json").read_text())["autoattack"] is None
     outcome = small.server.run(SCRIPTS[0], [*flags, "--aa_examples", "0"], small.home).expect(0)
-    assert "holds a finished run" in outcome.out
+    assert "is a finished run" in outcome.out
     small.server.run(SCRIPTS[0], [*flags, "--lr", "0.9"], small.home).expect(2, "other settings .lr")
     saved = {last: last.read_bytes() for last in (folder / "last.pt", folder / "previous.pt")}
     for last in saved:
@@ -193,7 +193,7 @@ def test_a_finished_run_without_autoattack_can_be_attacked(small):
     before = (folder / "result.json").read_bytes()
     small.server.run(SCRIPTS[0], flags, small.home).expect(2, "other settings .aa_examples")  # it would train anew
     (folder / "last.pt").write_bytes(saved[folder / "previous.pt"])  # of the last step, before its epoch was evaluated
-    small.server.run(SCRIPTS[0], flags, small.home).expect(2, "does not hold the student of its result.json")
+    small.server.run(SCRIPTS[0], flags, small.home).expect(2, "does not contain the student of its result.json")
     assert (folder / "result.json").read_bytes() == before
     for last, content in saved.items():
         last.write_bytes(content)
@@ -205,7 +205,7 @@ def test_a_finished_run_without_autoattack_can_be_attacked(small):
     assert f"--aa_examples {config['settings']['aa_examples']}" in " ".join(SMALL)
     assert config["command"] == result["command"]
     assert "--aa_examples 0" not in result["command"]
-    assert "holds a finished run" in small.server.run(SCRIPTS[0], flags, small.home).expect(0).out
+    assert "is a finished run" in small.server.run(SCRIPTS[0], flags, small.home).expect(0).out
 
 
 def test_one_class_for_every_image():
@@ -268,7 +268,9 @@ def test_the_commit_of_a_script_that_git_does_not_know_is_dirty(tmp_path):
 def test_autoattack_with_epsilon_0_is_refused_before_training(small):
     flags = [*SMALL, "--epsilon", "0", "--run_name", "epsilon 0"]
     outcome = small.server.run(SCRIPTS[0], flags, small.home)
-    outcome.expect(2, "error: --epsilon 0 is not allowed with AutoAttack; above 0, or --aa_examples 0")
+    outcome.expect(
+        2, "error: --epsilon 0 is out of range for AutoAttack .expected 0 < epsilon <= 1, or --aa_examples 0."
+    )
     assert not (small.home / "runs" / "epsilon 0").exists()
 
 
@@ -286,9 +288,9 @@ def test_autoattack_with_few_classes_is_named_by_its_targets(small):
     [
         (
             "nn.Sequential(nn.Flatten(), nn.Linear(192, classes + 1))",
-            r"makes \(2, 11\) of images .*\(2, 10\) are needed",
+            r"returns \(2, 11\) for images .*expected logits \(2, 10\)",
         ),
-        ("nn.Conv2d(3, classes, 3)", r"makes \(2, 10, 6, 6\) of images \(2, 3, 8, 8\); logits \(2, 10\) are needed"),
+        ("nn.Conv2d(3, classes, 3)", r"returns \(2, 10, 6, 6\) for images \(2, 3, 8, 8\); expected logits \(2, 10\)"),
         ("nn.MultiheadAttention(8, 1)", r"fails on images \(2, 3, 8, 8\): TypeError: .* missing"),
         ("nn.LSTM(8, 10)", r"fails on images \(2, 3, 8, 8\): ValueError"),
         ("nn.Sequential(nn.Flatten(), nn.Linear(5, classes))", r"fails on images \(2, 3, 8, 8\): RuntimeError: mat1"),
@@ -401,7 +403,7 @@ def test_a_run_that_keeps_best_and_mean_goes_on_bit_for_bit(small, kept, fault):
 def test_the_epochs_that_compete_to_be_the_best_stay_the_same(small, kept):
     flags, _ = kept
     again = [*flags, "--eval_after", "0", "--run_name", "kept"]
-    small.server.run(SCRIPTS[0], again, small.home).expect(2, "eval_after 1 there, 0 now")
+    small.server.run(SCRIPTS[0], again, small.home).expect(2, "eval_after was 1, is now 0")
 
 
 def test_best_and_mean_are_the_checkpoints_whatever_happened_to_their_files(small, kept):

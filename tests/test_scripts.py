@@ -108,7 +108,7 @@ def test_a_finished_command_given_again_shows_its_summary(finished, home):
     finished("adaad_cifar100")
     done = run(home, "adaad_cifar100", *FLAGS, "--run_name", "adaad_cifar100")
     assert done.returncode == 0
-    assert "holds a finished run" in done.stdout
+    assert "is a finished run" in done.stdout
     first = (home / "adaad_cifar100.txt").read_text()
     assert done.stdout.splitlines()[1:] == first.splitlines()[-len(done.stdout.splitlines()) + 1 :]
 
@@ -127,5 +127,5 @@ def test_wandb_without_login_fails_before_training(home):
     clean = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(home), "NETRC": str(home / "none")}
     done = run(home, "rslad_cifar100", *FLAGS, "--nowand", "0", "--run_name", "nobody", **clean)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --wandb 1, but no one is logged in")
+    assert done.stderr.splitlines()[-1].startswith("error: --wandb 1: not logged in")
     assert not (home / "runs" / "nobody" / "config.json").exists()

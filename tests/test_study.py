@@ -346,7 +346,7 @@ def test_a_study_is_stopped_and_goes_on_and_a_failed_run_stops_no_other(tmp_path
     done = subprocess.run(command(path, "--jobs", "2"), capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "1 of 4 runs failed: adaad_seed0: error: " in done.stderr
-    assert "it holds notes.txt" in done.stderr
+    assert "it contains notes.txt" in done.stderr
     finished = sorted(folder.parent.name for folder in runs.glob("*/result.json"))
     assert finished == ["adaad_IGDM_seed0", "adaad_IGDM_seed1", "adaad_seed1", "teacher"]
 

@@ -1,12 +1,12 @@
 """Clean accuracy, robust accuracy under FGSM, PGD-20, C&W and AutoAttack, and gradient alignment.
 
 Conventions of every public function here:
-    x is (N, C, H, W), uint8 or float in [0, 1]; y is (N,) int64; both on any device, moved batch by batch to the
-    network's. Accuracies are fractions of N. Networks compute in float32 (autocast is switched off; TF32 stays as the
-    process has it), in eval mode with frozen parameters; modes and requires_grad are restored, no ``.grad`` is touched,
-    and the global random generators end as they began: random starts come from `seed` alone.
-    With torch.distributed initialised, every rank must call with the same arguments: batches (for AutoAttack, chunks)
-    are split over the ranks and every rank gets the merged result. Each batch has a random stream of its own, so that
+    x is (N, C, H, W), uint8 or float in [0, 1]; y is (N,) int64; both on any device, and moved to the network's device
+    in batches. Accuracies are fractions of N. Networks compute in float32 (autocast is off, TF32 is unchanged), in eval
+    mode with frozen parameters. Modes, requires_grad, ``.grad`` and the global random generators are left unchanged:
+    random starts depend on `seed` only.
+    With torch.distributed initialised, every rank must call with the same arguments. Batches (for AutoAttack, chunks)
+    are distributed over the ranks, and every rank gets the merged result. Each batch has its own random stream, so that
     the result does not depend on the number of ranks.
 """
 

@@ -16,12 +16,12 @@ STEPS = {"pgd": 20, "cw": 30}
 
 @dataclass(frozen=True)
 class Attacked:
-    """What a network says of images after an attack, all (N, ...) on the CPU.
+    """Predictions after an attack, (N, ...) on the CPU.
 
     Attributes:
-        correct: bool, whether it still classifies them correctly.
+        correct: bool, whether the attacked image is classified correctly.
         predictions: int64.
-        x_adv: float32, the attacked images; None unless they were asked for.
+        x_adv: float32, the attacked images, or None if not kept.
     """
 
     correct: Tensor
@@ -30,10 +30,10 @@ class Attacked:
 
 
 def attack_of(name: str, model: nn.Module, epsilon: float, steps: int | None = None) -> Callable[..., Tensor]:
-    """The attack (x, y) -> x_adv called `name`: fgsm, pgd or cw; clean leaves x alone, as every attack does at 0.
+    """Return the attack (x, y) -> x_adv called `name`: fgsm, pgd or cw; clean and epsilon 0 return x.
 
     Args:
-        steps: of pgd and cw; by default those of `STEPS`.
+        steps: steps of pgd and cw; default `STEPS`.
     """
     steps = steps or STEPS.get(name)
     if name == "clean" or epsilon == 0:
@@ -59,12 +59,12 @@ def attacked(
 
     Args:
         attack: (x, y) -> x_adv on one batch.
-        seed: where random starts come from.
+        seed: seed of random starts.
         keep: also return the attacked images.
-        progress: what a progress bar on a terminal is called; None for no bar.
+        progress: name of the progress bar, or None.
 
     Raises:
-        UserError: the network gives logits that are not finite.
+        UserError: logits are not finite.
     """
 
     def classify(x_batch: Tensor, y_batch: Tensor) -> tuple[Tensor, ...]:
@@ -75,28 +75,26 @@ def attacked(
 
     predictions, finite, *x_adv = per_image(classify, x, y, batch, seed, model, progress=progress)
     if not finite.all():
-        raise UserError(
-            f"the network gives NaN or infinite logits on {(~finite).sum()} of {len(x)} images; no accuracy"
-        )
+        raise UserError(f"the network returns NaN or infinite logits on {(~finite).sum()} of {len(x)} images")
     return Attacked(predictions == y.cpu(), predictions, x_adv[0] if keep else None)
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 512) -> float:
-    """Accuracy on clean images."""
+    """Compute the accuracy on clean images."""
     return _share(attacked(model, x, y, attack_of("clean", model, 0), batch=batch))
 
 
 def fgsm_accuracy(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, batch: int = 512, seed: int = 0) -> float:
-    """Accuracy under FGSM from x itself (Goodfellow et al., ICLR 2015)."""
+    """Compute the accuracy under FGSM without a random start (Goodfellow et al., ICLR 2015)."""
     return _share(attacked(model, x, y, attack_of("fgsm", model, epsilon), batch=batch, seed=seed))
 
 
 def pgd_accuracy(
     model: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, steps: int = 20, batch: int = 512, seed: int = 0
 ) -> float:
-    """Accuracy under PGD: uniform start, step epsilon / 4 (2/255 at 8/255); PGD-20 by default.
+    """Compute the accuracy under PGD: uniform start, step epsilon / 4 (2/255 at 8/255); PGD-20 by default.
 
-    Source: Madry et al., ICLR 2018, at the setting of the IGDM paper, section 5.
+    Source: Madry et al., ICLR 2018, with the settings of the IGDM paper, section 5.
     """
     return _share(attacked(model, x, y, attack_of("pgd", model, epsilon, steps), batch=batch, seed=seed))
 
@@ -104,15 +102,15 @@ def pgd_accuracy(
 def cw_accuracy(
     model: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, steps: int = 30, batch: int = 512, seed: int = 0
 ) -> float:
-    """Accuracy under the L-infinity C&W attack (margin loss, uniform start, step epsilon / 4)."""
+    """Compute the accuracy under the L-infinity C&W attack (margin loss, uniform start, step epsilon / 4)."""
     return _share(attacked(model, x, y, attack_of("cw", model, epsilon, steps), batch=batch, seed=seed))
 
 
 def monitor(model: nn.Module, images: Data, epsilon: float) -> dict[str, float]:
-    """What a run measures after an epoch, with seed 0 in every run: the same random starts for every network.
+    """Compute the accuracies that a run records after an epoch, with seed 0: the same random starts in every run.
 
     Returns:
-        ``clean`` and ``pgd20`` on the test images; where training images were held out, ``holdout_pgd10`` on these.
+        ``clean`` and ``pgd20`` on the test images; with held-out training images also ``holdout_pgd10``.
     """
     found = {
         "clean": accuracy(model, images.x_test, images.y_test),

@@ -1,4 +1,4 @@
-"""Gradient alignment: do the student's input gradients follow the teacher's?"""
+"""Gradient alignment: distance and cosine between the input gradients of student and teacher."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ _MEASURES = (
 )
 
 GRADIENT_DEFINITION = f"g = gradient of softmax(logits)[true class] {_MEASURES}"
-"""To be printed beside GD and GC: the paper does not say of which scalar it takes the gradient."""
+"""Printed with GD and GC, because the paper does not state of which scalar it takes the gradient."""
 
 SCALARS: dict[str, str] = {
     "probability": "softmax(logits)[true class]",
@@ -32,7 +32,7 @@ REMAINDER_DEFINITION = (
 
 
 def _scalar(name: str, logits: Tensor, y: Tensor) -> Tensor:
-    """One of `SCALARS` for every image, (N,)."""
+    """Compute one of `SCALARS` for every image, (N,)."""
     if name == "probability":
         return F.softmax(logits, dim=1).gather(1, y[:, None]).squeeze(1)
     if name == "cross_entropy":
@@ -43,9 +43,9 @@ def _scalar(name: str, logits: Tensor, y: Tensor) -> Tensor:
 def input_gradients(
     model: nn.Module, x: Tensor, y: Tensor, scalars: tuple[str, ...] = ("probability",)
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Values (N,) and input gradients (N, C, H, W) of each scalar, in float64: one forward pass for all of them.
+    """Return values (N,) and input gradients (N, C, H, W) of each scalar in float64, from one forward pass.
 
-    float64, because a confident network's gradients are so small that their squares underflow in float32.
+    float64, because squares of a confident network's small gradients underflow in float32.
     """
     x = x.clone().requires_grad_()
     with torch.enable_grad():
@@ -59,12 +59,12 @@ def input_gradients(
 def gradient_alignment(
     student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, batch: int = 128
 ) -> dict[str, float]:
-    """GD and GC between the input gradients of student and teacher, as `GRADIENT_DEFINITION` says.
+    """Compute GD and GC between the input gradients of student and teacher, as defined in `GRADIENT_DEFINITION`.
 
     One forward and one backward pass per network.
 
     Returns:
-        ``gd``: mean L2 distance (lower: the student follows the teacher); ``gc``: mean cosine (higher).
+        ``gd``: mean L2 distance (lower is closer to the teacher); ``gc``: mean cosine (higher is closer).
 
     Source: Lee, Cho, Kim, ICLR 2025, section 5 (GD, GC).
     """
@@ -88,10 +88,10 @@ def gradient_report(
     seed: int = 0,
     progress: str | None = None,
 ) -> dict[str, Any]:
-    """GD and GC for each of `SCALARS`, and how far from linear each network is in the ball.
+    """Compute GD and GC for each of `SCALARS`, and how far from linear each network is in the ball.
 
     Args:
-        epsilon: radius of the student's PGD-20 perturbation, at which the remainders are taken.
+        epsilon: radius of the student's PGD-20 perturbation, for the remainders.
 
     Returns:
         Plain types: ``gd`` and ``gc`` of the probability and their ``definition``, as a run's result.json has them;

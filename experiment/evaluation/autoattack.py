@@ -1,4 +1,4 @@
-"""AutoAttack by the package of its authors, in chunks of images that resume and that ranks share."""
+"""AutoAttack by its authors' package, in chunks of images for resuming and for several ranks."""
 
 import hashlib
 import json
@@ -35,9 +35,9 @@ from experiment.evaluation.ranks import SharedWork, ranks
 from experiment.files import read_json, state_sha256, write_json
 
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
-"""The attacks of the standard version, in their order; each gets the images that the ones before left."""
+"""The attacks of the standard version in order; each attacks the images that are still robust."""
 STANDARD, TARGETS = "standard", 9
-"""The standard version, and the target classes that its APGD-T and FAB-T try per image."""
+"""The standard version, and the number of target classes per image of its APGD-T and FAB-T."""
 
 # APGD clamps to float32(x - eps) and float32(x + eps), each off by at most 2^-24 for pixels in [0, 1], and epsilon
 # itself is rounded: 1e-6 is ten times what rounding can add, and 1/30,000 of a budget of 8/255.
@@ -49,7 +49,7 @@ _SECONDS_UNTIL_VISIBLE = 90  # NFS caches a folder's content for up to 60
 
 
 def version_for(classes: int) -> str:
-    """The version of AutoAttack that a number of classes allows: ``standard`` from 10, otherwise its label in print.
+    """Return the version of AutoAttack for a number of classes: ``standard`` from 10, otherwise its printed label.
 
     APGD-T's loss reads the fourth largest logit, so networks of two or three classes are attacked without it.
     """
@@ -61,7 +61,7 @@ def version_for(classes: int) -> str:
 
 
 def autoattack_label(version: str) -> str:
-    """What a version is called in print."""
+    """Return the printed name of a version."""
     return "AutoAttack" if version == STANDARD else version
 
 
@@ -76,30 +76,29 @@ def autoattack(
     seed: int = 0,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Accuracy under AutoAttack: the standard version, or with fewer than 10 classes the nearest one to it.
+    """Compute accuracy under AutoAttack: the standard version, or the closest to it for fewer than 10 classes.
 
-    The images are attacked in fixed chunks of `batch`, so that the result does not depend on where a run was
-    interrupted. A finished chunk is a file in `folder`; it is read instead of attacked again. Out of CUDA memory, the
-    network is run on half as many images at once from then on, and the attack at hand is repeated: with the same random
-    numbers, so that the result does not depend on the memory either, but for the rounding of other kernels.
+    The images are attacked in fixed chunks of `batch`, so that the result does not depend on interruptions. A finished
+    chunk is a file in `folder`, which is read instead of attacking again. If CUDA memory is exhausted, the network
+    processes half as many images at once from then on, and the current attack is repeated with the same random numbers,
+    so that the result depends on the memory only through rounding.
 
     Args:
-        folder: where the chunk files are, on a file system that all ranks share; None keeps nothing and cannot resume.
-        batch: images per chunk. Random starts are drawn per chunk, so it belongs to the result as the seed does.
-        show_progress: lines about the progress on stderr.
+        folder: folder of the chunk files, on a file system that all ranks share; None keeps no files and cannot resume.
+        batch: images per chunk. Random starts are drawn per chunk, so the result depends on it as on the seed.
+        show_progress: print progress lines to stderr.
 
     Returns:
         Plain types for result.json: ``accuracy`` (robust fraction) with its 95 % ``interval``, ``clean``, ``examples``,
         ``epsilon``, ``seed``, ``batch``, ``version``, ``package``, ``attacks`` (robust fraction after each attack),
         ``flags`` (for "clean" and each attack one character per image, in order: 1 if it is classified correctly
-        after this attack and those before, else 0), ``seconds`` and ``attack_seconds`` (summed over chunks, whenever
-        and on whichever rank they were attacked), ``student_sha256``, ``warnings`` (signs of gradient masking).
+        after this attack and those before, else 0), ``seconds`` and ``attack_seconds`` (summed over chunks, including
+        resumed ones and other ranks), ``student_sha256``, ``warnings`` (signs of gradient masking).
 
     Raises:
-        UserError: epsilon, x or y out of range; fewer than 2 classes; parameters not float32; a chunk file of another
-            student, setting or data, or a damaged one; no memory even for one image.
-        RuntimeError: an adversarial image outside the epsilon-ball or [0, 1], or an accuracy that its recomputation
-            does not confirm.
+        UserError: epsilon, x or y out of range; fewer than 2 classes; parameters not float32; a chunk file that is
+            damaged or belongs to another student, setting or data; not enough memory for one image.
+        RuntimeError: an adversarial image is outside the epsilon-ball or [0, 1], or the recomputed accuracy differs.
 
     Source: Croce & Hein, ICML 2020.
     """
@@ -147,7 +146,7 @@ def autoattack(
 def _checked_classes(model: nn.Module, x: Tensor, y: Tensor, epsilon: float) -> int:
     check_images(x, y)
     if not 0 < epsilon <= 1:
-        raise UserError(f"epsilon {epsilon:g} is not allowed for AutoAttack; above 0 and up to 1")
+        raise UserError(f"epsilon {epsilon:g} is out of range for AutoAttack (expected 0 < epsilon <= 1)")
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         raise UserError("AutoAttack needs a network with float32 parameters")
     device = device_of(model, x)
@@ -156,12 +155,12 @@ def _checked_classes(model: nn.Module, x: Tensor, y: Tensor, epsilon: float) -> 
     if classes < 2:
         raise UserError(f"AutoAttack needs at least 2 classes; the network has {classes}")
     if int(y.max()) >= classes:
-        raise UserError(f"label {int(y.max())} is not allowed; the network has {classes} classes")
+        raise UserError(f"label {int(y.max())} is out of range; the network has {classes} classes")
     return classes
 
 
 def _merge(records: list[dict[str, Any]], examples: int) -> dict[str, Any]:
-    """Join the chunks; look for gradient masking over all of them."""
+    """Merge the chunks, and check all of them for gradient masking."""
     flags = {name: "".join(record["flags"][name] for record in records) for name in records[0]["flags"]}
     attacks = [name for name in flags if name != "clean"]
     robust = {name: flags[name].count("1") for name in attacks}
@@ -193,11 +192,11 @@ def _merge(records: list[dict[str, Any]], examples: int) -> dict[str, Any]:
 def _attack_chunk(
     model: "InParts", x: Tensor, y: Tensor, epsilon: float, seed: int, classes: int, progress: "Progress"
 ) -> dict[str, Any]:
-    """Run the attacks on one chunk, each on the images still robust; flags and seconds.
+    """Run the attacks on one chunk, each on the images that are still robust; return flags and seconds.
 
-    One attack at a time is the package's standard run, bit for bit: it reseeds before every batch of every attack, and
-    gives each attack the images still robust (a test holds this). Done here, because it shows progress, and lets one
-    attack be repeated with less memory.
+    Running one attack at a time is bit-identical to the package's standard run, which reseeds before every batch of
+    every attack and passes on the images that are still robust (tested). It shows progress, and allows an attack to be
+    repeated with less memory.
     """
     AutoAttack = import_autoattack()
 
@@ -208,8 +207,8 @@ def _attack_chunk(
         return logits.argmax(dim=1) == labels
 
     def attack(name: str, images: Tensor, labels: Tensor) -> Tensor:
-        # Another batch size may take other kernels, whose rounding moves an image across a boundary that it all but
-        # touches. What is wrong in this batch has fallen; the package would leave it out of its batch, too.
+        # Another batch size may use other kernels, whose rounding can change the prediction of an image on a decision
+        # boundary. Such an image counts as misclassified; the package would remove it from its batch, too.
         robust = correct(images, labels)
         if not robust.all():
             left = robust.nonzero().squeeze(1)
@@ -222,13 +221,13 @@ def _attack_chunk(
         x_adv, y_adv = adversary.run_standard_evaluation(images, labels, batch_size=len(images))
         assert_eval(model)
         _check_adversarial(x_adv, images, epsilon, name)
-        # In the batch that the package used: FAB's images lie on the decision boundary.
+        # Recomputed in the same batch as in the package: FAB's images are on the decision boundary.
         robust = correct(x_adv, labels)
         if not torch.equal(robust, y_adv == labels):
             differing = int((robust != (y_adv == labels)).sum())
             raise RuntimeError(
                 f"{name}: the accuracy recomputed from the adversarial images differs from AutoAttack's on {differing} "
-                f"of {len(labels)} images: the network is random, or not in the state in which it was attacked"
+                f"of {len(labels)} images: the network is random, or its state has changed since the attack"
             )
         return robust
 
@@ -260,9 +259,9 @@ def _check_adversarial(x_adv: Tensor, x: Tensor, epsilon: float, name: str) -> N
 
 
 class InParts(nn.Module):
-    """A network that computes at most `limit` images at once: further parts follow, each run again for its gradient.
+    """A network that processes at most `limit` images at once; parts are recomputed for the gradient.
 
-    So memory decides how many images are computed together, and not how many are attacked together.
+    Memory then limits how many images are processed together, but not how many are attacked together.
     """
 
     def __init__(self, model: nn.Module, limit: int) -> None:
@@ -275,7 +274,7 @@ class InParts(nn.Module):
         parts = x.split(self.limit)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return torch.cat([self.model(part) for part in parts])
-        # A part keeps no activations for the backward pass; an eval-mode pass without them draws no random numbers.
+        # Parts keep no activations for the backward pass. An eval-mode pass draws no random numbers.
         again = partial(recomputed, self.model, use_reentrant=False, preserve_rng_state=False)
         return torch.cat([again(part) for part in parts])
 
@@ -283,7 +282,7 @@ class InParts(nn.Module):
 def _within_memory(
     attempt: Callable[[], Tensor], images: int, model: InParts, what: str, progress: "Progress"
 ) -> Tensor:
-    """attempt() on so many images, repeated with half as many at once until they fit into the device's memory."""
+    """Call attempt(); while it runs out of memory, repeat with half as many images at once."""
     while True:
         tried = min(images, model.limit)
         try:
@@ -293,7 +292,7 @@ def _within_memory(
                 raise
             if tried == 1:
                 raise UserError(
-                    f"AutoAttack ({what}) does not fit into the device's memory, even one by one"
+                    f"AutoAttack ({what}) does not fit in the device's memory, even with single images"
                 ) from error
         # Outside the except clause: the exception's traceback would keep the tensors alive.
         torch.cuda.empty_cache()
@@ -303,10 +302,10 @@ def _within_memory(
 
 @contextmanager
 def attack_switches() -> Iterator[None]:
-    """What AutoAttack needs of torch's switches, restored on exit.
+    """Set the torch switches that AutoAttack needs; restored on exit.
 
-    cudnn.benchmark off: Square's batch shrinks with every image that falls, and each new size would be tuned anew.
-    Deterministic algorithms where there are any: FAB's cumulative sum has none on CUDA, and would raise.
+    cudnn.benchmark is off: Square's batch shrinks with every misclassified image, and each new size would be tuned.
+    Deterministic algorithms only warn: FAB's cumulative sum has none on CUDA and would raise an error.
     """
     benchmark, strict = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

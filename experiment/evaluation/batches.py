@@ -1,4 +1,4 @@
-"""A network measured batch by batch: in eval mode, frozen, in float32, over all ranks, within the device's memory."""
+"""Batched evaluation: eval mode, frozen, float32, over all ranks, within the device's memory."""
 
 import math
 import sys
@@ -19,34 +19,36 @@ from experiment.evaluation.ranks import ranks
 
 
 def device_of(model: nn.Module, x: Tensor) -> torch.device:
-    """The network's device, or x's where it has no parameters."""
+    """Return the network's device, or x's if the network has no parameters."""
     return next((parameter.device for parameter in model.parameters()), x.device)
 
 
 def as_pixels(x: Tensor) -> Tensor:
-    """Images as float in [0, 1]."""
+    """Convert images to float in [0, 1]."""
     return as_float(x) if x.dtype == torch.uint8 else x
 
 
 def check_images(x: Tensor, y: Tensor) -> None:
     """Raise UserError unless x and y are as in the module's conventions."""
     if x.ndim != 4 or len(x) == 0 or y.shape != (len(x),):
-        raise UserError(f"images {tuple(x.shape)} with labels {tuple(y.shape)} are not allowed; (N, C, H, W) with (N,)")
+        raise UserError(f"images {tuple(x.shape)} with labels {tuple(y.shape)}: expected (N, C, H, W) with (N,)")
     if x.dtype != torch.uint8:
         if not x.is_floating_point():
-            raise UserError(f"images of type {x.dtype} are not allowed; uint8, or float in [0, 1]")
+            raise UserError(f"images of type {x.dtype}: expected uint8, or float in [0, 1]")
         low, high = float(x.min()), float(x.max())
-        if not (low >= 0 and high <= 1):  # NaN is refused too
-            raise UserError(f"pixels from {low:g} to {high:g} are not allowed; [0, 1] (normalise inside the network)")
+        if not (low >= 0 and high <= 1):  # also rejects NaN
+            raise UserError(
+                f"pixel values range from {low:g} to {high:g}; expected [0, 1]. Put normalisation inside the network."
+            )
     if y.dtype != torch.int64 or int(y.min()) < 0:
-        raise UserError(f"labels of type {y.dtype} from {y.min()} are not allowed; int64, from 0")
+        raise UserError(f"labels of type {y.dtype} from {y.min()}: expected int64 from 0")
 
 
 def check_network(name: str, model: nn.Module, x: Tensor, num_classes: int) -> None:
-    """Refuse a network that does not map images like x, (N, C, H, W), to logits (N, num_classes).
+    """Check that a network maps images like x, (N, C, H, W), to logits (N, num_classes).
 
     Raises:
-        UserError: it fails on the first two images, stays in train mode, or returns anything else.
+        UserError: it fails on the first two images, stays in train mode, or returns something else.
     """
     x = x[:2]
     device = device_of(model, x)
@@ -61,16 +63,16 @@ def check_network(name: str, model: nn.Module, x: Tensor, num_classes: int) -> N
     if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
         given = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise UserError(
-            f"network {name!r} makes {given} of images {tuple(x.shape)}; logits {(len(x), num_classes)} are needed"
+            f"network {name!r} returns {given} for images {tuple(x.shape)}; expected logits {(len(x), num_classes)}"
         )
 
 
 @contextmanager
 def measuring(device: torch.device, *models: nn.Module) -> Iterator[None]:
-    """Eval mode, frozen, float32, gradients off, and random generators of their own; all restored on exit.
+    """Context for evaluation: eval mode, frozen, float32, no gradients, forked random generators; restored on exit.
 
     Raises:
-        RuntimeError: a network left eval mode by itself, so that what was measured is not the network in use.
+        RuntimeError: a network left eval mode.
     """
     cuda = device.type == "cuda"
     with (
@@ -88,7 +90,7 @@ def measuring(device: torch.device, *models: nn.Module) -> Iterator[None]:
 def assert_eval(model: nn.Module) -> None:
     """Raise RuntimeError if any submodule is in train mode."""
     if any(module.training for module in model.modules()):
-        raise RuntimeError("the network switched itself to train mode during its evaluation; no accuracy is reported")
+        raise RuntimeError("the network switched to train mode during its evaluation")
 
 
 def per_image(
@@ -100,12 +102,12 @@ def per_image(
     *models: nn.Module,
     progress: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """function(x_batch, y_batch) on every batch, over all ranks: its tensors of one row per image, joined, on the CPU.
+    """Apply function(x_batch, y_batch) to every batch, over all ranks, and concatenate its tensors (N, ...) on the CPU.
 
     Args:
-        seed: where the random numbers of all batches come from.
-        models: the networks that the function uses, the first on the device of the work.
-        progress: what a progress bar on a terminal is called; None for no bar.
+        seed: seed of the random numbers of all batches.
+        models: the networks that the function uses; the first one determines the device.
+        progress: name of the progress bar, or None.
     """
     check_images(x, y)
     device = device_of(models[0], x)
@@ -114,8 +116,8 @@ def per_image(
     found = {}
     with measuring(device, *models), progress_bar(progress, sum(len(y[i * batch :][:batch]) for i in mine)) as bar:
         for i in mine:
-            # A stream per batch: its start must not depend on which rank takes it. A hash, because neighbouring seeds
-            # would share streams, and of 32 bits, because the CPU generator ignores higher ones.
+            # One random stream per batch, which does not depend on the rank. A hash, because neighbouring seeds would
+            # share streams; 32 bits, because the CPU generator ignores higher ones.
             stream = zlib.crc32(f"{seed} {i}".encode())
             rows = slice(i * batch, (i + 1) * batch)
             x_here, y_here = as_pixels(x[rows].to(device)), y[rows].to(device)
@@ -125,14 +127,14 @@ def per_image(
         everyone: list[dict[int, tuple[Tensor, ...]]] = [{}] * world
         dist.all_gather_object(everyone, {i: tuple(rows.cpu() for rows in each) for i, each in found.items()})
         found = {i: each for part in everyone for i, each in part.items()}
-    # One transfer at the end: one batch by batch would make the host wait for the device.
+    # One transfer at the end: transfers per batch would synchronise.
     return _joined([found[i] for i in sorted(found)], "cpu")
 
 
 def _in_parts(
     function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], x: Tensor, y: Tensor, stream: int, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """function(x, y), in as many parts as the device's memory asks for; every image's start stays its own."""
+    """Apply function(x, y) in as many parts as the device's memory requires; each image keeps its random start."""
     size = len(x)
     while True:
         parts = []
@@ -148,7 +150,7 @@ def _in_parts(
             if not is_out_of_memory(error):
                 raise
             if size == 1:
-                raise UserError("evaluation does not fit into the device's memory, even image by image") from error
+                raise UserError("evaluation does not fit in the device's memory, even with single images") from error
         # Outside the except clause: the exception's traceback would keep the tensors alive.
         torch.cuda.empty_cache()
         size = (size + 1) // 2
@@ -164,7 +166,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(name: str | None, images: int) -> Iterator["tqdm"]:
-    """A bar of so many images on rank 0's terminal; nothing is shown without a name, or where stderr is no terminal."""
+    """Show a bar on rank 0; nothing without a name, or if stderr is not a terminal."""
     from tqdm import tqdm
 
     shown = name is not None and ranks()[0] == 0 and sys.stderr.isatty()
@@ -173,14 +175,14 @@ def progress_bar(name: str | None, images: int) -> Iterator["tqdm"]:
 
 
 def flags_text(correct: Tensor) -> str:
-    """(N,) bool as N characters, 1 where it is true: small, and readable in a JSON file."""
+    """Format (N,) bool as N characters, 1 for true, for JSON files."""
     return "".join("01"[flag] for flag in correct.tolist())
 
 
 def wilson_interval(correct: int, examples: int) -> tuple[float, float]:
-    """95 % interval of the accuracy behind `correct` of `examples` images, for images drawn at random.
+    """95 % Wilson interval of an accuracy, for `correct` of `examples` images drawn at random.
 
-    Unlike the textbook interval it stays within [0, 1] and does not shrink to nothing at 0 and 1.
+    Unlike the normal approximation it stays within [0, 1] and has a positive width at 0 and 1.
 
     Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.
     """

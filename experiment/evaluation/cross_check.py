@@ -1,4 +1,4 @@
-"""The same attacks at equal settings by torchattacks, as a check of ours."""
+"""Comparison with torchattacks: the same attacks at equal settings, from another implementation."""
 
 import warnings
 from collections.abc import Callable
@@ -23,18 +23,18 @@ def beside_torchattacks(
 ) -> list[dict[str, Any]]:
     """Accuracy under FGSM and PGD, ours and torchattacks', on the same images with the same budget, step and steps.
 
-    torchattacks' C&W minimises an L2 distance and has no L-infinity budget, so that it has no place beside ours; its
-    AutoAttack is not the standard one.
+    torchattacks' C&W minimises an L2 distance and has no L-infinity budget, and its AutoAttack is not the standard
+    version, so neither is compared.
 
     Returns:
         A row per attack: ``attack``, ``steps`` (None for FGSM), ``epsilon``, ``ours``, ``torchattacks`` (fractions),
-        ``flags`` of both, ``only_ours`` and ``only_theirs`` (images that fell to one of them alone), ``p`` (of so
-        uneven a split, or a more uneven one, by chance) and ``beyond_noise`` (p below 0.05).
+        ``flags`` of both, ``only_ours`` and ``only_theirs`` (images misclassified under one of them only), ``p``
+        (exact McNemar test of these two counts) and ``beyond_noise`` (p below 0.05).
     """
     from scipy.stats import binomtest
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # requests 2.25.1, which torchattacks pins, complains about its neighbours
+        warnings.simplefilter("ignore")  # requests 2.25.1, which torchattacks pins, warns about other packages
         import torchattacks
 
     steps = steps or STEPS["pgd"]

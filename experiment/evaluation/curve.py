@@ -1,4 +1,4 @@
-"""What a network withstands: accuracy under an attack over several epsilons and restarts, one flag per image."""
+"""Accuracy under an attack over several epsilons and restarts, with one flag per image."""
 
 import time
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ REUSE = (
     "an image that fell at a smaller epsilon counts as fallen at every larger one, and one that fell in a restart is "
     "not attacked again: 'attacked' says how many were, restart by restart"
 )
-"""To be kept beside a curve."""
+"""Stored with a curve."""
 
 
 def accuracy_curve(
@@ -35,18 +35,18 @@ def accuracy_curve(
 ) -> tuple[list[dict[str, Any]], Attacked]:
     """Accuracy under fgsm, pgd or cw, or on clean images, at each epsilon from the smallest to the largest.
 
-    The first epsilon is measured on all images; the others on those that withstood the one before.
+    The smallest epsilon is measured on all images; each larger one on the images that are still robust.
 
     Args:
         steps: of pgd and cw; by default 20 and 30.
-        restarts: random starts of pgd and cw; an image is robust if it withstands every one. The first is that of
-            ``pgd_accuracy`` and ``cw_accuracy`` with the same seed.
-        keep: also keep the attacked images of the last epsilon: where an image fell, those with which it fell.
-        progress: a bar for each pass on a terminal.
+        restarts: random starts of pgd and cw; an image is robust if it is correctly classified under all of them. The
+            first is that of ``pgd_accuracy`` and ``cw_accuracy`` with the same seed.
+        keep: also keep the attacked images of the last epsilon, or the first misclassified ones.
+        progress: show a bar for each pass.
 
     Returns:
         One point per epsilon (plain types): ``epsilon``, ``accuracy``, ``interval``, ``examples``, ``flags``,
-        ``attacked`` (images, restart by restart), ``steps``, ``seconds``; and what the network says at the last.
+        ``attacked`` (images in each restart), ``steps``, ``seconds``; and the state of all images at the last epsilon.
     """
     found = Attacked(torch.ones(len(y), dtype=torch.bool), y.cpu().clone(), None)
     points = []
@@ -94,12 +94,12 @@ def autoattack_curve(
     """AutoAttack at each epsilon from the smallest to the largest; see ``accuracy_curve`` and ``autoattack``.
 
     Args:
-        folder: where each epsilon gets a folder of its own for its chunks, named after all that its result depends on;
-            measured again, what is there is read.
+        folder: contains a folder of chunks for each epsilon, named after everything that its result depends on;
+            existing chunks are read.
 
     Returns:
-        Points as of ``accuracy_curve``; one of an epsilon above 0 also has ``result``, what ``autoattack`` returned
-        for the images that were left.
+        Points as in ``accuracy_curve``; for an epsilon above 0 also ``result``, the return value of ``autoattack`` on
+        the images that were still robust.
     """
     robust, points = torch.ones(len(y), dtype=torch.bool), []
     for epsilon in sorted(set(epsilons)):
@@ -134,7 +134,7 @@ def _chunks_name(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, batch: 
 
 
 def _followed_by(before: Attacked, index: Tensor, latest: Attacked) -> Attacked:
-    """What is known after the images `index` were attacked once more."""
+    """Update the state with another attack on the images `index`."""
     correct, predictions = before.correct.clone(), before.predictions.clone()
     correct[index], predictions[index] = latest.correct, latest.predictions
     x_adv = latest.x_adv
@@ -151,10 +151,10 @@ def _accuracy_of(flags: str) -> dict[str, Any]:
 
 
 def per_class(flags: str, y: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Accuracy of every class that has images, the worst first: ``class``, ``accuracy``, ``interval``, ``examples``.
+    """Return the accuracy of every class, worst first: ``class``, ``accuracy``, ``interval``, ``examples``.
 
     Args:
-        flags: one character per image, as of ``accuracy_curve``.
+        flags: one character per image, as in ``accuracy_curve``.
         names: one per label.
     """
     by_class: dict[int, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Figures of an evaluation: accuracy over epsilon, and input gradients side by side."""
+"""Figures of an evaluation: accuracy over epsilon, and input gradients."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +20,10 @@ SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def curve_figure(path: Path, curves: dict[str, list[dict[str, Any]]], title: str) -> None:
-    """Accuracy over epsilon, a line per attack with its 95 % band.
+    """Plot accuracy over epsilon, one line per attack with its 95 % band.
 
     Args:
-        curves: points as of ``accuracy_curve``, by the attack's name.
+        curves: points as in ``accuracy_curve``, by the attack's name.
     """
     from matplotlib.figure import Figure
 
@@ -52,14 +52,13 @@ def alignment_figure(
     *,
     seed: int = 0,
 ) -> None:
-    """Some images in rows: x, the first student's PGD-20 perturbation, then every network's input gradient.
+    """Plot images in rows: x, the first student's PGD-20 perturbation, then the input gradient of each network.
 
-    Gradients are of the true class's probability, summed over the colours, each scaled to its own largest value: the
-    figure shows where they point, GD says how long they are. Under a student's gradient stands its cosine with the
-    teacher's.
+    Gradients are of the true class's probability, summed over colours, each scaled to its largest value. They show
+    directions, not lengths. Each student's gradient is labelled with its cosine to the teacher's.
 
     Args:
-        students: by the names that stand above their columns.
+        students: networks by column title.
         x: the images, (N, 3, H, W); y: their classes.
     """
     from matplotlib.figure import Figure
@@ -96,9 +95,9 @@ def alignment_figure(
 
 
 def check_figure_name(path: Path) -> None:
-    """Refuse, before any work, a figure that could not be written, or would overwrite a file."""
+    """Check that a figure can be written and does not overwrite a file."""
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path} is not allowed for a figure; a name that ends in {', '.join(SUFFIXES)}")
+        raise UserError(f"{path}: unknown figure format (expected {', '.join(SUFFIXES)})")
     check_output(path)
 
 

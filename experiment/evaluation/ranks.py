@@ -1,4 +1,4 @@
-"""The ranks of a torch.distributed group that evaluates together, and how they share work of unequal length."""
+"""Ranks of a torch.distributed group, and a shared list of tasks of unequal duration."""
 
 import time
 import uuid
@@ -10,27 +10,27 @@ import torch.distributed as dist
 
 from experiment import UserError
 
-_LOOK_AGAIN = 0.5  # seconds between two looks at what the other ranks have done
+_LOOK_AGAIN = 0.5  # seconds between two looks at the other ranks' progress
 
 
 def ranks() -> tuple[int, int]:
-    """This process's rank and the number of ranks."""
+    """Return this process's rank and the number of ranks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 class SharedWork:
-    """A list of tasks that all ranks work off: whoever is free takes the next one.
+    """A list of tasks for all ranks: a free rank takes the next task.
 
-    Nobody waits at a barrier while another rank works, since a barrier gives up after the group's timeout. With
-    several ranks, the counters are in a file of a folder that all of them see.
+    No rank waits at a barrier while another works, because a barrier has a timeout. With several ranks, the counters
+    are in a file in a shared folder.
     """
 
     def __init__(self, tasks: list[int], folder: Path | None) -> None:
-        """Begin together: what rank 0 was given is what all ranks work off.
+        """Start on all ranks, with the tasks of rank 0.
 
         Args:
-            tasks: the numbers of the tasks, on rank 0.
-            folder: a folder that all ranks share; None with one rank only.
+            tasks: the numbers of the tasks, used on rank 0.
+            folder: a folder that all ranks share; None for a single rank.
         """
         rank, world = ranks()
         self._file = None
@@ -47,7 +47,7 @@ class SharedWork:
             self._store.add(counter, 0)
 
     def mine(self) -> Iterator[int]:
-        """The tasks of this rank; each counts as done when the next one is asked for.
+        """Yield the tasks of this rank; each counts as done when the next one is requested.
 
         Raises:
             UserError: a task of another rank failed.
@@ -57,14 +57,14 @@ class SharedWork:
             self._store.add("done", 1)
 
     def fail(self) -> None:
-        """Let the other ranks end instead of waiting for this one."""
+        """Make the other ranks stop instead of waiting for this one."""
         self._store.add("failed", 1)
 
     def wait(self, meanwhile: Callable[[], None]) -> None:
-        """Wait until all tasks of all ranks are done, however long that takes; the counters end with this.
+        """Wait, without a timeout, until all tasks are done; then delete the counters.
 
         Args:
-            meanwhile: called now and then, and once at the end.
+            meanwhile: called repeatedly while waiting, and once at the end.
 
         Raises:
             UserError: a task of another rank failed.
@@ -74,7 +74,7 @@ class SharedWork:
             time.sleep(_LOOK_AGAIN)
         meanwhile()
         if self._file is not None:
-            dist.barrier()  # everyone has seen the end: a short wait
+            dist.barrier()  # a short wait: all tasks are done
             if self._remove:
                 self._file.unlink(missing_ok=True)
 
@@ -83,10 +83,10 @@ class SharedWork:
         self._store.add(counter, number)
 
     def counted(self, counter: str) -> int:
-        """What a counter has come to over all ranks."""
+        """Return the value of a counter over all ranks."""
         return int(self._store.get(counter))
 
     def _goes_on(self) -> bool:
         if self.counted("failed"):
-            raise UserError("another rank stopped with an error; what was finished is kept")
+            raise UserError("another rank stopped with an error; finished tasks are kept")
         return True

@@ -1,4 +1,4 @@
-"""The record of an evaluation: written where nothing overwrites another, read again, shown, compared with a run."""
+"""The record of an evaluation: write (never overwriting), read, format, and compare with the run."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -16,13 +16,13 @@ from experiment.files import read_json, write_atomically, write_json
 from experiment.text import budget
 
 FOLDER = "evaluations"
-"""The folder of the records, in a run folder or beside a checkpoint."""
+"""Folder of the records, in a run folder or next to a checkpoint."""
 
 FORMAT = 2
 
 
 def check_record_place(folder: Path, out: Path | None) -> None:
-    """Refuse, before any work, a place that a record could not be written to.
+    """Check, before the evaluation, that the record can be written.
 
     Raises:
         UserError: `out` exists, or its folder does not; the folder cannot be written to.
@@ -31,23 +31,23 @@ def check_record_place(folder: Path, out: Path | None) -> None:
         check_output(out)
         return
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} cannot be written to; give --out FILE.json")
+        raise UserError(f"cannot write to {folder}. Use --out FILE.json")
 
 
 def check_output(path: Path) -> None:
-    """Refuse, before any work, a file that could not be written, or that would overwrite another."""
+    """Check that a file does not exist and that its folder does."""
     if path.exists():
-        raise UserError(f"{path} exists; nothing is overwritten: give another name")
-    # The folder of the records may still be to come.
+        raise UserError(f"{path} exists and is not overwritten. Use another name")
+    # The folder of the records is created later.
     if not path.parent.is_dir() and not (path.parent.name == FOLDER and path.parent.parent.is_dir()):
-        raise UserError(f"{path}: there is no folder {path.parent}")
+        raise UserError(f"{path}: no such folder: {path.parent}")
 
 
 def write_record(folder: Path, record: dict[str, Any], out: Path | None = None) -> Path:
-    """Write a record to `out`, or under ``folder/evaluations``, named after its time and what it measured.
+    """Write a record to `out`, or under ``folder/evaluations``, named after its time and its measurements.
 
     Args:
-        record: plain types, with ``measured``, the kinds of figures that it holds; ``format`` and ``time`` are added.
+        record: plain types, with ``measured``, the kinds of measurements; ``format`` and ``time`` are added.
 
     Returns:
         The file.
@@ -63,7 +63,7 @@ def write_record(folder: Path, record: dict[str, Any], out: Path | None = None) 
 
 
 def _unused(folder: Path, name: str) -> Path:
-    """An empty file of its own for a record: two evaluations may end in the same second."""
+    """Create an empty file with an unused name: two evaluations may end in the same second."""
     folder.mkdir(parents=True, exist_ok=True)
     path, again = folder / f"{name}.json", 1
     while True:
@@ -77,7 +77,7 @@ def _unused(folder: Path, name: str) -> Path:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """The records of a folder, the oldest first, each with its ``file``; what is no record is left out."""
+    """Return the records of a folder, oldest first, each with its ``file``; other files are ignored."""
     found = []
     for path in sorted((Path(folder) / FOLDER).glob("*.json")):
         if path.stat().st_size and (record := read_json(path)).get("format") == FORMAT:
@@ -86,7 +86,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def newest_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """The newest record of each kind that a folder has: clean, fgsm, pgd, cw, autoattack, gradients, torchattacks."""
+    """Return the newest record of each kind: clean, fgsm, pgd, cw, autoattack, gradients, torchattacks."""
     return {kind: record for record in records(folder) for kind in record["measured"]}
 
 
@@ -108,10 +108,10 @@ NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD", "cw": "C&W", "autoattac
 
 
 def attack_label(attack: str, steps: int | None = None, restarts: int = 1, points: Sequence[dict] = ()) -> str:
-    """What an attack is called in print: PGD-20, "PGD-100, 5 starts" with restarts, AutoAttack with its version.
+    """Return the printed name of an attack: PGD-20, "PGD-100, 5 starts" with restarts, AutoAttack with its version.
 
     Args:
-        points: what was measured with it, as of ``accuracy_curve`` and ``autoattack_curve``.
+        points: its measurements, as returned by ``accuracy_curve`` and ``autoattack_curve``.
     """
     versions = [point["result"]["version"] for point in points if point.get("result")]
     if versions:
@@ -122,7 +122,7 @@ def attack_label(attack: str, steps: int | None = None, restarts: int = 1, point
 
 
 def record_text(record: dict[str, Any]) -> str:
-    """The figures of a record: accuracies in per cent with two decimals, each with its definition where it needs one.
+    """Format the figures of a record: accuracies in per cent with two decimals, with definitions where needed.
 
     Args:
         record: as ``evaluate.py`` writes it: ``settings`` with steps and restarts, and any of ``accuracies``,
@@ -175,18 +175,18 @@ def _per_class(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _torchattacks(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield "torchattacks beside ours: same images, epsilon, step and steps (its C&W bounds no L-infinity norm: left out)"
+    yield "comparison with torchattacks: same images, epsilon, step size and steps (without C&W, an L2 attack there)"
     for row in rows:
-        verdict = "BEYOND sampling noise" if row["beyond_noise"] else "within sampling noise"
+        verdict = "DIFFERENCE at the 5 % level" if row["beyond_noise"] else "no difference at the 5 % level"
         yield (
             f"  {attack_label(row['attack'], row['steps']):<12}ours {100 * row['ours']:.2f} %, torchattacks "
-            f"{100 * row['torchattacks']:.2f} %; {row['only_ours']} images fell to ours alone, {row['only_theirs']} to "
-            f"theirs alone: {verdict} (p = {row['p']:.2f})"
+            f"{100 * row['torchattacks']:.2f} %; {row['only_ours']} images misclassified only under ours, "
+            f"{row['only_theirs']} only under theirs: {verdict} (McNemar p = {row['p']:.2f})"
         )
 
 
 def _gradients(report: dict[str, Any]) -> Iterator[str]:
-    yield "input gradients of student and teacher, by the scalar f whose gradient is taken"
+    yield "input gradients of student and teacher, for each scalar f"
     yield f"  {'f':<16}{'GD':>12}{'GC':>9}{'remainder: student':>21}{'teacher':>9}"
     for name, row in report["scalars"].items():
         yield (
@@ -200,17 +200,17 @@ def _gradients(report: dict[str, Any]) -> Iterator[str]:
 
 
 def differences(record: dict[str, Any], config: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    """Data and teacher that are not the run's, and figures that came out otherwise though measured in the same way.
+    """Describe other data, another teacher, and accuracies that differ although the settings are equal.
 
     Args:
-        record: of the evaluation, as ``evaluate.py`` writes it.
-        config, result: the run's config.json and result.json; {} where there is none.
+        record: the evaluation's record, as ``evaluate.py`` writes it.
+        config, result: the run's config.json and result.json, or {}.
     """
     found = []
     for name, what in (("dataset_sha256", "data"), ("teacher_sha256", "teacher")):
         here, there = record[name], config.get(name)
         if here and there and here != there:
-            found.append(f"the {what} is not the run's: SHA-256 {here[:12]}..., in its config.json {there[:12]}...")
+            found.append(f"the {what} differs from the run's: SHA-256 {here[:12]}..., in config.json {there[:12]}...")
     if result.get("student_sha256") != record["student_sha256"]:
         return found
     for name, (here, there) in _measured_in_the_same_way(record, config, result).items():
@@ -222,7 +222,7 @@ def differences(record: dict[str, Any], config: dict[str, Any], result: dict[str
 def _measured_in_the_same_way(
     record: dict[str, Any], config: dict[str, Any], result: dict[str, Any]
 ) -> dict[str, tuple[float, float]]:
-    """Accuracies here and in result.json, of what was measured on the same images with the same settings."""
+    """Pair the accuracies of record and result.json that were measured on the same images with the same settings."""
     settings, accuracies, same = record["settings"], record["accuracies"], {}
     if record["test_examples"] == result.get("test_examples"):
         if "clean" in accuracies:

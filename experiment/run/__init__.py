@@ -1,4 +1,4 @@
-"""The run folder: one run from its first step to result.json, through any number of kills."""
+"""A training run and its folder: checkpoints, resume and the final result."""
 
 from experiment.run.folder import free_settings
 from experiment.run.loop import Run

@@ -1,4 +1,4 @@
-"""last.pt and previous.pt: written by rank 0, read by every rank, and refused by all if one refuses."""
+"""last.pt and previous.pt: written by rank 0, read by every rank; an error on one rank is raised on all."""
 
 import argparse
 import os
@@ -14,21 +14,21 @@ from experiment.run.state import Networks, State, from_checkpoint, to_checkpoint
 
 
 class Checkpoints:
-    """The checkpoints in one run's folder."""
+    """The checkpoints in a run folder."""
 
     def __init__(self, folder: Path, identity: str, args: argparse.Namespace, engine: Engine) -> None:
         """Args:
-        identity: the run's id, without which a file is not this run's.
+        identity: the run's id, which its files contain.
         """
         self._last, self._previous = folder / "last.pt", folder / "previous.pt"
         self._identity, self._args, self._engine = identity, args, engine
 
     def exist(self) -> bool:
-        """Whether anything was saved yet."""
+        """Whether a checkpoint exists."""
         return self._last.exists()
 
     def save(self, state: State, networks: Networks, num_classes: int, random: dict[str, Tensor | None]) -> None:
-        """Write last.pt; the one before it stays as previous.pt."""
+        """Write last.pt and keep the one before as previous.pt."""
         if not self._engine.main:
             return
         content = {
@@ -37,23 +37,23 @@ class Checkpoints:
             "architecture": self._args.student,
             "num_classes": num_classes,
             **files.source_file(networks.student),
-            # The rate of an epoch follows from these: the schedule has no further state.
+            # The learning rate of an epoch follows from these; the schedule has no other state.
             "schedule": {"lr": self._args.lr, "lr_milestones": self._args.lr_milestones},
             **to_checkpoint(state, networks, random),
         }
         files.save(self._last, content, previous=self._previous)
 
     def restore(self, networks: Networks, steps: int) -> tuple[State | None, str]:
-        """Load last.pt, or previous.pt where any rank cannot use that one.
+        """Load last.pt, or previous.pt if any rank cannot use last.pt.
 
         Args:
             steps: optimizer steps of an epoch.
 
         Returns:
-            The state of the run, None if nothing was saved; and what to say about a file that was put aside.
+            The state of the run, or None if there is no checkpoint; and a note about a damaged file.
 
         Raises:
-            UserError: neither can be used.
+            UserError: both are unusable.
         """
         names = [path.name for path in (self._last, self._previous) if path.exists()]
         found = [self._last.with_name(name) for name in self._engine.from_main(names)]
@@ -67,14 +67,14 @@ class Checkpoints:
         else:
             if found:
                 folder = self._last.parent
-                raise UserError(f"{'; '.join(faults)}; no other checkpoint is left: delete {folder} to begin anew")
+                raise UserError(f"{'; '.join(faults)}; no other checkpoint is left: delete {folder} to start again")
             return None, ""
         note = ""
         if faults:
-            note = f" of {path.name} ({faults[0]}; put aside as last.damaged.pt)"
+            note = f" of {path.name} ({faults[0]}; renamed to last.damaged.pt)"
             if self._engine.main:
                 os.replace(self._last, self._last.with_name("last.damaged.pt"))
-        if not self._engine.main:  # the sums are totals over all ranks: they count once
+        if not self._engine.main:  # the sums are over all ranks, so rank 0 keeps them
             state.sums = {name: torch.zeros_like(value) for name, value in state.sums.items()}
         return state, note
 

@@ -1,4 +1,4 @@
-"""The bookkeeping of a training loop: from the first step to result.json, through any number of kills."""
+"""Training-loop state: progress, checkpoints, resume and the final result."""
 
 import argparse
 import json
@@ -23,10 +23,10 @@ from experiment.run.trackers import Trackers
 
 
 class Run:
-    """One run: its folder, its state, its clock. The training loop itself stays in the script.
+    """State of one run. The training loop itself is in the script.
 
-    In order of use: ``Run(...)``, ``start``, then per epoch of ``epochs`` the batches of ``batches`` with ``count``
-    after each step and ``end_epoch``, last ``finish``.
+    Order of calls: ``Run(...)``, ``start``; for each epoch of ``epochs``: the batches of ``batches`` with ``count``
+    after each step, then ``end_epoch``; at the end ``finish``.
 
     Attributes:
         engine: device, precision and ranks.
@@ -35,7 +35,7 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, script: str, recipe: dict[str, Any]) -> None:
-        """Open the run folder and refuse, before any work, what cannot end well.
+        """Open the run folder and check the settings before training starts.
 
         Args:
             args: what ``cli.parse_args`` returned.
@@ -43,20 +43,20 @@ class Run:
             recipe: the script's RECIPE.
 
         Raises:
-            UserError: the data set does not exist, the folder cannot be written, holds a differing run, or is in use;
-                AutoAttack cannot be run; W&B was asked for and does not answer.
-            SystemExit: status 0, after its summary: the run is finished.
+            UserError: the data set does not exist; the folder cannot be written, contains another run, or is in use;
+                AutoAttack cannot run; W&B does not answer.
+            SystemExit: status 0, after printing the summary, if the run is finished.
         """
         checks.check_names(args)
         self.args, self.script, self.recipe = args, Path(script), recipe
         self.folder = Path(args.run_dir) / args.run_name
         main = os.environ.get("RANK", "0") == "0"
         self._lock = folder.lock(self.folder) if main else None
-        # On every rank, and before they meet: none waits for one that has refused.
+        # Check on every rank before the first collective, so that no rank waits for one that has exited.
         self._there, result = folder.find_run(self.folder, self.script.name, args)
         if result is not None:
             if main:
-                print(f"{self.folder} holds a finished run; another --run_name or --seed makes another one:")
+                print(f"{self.folder} is a finished run. For a new run, change --run_name or --seed:")
                 print(summary(result, str(self.folder)), flush=True)
             raise SystemExit(0)
         if main:
@@ -69,7 +69,7 @@ class Run:
         self._state, self._steps = State(), 0
         self._bad_step = torch.full((), torch.inf, device=self.device)
         self._saved_at, self._saved = time.monotonic(), (0, 0)
-        self._trained: dict[str, Any] | None = None  # generator states of a trained epoch that is being evaluated
+        self._trained: dict[str, Any] | None = None  # generator states after an epoch, during its evaluation
         self._stopping = Stopping(self.engine, self._save_trained, self._stop_line)
 
     # -- the start ----------------------------------------------------------------------------------------------------
@@ -81,12 +81,12 @@ class Run:
         optimizer: torch.optim.Optimizer,
         teacher: nn.Module | None = None,
     ) -> None:
-        """Write config.json, or restore the state of the run that the folder holds; print what is about to run.
+        """Write config.json, or restore the run from the folder; print the header.
 
         Raises:
-            UserError: the data or the teacher are not those that the run began with; a network does not fit the data;
-                no checkpoint is readable; no room on the disk; AutoAttack is impossible with these classes. On any
-                rank: then all refuse.
+            UserError: data or teacher differ from those at the start of the run; a network does not fit the data; no
+                checkpoint is readable; the disk is full; AutoAttack cannot run with this number of classes. If one
+                rank raises, all do.
             RunStopped: the teacher's logits are not finite, or the same for every image.
         """
         args = self.args
@@ -104,7 +104,7 @@ class Run:
             self.engine.refuse_together(lambda: folder.check_same_inputs(self.folder, self._there, here))
             self._config, self._config_at_end = folder.resumed_config(self._there, here)
             if changed and self.engine.main:
-                print(f"warning: {' and '.join(changed)} changed since the run began: not bit for bit the same run")
+                print(f"warning: {' and '.join(changed)} changed since the run began: results may not be bit-identical")
         elif self.engine.main:
             folder.write_config(self.folder, here)
         self.engine.distribute(student, optimizer)
@@ -120,19 +120,19 @@ class Run:
         self._saved_at = time.monotonic()
 
     def _restore(self, changed: list[str]) -> str:
-        """Go on from the run's checkpoint if there is one; what to say about it."""
+        """Restore the last checkpoint, if any; return the line for the header."""
         state, note = self._checkpoints.restore(self._networks, self._steps)
         if state is None:
             self._state.changed = changed
             return ""
-        # Kept for result.json: nobody who reads it has seen the warnings.
+        # Recorded in result.json, whose readers have not seen the warnings.
         state.changed = [said for said in folder.CHANGES.values() if said in (*state.changed, *changed)]
         self._state, self._saved = state, (state.epoch, state.step)
         self._write_metrics()
         return f"\n  resumed  {state.position(self.args.epochs, self._steps)}{note}"
 
     def _save(self) -> None:
-        """Write last.pt; only a state with finite losses and weights is saved."""
+        """Write last.pt, unless a loss or weight is not finite."""
         self._refuse_divergence(weights=True)
         self._saved_at, self._saved = time.monotonic(), (self._state.epoch, self._state.step)
         self.engine.requests.forget("save")
@@ -140,14 +140,14 @@ class Run:
         self._checkpoints.save(self._state, self._networks, self._images.num_classes, random)
 
     def _save_trained(self) -> None:
-        """Save an epoch that is being evaluated: that changes nothing of what is saved."""
+        """Save the state after an epoch while it is being evaluated; evaluation does not change it."""
         if self._trained and self._saved != (self._state.epoch, self._state.step):
             self._save()
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def epochs(self) -> Iterator[int]:
-        """The epochs still to do, counted from 1.
+        """Yield the remaining epochs, counted from 1.
 
         Raises:
             UserError: a compiled network does not compute what the eager one does.
@@ -160,7 +160,7 @@ class Run:
         yield from todo
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch still to do; between two of them the run saves itself and heeds signals.
+        """Yield the remaining batches of an epoch; between two batches, save checkpoints and handle signals.
 
         Yields:
             x (n, 3, H, W) float32 in [0, 1] and y (n,) on the device: this rank's share of the global batch.
@@ -183,13 +183,13 @@ class Run:
             if "stop" in agreed:
                 self._stopping.leave_together()
         self._gather()
-        self._row = state.means()  # waits for the device, so the time is that of the work
+        self._row = state.means()  # synchronises, so that the time below includes all work
         state.epoch_seconds = time.monotonic() - began
         self._refuse_divergence(weights=True)
         self._refuse_collapse()
         self._trained, self._trained_at = generators(self.device), time.monotonic()
         if engine.world > 1:
-            self._save_trained()  # during the evaluation each rank may have to leave without the others
+            self._save_trained()  # during evaluation, a rank may have to exit without the others
         if engine.any_rank(self._stopping.requested()):
             self._save_trained()
             self._stopping.leave_together()
@@ -199,7 +199,7 @@ class Run:
         self._bar.step()
         if self.engine.main and self._bar.due():
             means, alone = self._state.means(), self.engine.world == 1
-            if not alone:  # the sums are of this rank's share
+            if not alone:  # the sums are over this rank's share
                 means = {"images_per_second": means["images_per_second"]}
             self._bar.figures(epoch, self.args.epochs, means)
             if alone:
@@ -209,13 +209,13 @@ class Run:
             self._bar.line(told)
 
     def _may_stop_anywhere(self) -> None:
-        """From here a signal need not wait; one that came before is heeded now."""
+        """From here on, handle signals at once, beginning with a pending one."""
         self._stopping.busy = False
         if self._stopping.requested():
             self._stopping.leave()
 
     def count(self, terms: dict[str, Tensor]) -> None:
-        """Add a step's loss terms to the epoch's sums, on the device and without waiting for it."""
+        """Add a step's loss terms to the epoch's sums, on the device and without synchronising."""
         sums, images = self._state.sums, self.engine.local_batch
         for name, term in terms.items():
             value = term.detach().double()
@@ -239,7 +239,7 @@ class Run:
             self._diverged(f"the student's weights are not finite in epoch {epoch}, step {self._state.step}")
 
     def _refuse_collapse(self) -> None:
-        """Stop the run if the student, as it would be saved, tells no images apart any more."""
+        """Stop the run if the student's output no longer depends on the image."""
         epoch = self._state.epoch + 1
         settled = epoch * self._steps >= checks.SETTLED_STEPS
         one_class = bool(self.args.stop_on_collapse and settled)
@@ -251,13 +251,13 @@ class Run:
         raise checks.diverged(fact, self._state.means(), self._networks.optimizer.param_groups[0]["lr"], saved)
 
     def end_epoch(self, accuracies: dict[str, float]) -> None:
-        """Close an epoch: its row in metrics.jsonl, its checkpoint, its line on the terminal.
+        """End an epoch: write its row in metrics.jsonl and its checkpoint, and print its line.
 
         Args:
             accuracies: fractions by name (``clean``, ``pgd20``, with --holdout also ``holdout_pgd10``); empty if the
                 epoch was not evaluated.
         """
-        self._stopping.busy = True  # from here to the checkpoint the state is that of no single moment
+        self._stopping.busy = True  # until the checkpoint is written, the state is inconsistent
         state, args = self._state, self.args
         epoch, seconds = state.epoch + 1, state.epoch_seconds
         lr = self._networks.optimizer.param_groups[0]["lr"]
@@ -283,7 +283,7 @@ class Run:
             self._may_stop_anywhere()
 
     def _is_best(self, epoch: int, accuracies: dict[str, float]) -> bool:
-        """Whether this epoch is the best on the held-out images, the first one among equals; if so, keep it."""
+        """Return whether this epoch is the best on the held-out images (first of equals); if so, keep its weights."""
         accuracy, state = accuracies.get("holdout_pgd10"), self._state
         if accuracy is None or (state.best is not None and accuracy <= state.best["holdout_pgd10"]):
             return False
@@ -292,7 +292,7 @@ class Run:
         return True
 
     def _write_metrics(self) -> None:
-        """metrics.jsonl is written whole, from the rows that the checkpoint holds: none can be missing or doubled."""
+        """Write metrics.jsonl from the rows of the checkpoint, so that no row is missing or repeated."""
         if self.engine.main:
             text = "".join(json.dumps(row) + "\n" for row in self._state.rows)
             files.write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(text.encode()))
@@ -300,13 +300,13 @@ class Run:
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def finish(self, autoattack: Callable[..., dict[str, Any]]) -> None:
-        """Save and measure what the training left; write result.json and print the summary.
+        """Save and evaluate the networks, write result.json and print the summary.
 
         Args:
             autoattack: ``evaluation.autoattack``; called on the first --aa_examples test images, unless that is 0.
         """
         self._bar.close()
-        self._may_stop_anywhere()  # everything is saved
+        self._may_stop_anywhere()  # all state is saved
         result = outcome.measure(
             self.args, self._config, self._images, self._networks, self._state, self.engine, self._writer(), autoattack
         )
@@ -322,9 +322,9 @@ class Run:
         return outcome.StudentWriter(self.folder, self.args, self.recipe["method"], self._images.num_classes)
 
     def _stop_line(self, signal_name: str) -> str:
-        """What a run says that was told to stop."""
-        go_on = f"goes on from the last checkpoint in {self.folder}"
-        ahead = go_on if self._checkpoints.exist() else "begins anew: nothing was saved yet"
+        """Return the line that a stopped run prints."""
+        go_on = f"resumes from the last checkpoint in {self.folder}"
+        ahead = go_on if self._checkpoints.exist() else "starts from the beginning: no checkpoint was written yet"
         return (
             f"stopped by {signal_name} {self._state.position(self.args.epochs, self._steps)}; the same command {ahead}"
         )

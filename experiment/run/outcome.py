@@ -1,4 +1,4 @@
-"""What comes out of a run: its networks saved and measured, as result.json has it."""
+"""Save and measure the networks of a run: the content of result.json."""
 
 import argparse
 import copy
@@ -22,7 +22,7 @@ AutoAttack = Callable[..., dict[str, Any]]
 
 
 class StudentWriter:
-    """Writes networks of a run into its folder, each loadable alone."""
+    """Writes networks of a run to its folder, each loadable without the run."""
 
     def __init__(self, folder: Path, args: argparse.Namespace, method: str, num_classes: int) -> None:
         self.folder = folder
@@ -31,7 +31,7 @@ class StudentWriter:
         self._architecture, self._num_classes = args.student, num_classes
 
     def write(self, name: str, model: nn.Module, more: dict[str, Any]) -> None:
-        """Write a network as `name`; `more` is said of it beside method, run and settings."""
+        """Write a network as `name`, with `more` in addition to method, run and settings."""
         info = {**self._info, **more}
         files.save_student(self.folder / name, model, self._architecture, self._num_classes, info)
 
@@ -46,15 +46,15 @@ def measure(
     writer: StudentWriter,
     autoattack: AutoAttack,
 ) -> dict[str, Any]:
-    """Save the student, hold its gradients against the teacher's, attack it; the same for the best and the mean one.
+    """Save the student, compare its gradients with the teacher's, and attack it; also the best and the averaged one.
 
     Every rank measures; rank 0 writes.
 
     Returns:
-        What result.json holds.
+        The content of result.json.
     """
     began = time.monotonic()
-    # A run that is attacked later keeps its file, whose hash tells students of it their teacher.
+    # Keep the file of a run that is attacked later: other runs record its hash as their teacher's.
     if engine.main and not _holds(writer.folder / "student.pt", networks.student):
         writer.write("student.pt", networks.student, {})
     engine.barrier()
@@ -81,20 +81,20 @@ def measure(
         "hardware": config["device"],
         "processes": config["processes"],
         "command": config["command"],
-        "changed": state.changed,  # between the run's start and its resumptions
+        "changed": state.changed,  # differences between the start and the resumptions
     }
 
 
 class _Attacks:
-    """AutoAttack on the first --aa_examples test images, for one network after another."""
+    """AutoAttack on the first --aa_examples test images, for several networks."""
 
     def __init__(self, args: argparse.Namespace, images: data.Data, folder: Path, autoattack: AutoAttack) -> None:
         self._x, self._y = images.x_test[: args.aa_examples], images.y_test[: args.aa_examples]
         self._args, self._folder, self._autoattack = args, folder, autoattack
         self.seconds = 0.0
-        """Of attacking, whenever and on whichever rank."""
+        """Attack time, over all ranks and resumptions."""
         self.waited = 0.0
-        """Of this process, for attacks that were not finished before."""
+        """Time that this process has spent on attacks."""
 
     def __call__(self, name: str, model: nn.Module) -> dict[str, Any]:
         args, began = self._args, time.monotonic()
@@ -106,7 +106,7 @@ class _Attacks:
 
 
 def _gradients(networks: Networks, images: data.Data) -> dict[str, Any] | None:
-    """GD and GC of the student against its teacher on all test images; None for a run without a teacher."""
+    """GD and GC of student and teacher on all test images; None for a run without a teacher."""
     if networks.teacher is None:
         return None
     alignment = gradient_alignment(networks.student, networks.teacher, images.x_test, images.y_test)
@@ -123,11 +123,11 @@ def _best(
     engine: Engine,
     writer: StudentWriter,
 ) -> dict[str, Any] | None:
-    """Test accuracies of best.pt: the epoch that was best on the held-out images, and on nothing else."""
+    """Test accuracies of best.pt, the best epoch on the held-out images."""
     if state.best is None:
         return None
     best = copy.deepcopy(student)
-    # A run that an earlier version began has them in the file alone.
+    # Runs of earlier versions have the weights only in the file.
     best.load_state_dict(state.best_weights or files.load(writer.folder / "best.pt")["state_dict"])
     if engine.main and state.best_weights:
         writer.write("best.pt", best, state.best)
@@ -148,7 +148,7 @@ def _averaged(
 ) -> dict[str, Any] | None:
     """Test accuracies of swa.pt: the mean of the weights after the epochs that follow --swa_after.
 
-    Its BatchNorm statistics are estimated anew, on one epoch of augmented training images without an attack.
+    Its BatchNorm statistics are re-estimated on one epoch of augmented training images without an attack.
 
     Source: Izmailov et al., UAI 2018.
     """
@@ -156,12 +156,12 @@ def _averaged(
         return None
 
     def inputs() -> Iterator[Tensor]:
-        # An epoch that no training has seen.
+        # An epoch that was not used for training.
         yield from (x for x, *_ in images.batches(args.batch, args.seed, args.epochs + 1))
 
     model, path = averaged.module, writer.folder / "swa.pt"
-    # Estimated once, and read by all: on a GPU they may differ in the last bit from rank to rank, or after a kill, and
-    # AutoAttack's chunks would then be of several networks.
+    # Estimated once and read by all ranks. On a GPU another estimate, on another rank or after a kill, may differ in
+    # the last bit, and AutoAttack's chunks would then belong to different networks.
     if engine.main and not _is_of(path, model):
         update_bn(inputs(), model)
         writer.write(path.name, model, {"averaged_epochs": int(averaged.n_averaged)})
@@ -172,7 +172,7 @@ def _averaged(
 
 
 def _holds(path: Path, model: nn.Module) -> bool:
-    """Whether the file is a student with the model's weights and statistics."""
+    """Whether the file contains the model's weights and statistics."""
     try:
         return path.exists() and files.state_sha256(files.load_student(path)) == files.state_sha256(model)
     except UserError:
@@ -180,7 +180,7 @@ def _holds(path: Path, model: nn.Module) -> bool:
 
 
 def _is_of(path: Path, model: nn.Module) -> bool:
-    """Whether the file holds a network with the model's parameters, its statistics aside."""
+    """Whether the file contains the model's parameters, apart from BatchNorm statistics."""
     if not path.exists():
         return False
     there = files.load(path)["state_dict"]

@@ -1,4 +1,4 @@
-"""What a person sees of a run: its start, the progress bar, a line per epoch with the time left, and the summary."""
+"""Terminal output of a run: header, progress bar, a line per epoch with the remaining time, and summary."""
 
 import argparse
 import sys
@@ -19,8 +19,8 @@ ACCURACIES = {"clean": "clean", "pgd20": "PGD-20", "holdout_pgd10": "held-out PG
 class Progress:
     """One bar over all steps of a run: epoch, step, loss terms, images/s and the time left.
 
-    Loss terms live on the device; they are fetched, which waits for the GPU, at most once a second. Where stderr is
-    no terminal there is no bar, only the line per epoch.
+    Loss terms are on the device. Fetching them synchronises, so it is done at most once per second. If stderr is not a
+    terminal, there is no bar, only the line per epoch.
     """
 
     def __init__(self, total: int, done: int, *, show: bool) -> None:
@@ -32,7 +32,7 @@ class Progress:
         self._show, self._shown, self._next = show, shown, 0.0
 
     def due(self) -> bool:
-        """Whether a second has passed since the figures were last fetched."""
+        """Whether a second has passed since the last update of the figures."""
         return time.monotonic() >= self._next
 
     def step(self) -> None:
@@ -57,22 +57,22 @@ class Progress:
 
 
 def loss_terms(row: dict[str, Any]) -> str:
-    """The loss and its terms; a single term is the loss."""
+    """Format the loss and its terms; a single term is the loss."""
     names = [name for name in row if name.startswith("loss")]
     return "  ".join(f"{name} {row[name]:.4f}" for name in (names if len(names) > 2 else names[:1]))
 
 
 def speed(row: dict[str, Any]) -> str:
-    """Images per second: whole ones, or two decimals where they are few."""
+    """Format images per second, with two decimals below 10."""
     return f"{row['images_per_second']:.{0 if row['images_per_second'] >= 10 else 2}f}"
 
 
 def epoch_line(row: dict[str, Any], epochs: int, left: float, attack: float) -> str:
-    """One printed line for one row of metrics.jsonl.
+    """Format a row of metrics.jsonl as the line of an epoch.
 
     Args:
-        left: estimated seconds of training and evaluation that are left.
-        attack: estimated seconds of AutoAttack after that.
+        left: estimated remaining seconds of training and evaluation.
+        attack: estimated seconds of AutoAttack at the end.
     """
     accuracies = "".join(f"  {label} {100 * row[key]:.2f} %" for key, label in ACCURACIES.items() if key in row)
     attacking = f", of it AutoAttack {duration(attack)}" if attack else ""
@@ -83,18 +83,18 @@ def epoch_line(row: dict[str, Any], epochs: int, left: float, attack: float) -> 
 
 
 FIRST_SECONDS = 5.0
-"""The first estimate waits for so many seconds of steps, and for some steps: the first ones compile and warm up."""
+"""Seconds of steps before the first estimate, after WARM_STEPS steps of compilation and warm-up."""
 WARM_STEPS = 2
 
 PGD20_PASSES = 21
-"""Forward and backward passes of an evaluation, per image."""
+"""Forward and backward passes per image in an evaluation."""
 FALLEN_PASSES, ROBUST_PASSES = 100, 4000
-"""The same of AutoAttack, standard version, for an image that falls to its first attack (100 steps of APGD) and for one
-that withstands all (900 of APGD-T, 900 of FAB-T with a pass and a half each, 5,000 forward passes of Square)."""
+"""Passes of standard AutoAttack for an image misclassified by the first attack (100 steps of APGD) and for a robust
+image (900 of APGD-T, 900 of FAB-T with 1.5 passes each, 5,000 forward passes of Square)."""
 
 
 class Estimate:
-    """Measured steps, and what follows from them."""
+    """Measures steps and estimates durations."""
 
     def __init__(self, args: argparse.Namespace, images: Data, *, steps: int) -> None:
         """Args:
@@ -106,7 +106,7 @@ class Estimate:
         self._told = False
 
     def after_step(self, state: State) -> str | None:
-        """What to print after this step: once, when some seconds of steps are measured, how long the run will take."""
+        """Return the estimate of the whole run, once, when enough steps have been measured; otherwise None."""
         if self._told:
             return None
         if self._first is None or self._first[0] != state.epoch:
@@ -126,13 +126,13 @@ class Estimate:
         )
 
     def left(self, state: State) -> tuple[float, float]:
-        """Seconds left of training and evaluation, and of AutoAttack, after a finished epoch."""
+        """Return the remaining seconds of training and evaluation, and those of AutoAttack, after an epoch."""
         args, rows = self._args, state.rows
         epoch = sum(row["seconds"] for row in rows) / len(rows)
         evaluated = [row for row in rows if "pgd20" in row]
         if evaluated:
             evaluation = state.seconds["evaluation"] / len(evaluated)
-        else:  # as if a training image took the attack's passes and two more
+        else:  # assume that a training image takes the attack's passes and two more
             evaluation = epoch / self._train / (args.steps + 2) * PGD20_PASSES * self._test
         remaining = range(state.epoch + 1, args.epochs + 1)
         evaluations = sum(number > args.eval_after or number == args.epochs for number in remaining)
@@ -143,7 +143,7 @@ class Estimate:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3:07 min, 5:20 h, 2 d 4 h."""
+    """Format seconds as 42 s, 3:07 min, 5:20 h or 2 d 4 h."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -163,10 +163,10 @@ def header(
     teacher: nn.Module | None,
     trackers: list[str],
 ) -> str:
-    """What a run prints when it starts: all that it is made of, where it was resumed, and where its rows go.
+    """Return the header of a run: networks, data, settings, position of a resumed run, and trackers.
 
     Args:
-        trackers: a line for each tracker that mirrors the rows.
+        trackers: a line for each tracker.
     """
 
     def size(model: nn.Module) -> str:
@@ -196,7 +196,7 @@ def header(
             f"  warning  the largest weight of the {config['adds']} term is {reached:g}, not alpha {alpha:g}: "
             f"the run has {epochs} of {ramp} ramp epochs. Use --ramp_epochs {epochs} to reach alpha."
         )
-    # What the method brings: all that may surprise in it is a setting.
+    # The method's own settings.
     own = {name: settings[name] for name in (*config["outer_settings"], *config["added_settings"])}
     if own:
         lines.append(f"  method   {', '.join(f'{name} {_short(value)}' for name, value in own.items())}")
@@ -216,12 +216,12 @@ def _short(value: Any) -> str:
 
 
 def per_cent(accuracy: float | None) -> str:
-    """A fraction as per cent with two decimals, or a dash."""
+    """Format a fraction as per cent with two decimals; None as a dash."""
     return "-" if accuracy is None else f"{100 * accuracy:.2f}"
 
 
 def summary(result: dict[str, Any], folder: str) -> str:
-    """The table that a finished run prints: what was trained, what came out, and the files that prove it."""
+    """Return the summary of a finished run: settings, accuracies, times and files."""
     attack = result["autoattack"]
     rows = [
         ("method", result["method"] + (f"+{result['adds']}" if result["adds"] else "")),

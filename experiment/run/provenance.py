@@ -1,4 +1,4 @@
-"""Where a run comes from: command, versions, commit, and a hash of the code."""
+"""Provenance of a run: command, versions, commit, and a hash of the code."""
 
 import hashlib
 import importlib.metadata
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "pyautoattack")
 
 
 def provenance(script: Path) -> dict[str, Any]:
-    """Command, number of processes, versions, commit and a hash of the code, for config.json."""
+    """Return command, number of processes, versions, commit and a hash of the code, for config.json."""
     return {
         "command": command(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
@@ -29,7 +29,7 @@ def provenance(script: Path) -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line as it would be given again: with torchrun and its number of processes, if that started it."""
+    """Return the command line, with torchrun and its number of processes if torchrun started it."""
     words = [*started_as(sys.argv[0]), *sys.argv[1:]]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -58,7 +58,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit(script: Path) -> str | None:
-    """The commit of the code, marked where it does not hold what runs; None outside a git checkout."""
+    """Return the commit, with -dirty if the code differs from it; None outside a git checkout."""
     git, script = shutil.which("git"), script.resolve()
     if not git:
         return None
@@ -70,6 +70,6 @@ def _commit(script: Path) -> str | None:
     commit = ask("describe", "--always", "--abbrev=40")
     if not commit:
         return None
-    # Of code only: an edited README changes no run, a script that nobody has added to git yet is the run.
+    # Only code counts: an edited README does not change a run, but a script that is not in git does.
     edited = ask("status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py")
     return f"{commit}-dirty" if edited or not ask("ls-files", "--", script.name) else commit

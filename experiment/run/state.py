@@ -1,4 +1,4 @@
-"""What last.pt holds: how far a run has got, and the networks and generators that go on from there."""
+"""Contents of last.pt: progress, networks and random generators."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,20 +10,20 @@ from torch.optim.swa_utils import AveragedModel
 
 @dataclass
 class State:
-    """How far a run has got. Every field is saved and restored under its name.
+    """Progress of a run. Every field is saved and restored under its name.
 
     Attributes:
-        epoch: finished epochs.
-        step: steps of the epoch in work.
-        seen: training images of the epoch in work, over all ranks.
-        sums: totals of the loss terms over these images; on the device while the run is at work.
+        epoch: number of finished epochs.
+        step: finished steps of the current epoch.
+        seen: training images of the current epoch, over all ranks.
+        sums: sums of the loss terms over these images; on the device during training.
         rows: the rows of metrics.jsonl.
         seconds: of ``train`` and ``evaluation`` so far.
-        epoch_seconds: of training in the epoch in work.
-        changed: what differed between the run's start and its resumptions.
-        best: epoch and accuracy on the held-out images of the best epoch.
-        best_weights: its state dict. Of this, best.pt is a copy: a file of its own could be of an epoch that was lost
-            in a kill and came out otherwise when it was repeated.
+        epoch_seconds: training time of the current epoch.
+        changed: differences between the start of the run and its resumptions.
+        best: epoch and held-out accuracy of the best epoch.
+        best_weights: its state dict, of which best.pt is a copy. A kill may lose the epoch of a separate file, and the
+            repeated epoch may differ.
     """
 
     epoch: int = 0
@@ -38,30 +38,30 @@ class State:
     best_weights: dict[str, Tensor] | None = None
 
     def begin_epoch(self) -> None:
-        """Count the epoch in work as finished."""
+        """Count the current epoch as finished."""
         self.epoch += 1
         self.step, self.seen, self.sums, self.epoch_seconds = 0, 0, {}, 0.0
 
     def position(self, epochs: int, steps: int) -> str:
-        """Where the run is, in words."""
+        """Describe the position of the run."""
         if self.step:
             return f"in epoch {self.epoch + 1} after step {self.step} of {steps}"
         return f"after epoch {self.epoch} of {epochs}" if self.epoch else "before the first step"
 
     def means(self) -> dict[str, float]:
-        """Means over the images seen: the loss, its terms, and the speed."""
+        """Return means over the images seen: the loss, its terms, and the speed."""
         terms = {f"loss_{name}": float(value) / max(self.seen, 1) for name, value in self.sums.items()}
         speed = self.seen / max(self.epoch_seconds, 1e-9)
         return {"loss": sum(terms.values()), **terms, "images_per_second": speed}
 
 
 LATER_FIELDS = {"changed": [], "best": None, "best_weights": None}
-"""Fields that a last.pt of an earlier version may lack, and what they were then."""
+"""Fields that a last.pt of an earlier version may lack, with their values."""
 
 
 @dataclass
 class Networks:
-    """What a run trains, what it learns from, and the mean of its weights with --swa_after."""
+    """Student, optimizer, teacher, and with --swa_after the averaged weights."""
 
     student: nn.Module
     optimizer: torch.optim.Optimizer
@@ -70,13 +70,13 @@ class Networks:
 
 
 def generators(device: torch.device) -> dict[str, Tensor | None]:
-    """The states of the global random generators."""
+    """Return the states of the global random generators."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"rng": torch.get_rng_state(), "rng_cuda": cuda}
 
 
 def to_checkpoint(state: State, networks: Networks, random: dict[str, Tensor | None]) -> dict[str, Any]:
-    """Tensors and plain types from which ``from_checkpoint`` goes on bit for bit."""
+    """Return tensors and plain types from which ``from_checkpoint`` restores the run bit for bit."""
     content = {item.name: getattr(state, item.name) for item in fields(State)}
     content["sums"] = {name: float(value) for name, value in state.sums.items()}
     if networks.averaged is not None:
@@ -90,10 +90,10 @@ def to_checkpoint(state: State, networks: Networks, random: dict[str, Tensor | N
 def from_checkpoint(
     content: dict[str, Any], networks: Networks, device: torch.device, epochs: int, steps: int
 ) -> State:
-    """Put networks, optimizer and generators back to where ``to_checkpoint`` found them; the state of the run.
+    """Restore networks, optimizer and generators, and return the state of the run.
 
     Args:
-        epochs, steps: of the run, and of one epoch; no state can be beyond them.
+        epochs, steps: epochs of the run and steps of one epoch, to check the position.
 
     Raises:
         KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError: the content does not fit.
@@ -103,9 +103,9 @@ def from_checkpoint(
         raise ValueError(f"there is no epoch {state.epoch}, step {state.step}")
     if [row["epoch"] for row in state.rows] != list(range(1, state.epoch + 1)):
         raise ValueError("its rows are not those of its epochs")
-    source = getattr(networks.student, "source_file", None)  # of a network of the user's own file
+    source = getattr(networks.student, "source_file", None)  # of a network from the user's own file
     if source and source["sha256"] != content["source_file"]["sha256"]:
-        raise ValueError(f"{source['path']} has been changed since: give it back its content")
+        raise ValueError(f"{source['path']} has changed since: restore its content")
     networks.student.load_state_dict(content["model"])
     networks.optimizer.load_state_dict(content["optimizer"])
     if networks.averaged is not None:

@@ -1,13 +1,13 @@
-"""Stopping in order: a signal to this process, to another rank, or twice to the same one.
+"""Orderly stop after a signal to this process or to another rank.
 
-``torchrun`` forwards SIGTERM, SIGINT and SIGHUP to its workers and kills them 30 seconds later; a scheduler that stops
-the whole job signals the workers itself, and the signal arrives twice. SIGUSR1 (SLURM's ``--signal``) it
-forwards only with ``--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1``; without, the agent dies of it, and its workers
-stop in order if the scheduler signals them too. Every worker ends with status 75, torchrun itself with 1.
+``torchrun`` forwards SIGTERM, SIGINT and SIGHUP to its workers and kills them 30 seconds later. A scheduler that stops
+the whole job also signals the workers, so the signal arrives twice. torchrun forwards SIGUSR1 (SLURM's ``--signal``)
+only with ``--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1``. Without this flag SIGUSR1 kills the agent, and the
+workers stop in order if the scheduler signals them too. Every worker exits with status 75, torchrun with 1.
 
-Between two steps all ranks stop after one and the same step (``engine.requests``). While a network is measured, when
-ranks are anywhere and nothing is unsaved, a rank that is told to stop tells the others through the store, waits until
-all have heard, and leaves; the others leave wherever they are, also out of a collective that will never end.
+During training, all ranks stop after the same step (``engine.requests``). During evaluation, ranks are at different
+places and all state is saved. A rank that receives a signal then notifies the others through the store, waits until all
+have read the message, and exits; the others exit at once, also from a collective that will never end.
 """
 
 import atexit
@@ -25,13 +25,13 @@ from experiment.engine import Engine
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 REPEAT_SECONDS = 3.0
-"""Within so many seconds a second signal is the first one again: a shell and a study both pass a Ctrl-C on."""
+"""Seconds within which a second signal counts as a repetition: both a shell and a study forward Ctrl-C."""
 AGENT_SECONDS = 30.0
-"""The same under torchrun, whose agent kills its workers so long after the first signal."""
+"""The same under torchrun, whose agent kills its workers this long after the first signal."""
 HEARD_SECONDS = 5.0
-"""The longest wait for the other ranks to hear that this one leaves."""
+"""Seconds to wait for the other ranks to read the message."""
 BLOCKED_SECONDS = 10
-"""After so many, a rank whose main thread is stuck in a collective is ended by its watching thread."""
+"""Seconds after which the watching thread ends a rank whose main thread is stuck in a collective."""
 
 
 def _do_nothing(_number: int, _frame: FrameType | None) -> None:
@@ -39,20 +39,19 @@ def _do_nothing(_number: int, _frame: FrameType | None) -> None:
 
 
 class Stopping:
-    """Takes over the signals of a run.
+    """Signal handlers of a run.
 
     Attributes:
-        busy: whether a signal is only noted, for the loop to heed at the next step boundary; otherwise the run stops
-            where it is.
-        number: the signal that this run was told to stop by, None so far.
+        busy: whether the loop handles signals at the next step boundary; otherwise the run stops at once.
+        number: the signal received, or None.
     """
 
     def __init__(self, engine: Engine, save: Callable[[], None], describe: Callable[[str], str]) -> None:
-        """Take over SIGTERM, SIGINT, SIGUSR1, and SIGHUP unless nohup has had it ignored.
+        """Install handlers for SIGTERM, SIGINT, SIGUSR1, and SIGHUP unless it is ignored (nohup).
 
         Args:
-            save: called before the run stops where it is; saves what is not saved yet.
-            describe: the line that says by which signal the run stopped, and where.
+            save: called before an immediate stop; saves unsaved state.
+            describe: maps the signal's name to the line that the run prints.
         """
         self.busy, self.number = False, None
         self._engine, self._save, self._describe = engine, save, describe
@@ -78,14 +77,14 @@ class Stopping:
             self._tell("signal")
             self._engine.requests.ask("stop")
         elif time.monotonic() - self._since > self._repeat:
-            self._stop()  # somebody does not want to wait for the step
+            self._stop()  # a later second signal: do not wait for the step
 
     def requested(self) -> bool:
-        """Whether this rank was told to stop."""
+        """Whether this rank has received a signal."""
         return self.number is not None
 
     def leave(self) -> None:
-        """Stop where the run is, between two things that could be lost.
+        """Stop at once, after saving unsaved state.
 
         Raises:
             RunStopped: always.
@@ -100,18 +99,18 @@ class Stopping:
         self._stop()
 
     def leave_together(self) -> None:
-        """Stop after a step that all ranks agreed on; everything is saved.
+        """Stop after a step that all ranks agreed on, with all state saved.
 
         Raises:
             RunStopped: always.
         """
         self._ignore_signals()
-        self._engine.barrier()  # who left earlier would make torchrun signal the one that still saves
+        self._engine.barrier()  # an earlier exit would make torchrun signal the rank that is still saving
         self._stop()
 
     def _stop(self) -> None:
         self._ignore_signals()
-        main = self._engine.main  # one line for all ranks
+        main = self._engine.main  # rank 0 prints the line
         raise RunStopped(self._describe(self._name()) if main else "", RunStopped.INTERRUPTED)
 
     def _name(self) -> str:
@@ -127,9 +126,9 @@ class Stopping:
 
     @staticmethod
     def _ignore_signals() -> None:
-        """From here on the process ends by itself, whatever else arrives."""
-        # SIG_IGN at once would make Python complain of a signal that has arrived but was not handled yet; a function
-        # of ours, on the other hand, is taken away a moment before the interpreter has ended.
+        """Ignore further signals: the process is ending."""
+        # SIG_IGN would make Python report a pending signal as an error, so a function handles it first; the interpreter
+        # removes that function shortly before its end, so SIG_IGN follows at exit.
         for number in SIGNALS:
             signal.signal(number, _do_nothing)
             atexit.register(signal.signal, number, signal.SIG_IGN)
@@ -142,7 +141,7 @@ class Stopping:
         try:
             self._engine.store.set("signal", str(int(self.number)))
             self._engine.store.set(key, str(int(self.number)))
-        except RuntimeError:  # the store has gone with the agent; the gradients still carry the request
+        except RuntimeError:  # the store ended with the agent; the request is also sent with the gradients
             pass
 
     def _count_heard(self) -> int:
@@ -152,7 +151,7 @@ class Stopping:
             return self._engine.world
 
     def _watch(self) -> None:
-        """In a thread of its own: wait until some rank leaves; say that it was heard; make the main thread leave."""
+        """In a thread: wait until a rank exits, confirm that the message was read, and make the main thread exit."""
         store = self._engine.store
         try:
             while not store.check(["leaving"]):
@@ -161,7 +160,7 @@ class Stopping:
             self._other_left = True
             os.kill(os.getpid(), signal.SIGTERM)
             store.add("heard", 1)
-        except RuntimeError:  # the store has gone: nobody can say anything any more
+        except RuntimeError:  # the store ended: no further messages
             return
         if self._over.wait(BLOCKED_SECONDS):
             return

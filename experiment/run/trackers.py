@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard: mirrors of metrics.jsonl and result.json, and of nothing else."""
+"""Weights & Biases and TensorBoard: copies of metrics.jsonl and result.json."""
 
 import argparse
 import json
@@ -12,13 +12,13 @@ from experiment.text import short_name
 
 
 def named_metrics(row: dict[str, Any]) -> dict[str, float]:
-    """A row of metrics.jsonl under the names that trackers group by: train/..., test/..., holdout/...."""
+    """Rename a row of metrics.jsonl for trackers: train/..., test/..., holdout/...."""
     groups = {"clean": "test/clean", "pgd20": "test/pgd20", "holdout_pgd10": "holdout/pgd10"}
     return {groups.get(name, f"train/{name}"): value for name, value in row.items() if name != "epoch"}
 
 
 def named_results(result: dict[str, Any]) -> dict[str, float]:
-    """The figures of result.json under names of the same kind: result/..., best/..., swa/..., time/...."""
+    """Rename the figures of result.json for trackers: result/..., best/..., swa/..., time/...."""
     found = {}
     for group in ("result", "best", "swa"):
         figures = result if group == "result" else result.get(group)
@@ -32,17 +32,17 @@ def named_results(result: dict[str, Any]) -> dict[str, float]:
 
 
 class Trackers:
-    """The mirrors that a run was asked for."""
+    """The trackers that a run writes to."""
 
     def __init__(self, args: argparse.Namespace, identity: str, folder: Path, *, enabled: bool) -> None:
-        """Open what --wandb 1 and --tensorboard 1 ask for; refuse what does not work.
+        """Open the trackers of --wandb 1 and --tensorboard 1.
 
         Args:
-            identity: stable id of the run, under which a resumed run goes on.
-            enabled: whether this is the process that writes.
+            identity: id of the run; a resumed run continues under it.
+            enabled: whether this process writes.
 
         Raises:
-            UserError: a package is missing; nobody is logged in to W&B, or its server does not answer within 20 s.
+            UserError: a package is missing; W&B is not logged in or does not answer within 20 s.
         """
         self._trackers: list[Wandb | TensorBoard] = []
         if enabled and not args.nowand:
@@ -51,28 +51,28 @@ class Trackers:
             self._trackers.append(TensorBoard(folder / "tensorboard"))
 
     def start(self, config: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-        """Mirror config.json, and the rows from before a resumption; a line for each mirror that says where it is."""
+        """Write config.json and the rows so far; return a line for each tracker that names its place."""
         return [tracker.start(config, rows) for tracker in self._trackers]
 
     def log(self, row: dict[str, Any]) -> None:
-        """Mirror one row of metrics.jsonl."""
+        """Write one row of metrics.jsonl."""
         for tracker in self._trackers:
             tracker.log(row)
 
     def finish(self, result: dict[str, Any], student: Path) -> None:
-        """Mirror result.json, and with --wandb_artifact 1 the student's file; close."""
+        """Write result.json, and with --wandb_artifact 1 the student's file; close."""
         for tracker in self._trackers:
             tracker.finish(result, student)
 
 
 class Wandb:
-    """A run at Weights & Biases, or a folder of it with WANDB_MODE=offline."""
+    """A run at Weights & Biases, or its local folder with WANDB_MODE=offline."""
 
     def __init__(self, args: argparse.Namespace, identity: str) -> None:
         """Log in and start the W&B run.
 
         Raises:
-            UserError: wandb is missing, no one is logged in, or its server does not answer within 20 s.
+            UserError: wandb is missing, is not logged in, or does not answer within 20 s.
         """
         try:
             import wandb
@@ -80,12 +80,12 @@ class Wandb:
             raise UserError(
                 "--wandb 1 needs the package wandb: pip install -r requirements.txt, or --wandb 0"
             ) from error
-        # An explicit mode would beat WANDB_MODE, so it is left to the environment.
+        # No explicit mode, which would override WANDB_MODE.
         self._online = os.environ.get("WANDB_MODE", "online") == "online"
-        ways_out = "WANDB_MODE=offline keeps the log here, --wandb 0 does without"
+        ways_out = "use WANDB_MODE=offline for a local log, or --wandb 0"
         if self._online and not wandb.login(prompt=False, verify=False):
-            # init() would prompt on a terminal, and a batch job would wait for ever.
-            raise UserError(f"--wandb 1, but no one is logged in to Weights & Biases: run `wandb login`; {ways_out}")
+            # init() would prompt, and a batch job would wait forever.
+            raise UserError(f"--wandb 1: not logged in to Weights & Biases. Run `wandb login`, {ways_out}")
         teacher = getattr(args, "teacher", None)
         parts = [short_name(part) for part in (teacher, args.student, args.dataset) if part]
         try:
@@ -108,13 +108,13 @@ class Wandb:
         self._run.define_metric("*", step_metric="epoch")
 
     def start(self, config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-        """Mirror config.json and the rows that are missing there; say where the run is."""
+        """Write config.json and the missing rows; return a line that names the run's address."""
         hashes = ("dataset_sha256", "teacher_sha256", "code_sha256")
         about = {name: config[name] for name in ("method", "adds", "commit", "command", "device", *hashes)}
         self._run.config.update({**config["settings"], **about}, allow_val_change=True)
         names = [config["method"], config["adds"], *self._run.group.split("/")]
         self._run.tags = tuple(dict.fromkeys([*(self._run.tags or ()), *(name[:64] for name in names if name)]))
-        # A killed process loses its last rows. Offline every start is a log of its own, which then holds all rows.
+        # A killed process loses its last rows. Offline, every start writes a new log with all rows.
         there = self._run.summary.get("epoch", 0) if self._online else 0
         for row in rows:
             if row["epoch"] > there:
@@ -124,11 +124,11 @@ class Wandb:
         return f"Weights & Biases, offline: wandb sync {Path(self._run.dir).parent}"
 
     def log(self, row: dict[str, Any]) -> None:
-        """Mirror one row of metrics.jsonl."""
+        """Write one row of metrics.jsonl."""
         self._run.log({"epoch": row["epoch"], **named_metrics(row)})
 
     def finish(self, result: dict[str, Any], student: Path) -> None:
-        """Mirror the figures of result.json; with --wandb_artifact 1 the student's file too; close."""
+        """Write the figures of result.json, and with --wandb_artifact 1 the student's file; close."""
         self._run.summary.update({**named_results(result), "student_sha256": result["student_sha256"]})
         if self._artifact:
             self._run.log_artifact(str(student), name=f"student-{self._run.id}", type="model")
@@ -136,7 +136,7 @@ class Wandb:
 
 
 class TensorBoard:
-    """Event files in the run folder, under the names that W&B gets."""
+    """Event files in the run folder, with the same names as in W&B."""
 
     def __init__(self, folder: Path) -> None:
         """Import TensorBoard.
@@ -153,7 +153,7 @@ class TensorBoard:
         self._folder, self._open = folder, SummaryWriter
 
     def start(self, config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-        """Write config.json and all rows so far anew, so that none can be missing or doubled; say where."""
+        """Rewrite config.json and all rows, so that none is missing or repeated; return the command to view them."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._writer = self._open(str(self._folder))
         self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```")
@@ -162,13 +162,13 @@ class TensorBoard:
         return f"TensorBoard: tensorboard --logdir {self._folder.parent}"
 
     def log(self, row: dict[str, Any]) -> None:
-        """Mirror one row of metrics.jsonl."""
+        """Write one row of metrics.jsonl."""
         for name, value in named_metrics(row).items():
             self._writer.add_scalar(name, value, row["epoch"])
         self._writer.flush()
 
     def finish(self, result: dict[str, Any], student: Path) -> None:
-        """Mirror the figures of result.json, at the last epoch; close. The student's file lies beside."""
+        """Write the figures of result.json at the last epoch; close."""
         for name, value in named_results(result).items():
             self._writer.add_scalar(name, value, result["epochs"])
         self._writer.close()
