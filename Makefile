@@ -30,9 +30,9 @@ lint: setup
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
 # The whole pipeline on the digits inside scikit-learn: a robust teacher, AdaAD and AdaAD+IGDM, and their comparison.
-# A demo that was interrupted goes on where it stopped; remove runs/demo to begin anew. README.md shows its table:
+# The same command resumes an interrupted demo; remove runs/demo to start again. docs/tutorial.md shows its table:
 #   python compare.py runs/demo/adaad runs/demo/adaad_IGDM --records docs/results/demo.json
-#   python compare.py docs/results/demo.json --insert README.md
+#   python compare.py docs/results/demo.json --insert docs/tutorial.md
 DIGITS := --dataset digits --batch 64 --epsilon 0.15 --step_size 0.0375 --epochs 10 --run_dir $(RUNS)
 STUDENT := $(DIGITS) --teacher $(RUNS)/teacher --student RES-8 --eval_after 4 --aa_examples 360
 

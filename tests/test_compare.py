@@ -913,7 +913,12 @@ def test_script(pair, tmp_path):
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "docs/results.md", *(f"docs/results/{path.name}" for path in ROOT.glob("docs/results/*.md"))],
+    [
+        "README.md",
+        "docs/results.md",
+        "docs/tutorial.md",
+        *(f"docs/results/{path.name}" for path in ROOT.glob("docs/results/*.md")),
+    ],
 )
 def test_committed_tables_and_figures_are_those_of_the_committed_records(document, tmp_path):
     text = (ROOT / document).read_text()
