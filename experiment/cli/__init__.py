@@ -1,4 +1,4 @@
-"""The command line: one table of flags for all scripts, and what a script's RECIPE makes of it."""
+"""The command line: one table of flags for all scripts, with the defaults of each script's RECIPE."""
 
 from experiment.cli.flags import ALIASES, LATER_SETTINGS, Role, options, settings_with
 from experiment.cli.parser import Parser, parse_args, resolve_device

@@ -1,8 +1,7 @@
-"""A script's parser: the flags of its RECIPE and those of every script; strict, and complete in what it returns."""
+"""A script's parser: the flags of its RECIPE and those of every script, parsed strictly, every default resolved."""
 
 import argparse
 import difflib
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,26 +12,25 @@ from experiment.cli.presets import PAPER, default, defaults_of, fill
 from experiment.cli.run_name import default_run_name
 from experiment.cli.values import flag_like
 from experiment.entry import batch_of_script
-from experiment.text import started_as
+from experiment.text import budget, started_as
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults as they are typed, such as 8/255; none where the help text says what happens."""
+    """Show defaults as they are typed, such as 8/255; none where the help text describes it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        value = action.default
-        if value is None or value == []:
+        if action.default is None or action.default == []:
             return action.help
-        if isinstance(value, float) and not value.is_integer() and math.isclose(round(255 * value), 255 * value):
-            return f"{action.help} (default: {255 * value:.0f}/255)"
+        if isinstance(action.default, float) and not action.default.is_integer():
+            return f"{action.help} (default: {budget(action.default)})"
         return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """Strict parsing; an error is one line on stderr and exit status 2."""
+    """Strict parsing: no abbreviations; an error is one line on stderr and exit status 2."""
 
     def __init__(self, prog: str, *, examples: Sequence[str] = (), **kwargs: Any) -> None:
-        """Take argparse's arguments, and the arguments of the commonest commands for the end of --help."""
+        """Take argparse's arguments, and the arguments of example commands for the end of --help."""
         command = f"python {prog.removeprefix('python ')}"
         epilog = "\n".join(["examples:", *(f"  {command} {arguments}" for arguments in examples)])
         super().__init__(prog, epilog=epilog if examples else None, allow_abbrev=False, formatter_class=_Help, **kwargs)
@@ -64,7 +62,7 @@ def _suggestion(given: str, allowed: Iterable[str]) -> str:
 
 
 def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
-    """The parser of one script, before the defaults that depend on other flags are filled in."""
+    """The parser of one script. Defaults that depend on other flags are not in it."""
     *module, name = started_as(script)
     program = f"python -m {name}" if module else Path(name).name
     defaults = defaults_of(recipe, "default")
@@ -82,8 +80,8 @@ def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
             elif name in defaults:
                 # Without a teacher, as in train_teacher.py: --model is another name of --student.
                 alias = ["--model"] if name == "student" and not distils else []
-                default = _shown(defaults[name])
-                groups[heading].add_argument(*alias, f"--{name}", dest=name, **(flag.options | {"default": default}))
+                options = flag.options | {"default": _shown(defaults[name])}
+                groups[heading].add_argument(*alias, f"--{name}", dest=name, **options)
     for name in (name for name in defaults if name not in FLAGS):
         options = {"type": flag_like(defaults[name]), "default": _shown(defaults[name])}
         groups["method"].add_argument(f"--{name}", help="this script's own: see RECIPE and training_loss", **options)
@@ -91,32 +89,29 @@ def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
 
 
 def _shown(default: Any) -> Any:
-    """A default for --help: none if it is computed from other flags."""
+    """The default that --help shows: none if it is computed from other flags."""
     return None if callable(default) else default
 
 
 def parse_args(
     script: str, recipe: dict[str, Any], argv: Sequence[str] | None = None, *, elsewhere: bool = False
 ) -> argparse.Namespace:
-    """Parse a script's flags and resolve every default.
+    """Parse a script's flags and resolve every default. A given flag has precedence over the preset.
 
     Args:
         script: the script's ``__file__``; names the program and, without --run_name, the run.
-        recipe: the script's RECIPE: ``method``; ``adds`` where it adds something to that method; and groups
-            {flag: default}, of which ``preset paper`` is what --preset paper changes. A default may be a function of
-            the other flags' values.
+        recipe: the script's RECIPE: ``method``, optionally ``adds`` (what it adds to that method), and groups
+            {flag: default}; the group ``preset paper`` has the defaults of --preset paper. A default may be a function
+            of the namespace of all flags.
         argv: arguments; those of the process if None.
-        elsewhere: the run is planned here and may start on another machine: any device is allowed.
-
-    Returns:
-        A namespace with one attribute per flag. A flag given on the command line beats the preset.
+        elsewhere: the run may start on another machine, so any device is allowed.
 
     Raises:
         SystemExit: status 2 after one line on stderr, for any argument that is not allowed.
     """
     parser = build_parser(script, recipe)
     args = parser.parse_args(argv)
-    # argparse leaves an attribute that exists alone unless the flag is given: this finds what the user gave.
+    # argparse does not overwrite an existing attribute with a default: what is still unset was not given.
     unset = object()
     marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(marked).items() if value is not unset}
@@ -131,28 +126,28 @@ def parse_args(
     precision = "tf32" if args.device.startswith("cuda") else "fp32"
     args.precision = args.precision or precision
     if args.precision == "tf32" and args.device == "cpu":
-        parser.error("argument --precision: 'tf32' is not allowed on the CPU; fp32 or bf16")
+        parser.error("argument --precision: 'tf32' is not allowed on the CPU; expected fp32 or bf16")
     if args.run_name is None:
-        settled = {name: FLAGS[name].options.get("default") for name in settings_with(Role.NAMED)} | {
-            "precision": precision
-        }
-        changed = [name for name in defaults if name in given and _differs(args, name, defaults)]
-        changed += [name for name, value in settled.items() if getattr(args, name) != value]
-        args.run_name = default_run_name(script, args, (name for name in changed if name not in ("teacher", "student")))
+        usual = {name: FLAGS[name].options.get("default") for name in settings_with(Role.NAMED)}
+        usual["precision"] = precision
+        in_name = [name for name in defaults if name in given - {"teacher", "student"}]
+        changed = [name for name in in_name if _differs(args, name, defaults)]
+        changed += [name for name, value in usual.items() if getattr(args, name) != value]
+        args.run_name = default_run_name(script, args, changed)
     batch_of_script.set(args.batch)
     return args
 
 
 def _differs(args: argparse.Namespace, name: str, defaults: dict[str, Any]) -> bool:
-    """Whether a flag that was given is something else than it would be without."""
+    """Whether the value of a given flag is not its default."""
     try:
         return getattr(args, name) != default(defaults, name, args)
-    except UserError:  # the preset has no value: whatever was given tells the run from others
+    except UserError:  # the preset has no default
         return True
 
 
 def _settle_wandb(parser: Parser, args: argparse.Namespace, given: set[str]) -> None:
-    """Replace --wandb by the --nowand that says the same: a run's settings hold nowand."""
+    """Replace --wandb by --nowand, which is what a run's settings have."""
     if "wandb" in given:
         if "nowand" in given and args.nowand == args.wandb:
             parser.error(f"argument --wandb: {args.wandb} contradicts --nowand {args.nowand}; give one of the two")
@@ -161,30 +156,29 @@ def _settle_wandb(parser: Parser, args: argparse.Namespace, given: set[str]) -> 
 
 
 def _check(parser: Parser, args: argparse.Namespace, given: set[str], recipe_attack: str | None) -> None:
-    """Refuse what contradicts itself."""
+    """Exit with an error if flags contradict each other."""
     if "lr_milestones" in given and sorted(set(args.lr_milestones)) != args.lr_milestones:
-        parser.error(f"argument --lr_milestones: {args.lr_milestones} is not allowed; epochs in rising order")
+        parser.error(f"argument --lr_milestones: {args.lr_milestones} is not allowed; expected epochs in rising order")
     if getattr(args, "teacher_every", 1) > 1 and args.attack != recipe_attack:
         parser.error(
             f"argument --teacher_every: {args.teacher_every} is not allowed with --attack {args.attack} (expected "
             f"--attack {recipe_attack})"
         )
     if args.aa_best and not args.holdout:
-        parser.error("argument --aa_best: 1 is not allowed without --holdout, whose images tell the best epoch")
+        parser.error("argument --aa_best: 1 is not allowed without --holdout, which selects the best epoch")
     if args.swa_after >= args.epochs:
-        parser.error(f"argument --swa_after: {args.swa_after} is not allowed; below --epochs {args.epochs}")
+        parser.error(
+            f"argument --swa_after: {args.swa_after} is not allowed; expected less than --epochs {args.epochs}"
+        )
     if args.wandb_artifact and args.nowand:
         parser.error("argument --wandb_artifact: 1 is not allowed without --wandb 1")
 
 
 def resolve_device(parser: Parser, device: str, *, elsewhere: bool = False) -> str:
-    """The device that --device means on this machine; one that it has not is refused by the parser.
-
-    With `elsewhere` it is another machine's: auto stays what it is.
-    """
+    """The device that --device means on this machine; `elsewhere` leaves it open, as it is another machine's."""
     kind, _, index = device.partition(":")
     if device not in ("auto", "cpu") and (kind != "cuda" or (":" in device and not index.isdecimal())):
-        parser.error(f"argument --device: {device!r} is not allowed; auto, cpu, cuda or cuda:N")
+        parser.error(f"argument --device: {device!r} is not allowed; expected auto, cpu, cuda or cuda:N")
     if device == "cpu" or elsewhere:
         return device
     import torch
@@ -194,7 +188,6 @@ def resolve_device(parser: Parser, device: str, *, elsewhere: bool = False) -> s
     if not torch.cuda.is_available():
         parser.error(f"argument --device: {device!r} is not allowed; torch sees no CUDA device here (auto or cpu)")
     if index and int(index) >= torch.cuda.device_count():
-        parser.error(
-            f"argument --device: {device!r} is not allowed; torch sees {torch.cuda.device_count()} CUDA device(s)"
-        )
+        seen = f"torch sees {torch.cuda.device_count()} CUDA device(s)"
+        parser.error(f"argument --device: {device!r} is not allowed; {seen}")
     return device

@@ -1,6 +1,7 @@
-"""What a flag is when it is not given: a script's RECIPE, its preset, and the rules that hold for every script."""
+"""Defaults of the flags: a script's RECIPE, its preset, and the milestones of the learning rate."""
 
 import argparse
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,41 +10,32 @@ from experiment import UserError
 from experiment.cli.flags import ALIASES
 
 PAPER = "preset paper"
-"""The group of a RECIPE that holds what ``--preset paper`` changes."""
+"""The group of a RECIPE with what ``--preset paper`` changes."""
 
 Defaults = dict[str, Any]
-"""By flag: its value, or a function of all flags' values that computes it."""
+"""By flag: its value, or a function that computes it from the namespace of all flags."""
 
 
 def defaults_of(recipe: dict[str, Any], preset: str) -> Defaults:
-    """What the flags of a RECIPE are, unless they are given."""
+    """The defaults of a RECIPE's flags under a preset."""
     groups = [group for name, group in recipe.items() if isinstance(group, dict) and name != PAPER]
     defaults = {flag: value for group in groups for flag, value in group.items()}
     if preset == "paper":
         defaults |= recipe[PAPER]
     if "lr_milestones" in defaults:
-        defaults["lr_milestones"] = _milestones(defaults["lr_milestones"], defaults["epochs"])
+        defaults["lr_milestones"] = functools.partial(_milestones, defaults["lr_milestones"], defaults["epochs"])
     return defaults
 
 
 def default(defaults: Defaults, flag: str, args: argparse.Namespace) -> Any:
-    """One flag's default beside the others' values.
-
-    Raises:
-        UserError: the recipe has none for these.
-    """
+    """One flag's default given the other flags' values; UserError if the preset has none for them."""
     value = defaults[flag]
     return value(args) if callable(value) else value
 
 
 def fill(args: argparse.Namespace, given: set[str], defaults: Defaults) -> None:
-    """Give every flag that was not given its default; those that others are computed from come first.
-
-    Raises:
-        UserError: the recipe has none for a flag beside what was given.
-    """
-    open_flags = [flag for flag in defaults if flag not in given]
-    for flag in sorted(open_flags, key=lambda flag: callable(defaults[flag])):
+    """Set every flag that was not given to its default; those that are computed from others come last."""
+    for flag in sorted((flag for flag in defaults if flag not in given), key=lambda flag: callable(defaults[flag])):
         try:
             setattr(args, flag, default(defaults, flag, args))
         except UserError as error:
@@ -51,33 +43,32 @@ def fill(args: argparse.Namespace, given: set[str], defaults: Defaults) -> None:
 
 
 def by_teacher_and_student(students: tuple[str, ...], **teachers: tuple[float, ...]) -> Callable[..., float]:
-    """A preset's table: for each teacher (by its short name) one value per student, in the order of `students`.
+    """A preset's default that depends on the networks.
+
+    Args:
+        teachers: by the teacher's short name, one value per student.
 
     Returns:
-        A function of the flags' values, which looks the value up.
+        A function that looks the value up for a namespace of flags.
     """
 
     def look_up(args: argparse.Namespace) -> float:
         if args.dataset != "cifar100":
             raise UserError(f"for {args.dataset}; its table is of cifar100")
-        short = {name: alias for alias, name in ALIASES.items()}.get(args.teacher, args.teacher)
-        if short not in teachers or args.student not in students:
+        teacher = {name: alias for alias, name in ALIASES.items()}.get(args.teacher, args.teacher)
+        if teacher not in teachers or args.student not in students:
             raise UserError(
                 f"for teacher {args.teacher} and student {args.student}; the paper has it for "
                 f"{', '.join(teachers)} and {', '.join(students)} only"
             )
-        return teachers[short][students.index(args.student)]
+        return teachers[teacher][students.index(args.student)]
 
     return look_up
 
 
-def _milestones(recipes: list[int] | None, epochs: int) -> Callable[[argparse.Namespace], list[int]]:
-    """The recipe's milestones hold for its number of epochs; for any other they are at 1/2 and 3/4."""
-
-    def milestones(args: argparse.Namespace) -> list[int]:
-        if recipes is not None and args.epochs == epochs:
-            return list(recipes)
-        # An epoch that starts after the fraction has passed is the first to be lowered: ceil.
-        return [math.ceil(args.epochs / 2), math.ceil(args.epochs * 3 / 4)]
-
-    return milestones
+def _milestones(milestones: list[int] | None, epochs: int, args: argparse.Namespace) -> list[int]:
+    """The recipe's milestones for the recipe's number of epochs; for any other, 1/2 and 3/4 of the epochs."""
+    if milestones is not None and args.epochs == epochs:
+        return list(milestones)
+    # Rounded up: the first epoch at a lower rate starts after the fraction has passed.
+    return [math.ceil(args.epochs / 2), math.ceil(args.epochs * 3 / 4)]

@@ -1,4 +1,4 @@
-"""The default name of a run folder: it tells what was trained, and every setting that is not the default."""
+"""The default name of a run folder: what is trained, and every setting that is not the default."""
 
 import argparse
 import hashlib
@@ -10,16 +10,11 @@ from typing import Any
 from experiment.text import short_name
 
 LONGEST = 160
-"""Characters; file systems take 255 bytes, and names come on top of it."""
+"""Characters before the seed; file systems allow 255 bytes."""
 
 
 def default_run_name(script: str, args: argparse.Namespace, changed: Iterable[str]) -> str:
-    """Script, data, teacher, student, what was changed, seed.
-
-    Args:
-        script: the script's ``__file__``.
-        changed: the flags whose values are not what they would be if they were not given.
-    """
+    """Script, data set, teacher, student, the values of changed flags, and the seed."""
     preset = "paper" if getattr(args, "preset", "default") == "paper" else None
     networks = (short_name(str(getattr(args, flag))) for flag in ("dataset", "teacher", "student") if flag in args)
     parts = [Path(script).stem.removesuffix("_cifar100"), *networks, preset]
