@@ -660,6 +660,39 @@ def test_gradients_and_the_best_checkpoint_have_columns_where_measured(pair, tmp
     assert "g = something" in printed
 
 
+def test_a_baseline_without_a_teacher_is_paired_with_what_brings_one(tmp_path):
+    """It is a student, whose settings must be those of the others; a teacher is not."""
+    none = {"config": {"teacher_sha256": None}, "result": {"teacher": None}}
+    base = make_run(tmp_path / "base", **none)
+    brings = {"config": {"added_settings": ["teacher", *ADDED]}}
+    others = [make_run(tmp_path / teacher, "IGDM", teacher=teacher, robust=0.41, **brings) for teacher in ("A", "B")]
+    printed = compare(base, *others)
+    for teacher in ("A", "B"):
+        assert f"minus AdaAD ({teacher}, RES-18, digits): +3.00 points" in printed
+    groups = comparison_of(read_runs([base, *others])).groups
+    assert all(group.is_student for group in groups)
+    alone = comparison_of(read_runs([base])).groups
+    assert not alone[0].is_student
+    unlike = make_run(tmp_path / "unlike", lr=0.2, seed=1, **none)
+    with pytest.raises(UserError, match=r"they differ in lr .* Only teacher, alpha"):
+        compare(unlike, others[0])
+
+
+def test_the_gain_at_the_best_epochs_is_beside_that_at_the_last(tmp_path):
+    """By hand: at the last epoch +2 of 4 images, at the best +1: the gain grows by 25 points."""
+
+    def run(name, added, last, best):
+        flags = {step: "".join("01"[at > k] for at in best) for k, step in enumerate(run_record.FIRST_BROKEN_BY)}
+        attacked = {"accuracy": best.count(5) / 4, "examples": 4, "flags": flags}
+        best = {"epoch": 2, "holdout_pgd10": 0.4, "clean": 0.8, "pgd20": 0.4, "autoattack": attacked}
+        return make_run(tmp_path / name, added, fell=last, result={"best": best})
+
+    printed = compare(run("base", None, [5, 1, 1, 1], [5, 5, 1, 1]), run("twin", "IGDM", [5, 5, 5, 1], [5, 5, 5, 1]))
+    assert "best AutoAttack" in printed
+    assert "AdaAD+IGDM minus AdaAD: +25.00 points, 95 % interval" in printed
+    assert "The last epoch's gain minus this gain: +25.00 points, 95 % interval" in printed
+
+
 def test_the_peak_of_a_curve_is_told_beside_its_end(pair, tmp_path):
     """Of a curve of five epochs or more; two are no curve, and some seeds' curves are not the group's."""
     assert "Robust overfitting" not in compare(*pair)

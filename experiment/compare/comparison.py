@@ -24,6 +24,8 @@ class SeedGroup:
     runs: tuple[RunRecord, ...]
     label: str
     """The method; where a comparison has variants of it, also the settings in which they differ ('lr 0.1')."""
+    is_student: bool
+    """False for a network without a teacher, such as a teacher, unless it is the baseline of one that has a teacher."""
 
     @property
     def first(self) -> RunRecord:
@@ -39,11 +41,6 @@ class SeedGroup:
     def is_baseline(self) -> bool:
         """Whether it adds nothing to its method."""
         return self.first.added is None
-
-    @property
-    def has_teacher(self) -> bool:
-        """False for a network that was trained without a teacher, such as a teacher itself."""
-        return self.first.teacher != "-"
 
     @property
     def seeds(self) -> list[int]:
@@ -84,12 +81,24 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class GainAtBest:
+    """A gain at the epochs that the held-out images chose, and how much larger it is at the last epoch."""
+
+    gain: Gain
+    last_minus_best: float
+    interval: tuple[float, float]
+    """95 %, of `last_minus_best`."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Groups of finished runs, their gains, and runs that are not compared."""
 
     groups: list[SeedGroup]
     gains: list[Gain]
     """Of additions over their baselines."""
+    gains_at_best: list[GainAtBest]
+    """Of the same groups, where AutoAttack measured the best epochs too (--aa_best)."""
     ablations: list[Gain]
     """Of one method in two variants that differ in one setting: the second minus the first."""
     refusals: list[str]
@@ -112,7 +121,10 @@ def comparison_of(runs: Runs) -> Comparison:
         left_out.append(f"{len(runs.deeper)} runs in deeper folders are left out, such as {runs.deeper[0]}.")
     groups = _grouped(finished)
     gains, refusals = _gains(groups)
-    return Comparison(groups, gains, _ablations(groups), refusals, runs.pending, left_out)
+    best = [
+        _gain_at_best(gain) for gain in gains if all(run.best_flags for run in (*gain.group.runs, *gain.baseline.runs))
+    ]
+    return Comparison(groups, gains, best, _ablations(groups), refusals, runs.pending, left_out)
 
 
 def _on_the_same_images(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
@@ -160,7 +172,12 @@ def _grouped(runs: Sequence[RunRecord]) -> list[SeedGroup]:
 
     order = list(dict.fromkeys(map(_pair, runs)))
     groups = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in sorted(by_identity.values(), key=place)]
-    return [SeedGroup(group, _label(group[0], [other[0] for other in groups])) for group in groups]
+    firsts = [group[0] for group in groups]
+    added = {_pair(run) for run in firsts if run.added}
+    return [
+        SeedGroup(group, _label(run, firsts), is_student=run.teacher != "-" or _pair(run) in added)
+        for run, group in zip(firsts, groups, strict=True)
+    ]
 
 
 def _label(run: RunRecord, others: Sequence[RunRecord]) -> str:
@@ -249,11 +266,24 @@ def _attacked(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> bool:
     return all(run.flags for pair in pairs for run in pair)
 
 
-def _gain(group: SeedGroup, baseline: SeedGroup, pairs: Sequence[tuple[RunRecord, RunRecord]]) -> Gain:
-    by_seed = {run.seed: run.values["autoattack"] - base.values["autoattack"] for base, run in pairs}
-    differences = [
-        [(flag == "-") - (of_base == "-") for of_base, flag in zip(base.flags, run.flags, strict=True)]
-        for base, run in pairs
-    ]
+def _gain_at_best(last: Gain) -> GainAtBest:
+    pairs = _pairs(last.group, last.baseline)
+    best = _gain(last.group, last.baseline, pairs, "best_")
+    tables = zip(_differences(pairs), _differences(pairs, "best_"), strict=True)
+    table = [[of_last - of_best for of_last, of_best in zip(*rows, strict=True)] for rows in tables]
+    by_seed = [last.by_seed[seed] - best.by_seed[seed] for seed in last.by_seed]
+    return GainAtBest(best, fmean(by_seed), interval_of_gain(table, by_seed))
+
+
+def _differences(pairs: Sequence[tuple[RunRecord, RunRecord]], of: str = "") -> list[list[int]]:
+    """Seeds x images, of the last epoch or of the best one."""
+    flags = [(getattr(base, f"{of}flags"), getattr(run, f"{of}flags")) for base, run in pairs]
+    return [[(flag == "-") - (of_base == "-") for of_base, flag in zip(*pair, strict=True)] for pair in flags]
+
+
+def _gain(group: SeedGroup, baseline: SeedGroup, pairs: Sequence[tuple[RunRecord, RunRecord]], of: str = "") -> Gain:
+    name = f"{of}autoattack"
+    by_seed = {run.seed: run.values[name] - base.values[name] for base, run in pairs}
+    differences = _differences(pairs, of)
     p_values = {run.seed: mcnemar(row) for (_, run), row in zip(pairs, differences, strict=True)}
     return Gain(group, baseline, by_seed, p_values, interval_of_gain(differences, list(by_seed.values())))

@@ -76,7 +76,7 @@ def styles_of(groups: Sequence[SeedGroup]) -> Styles:
     colors = tomllib.loads(resources.files("experiment.compare").joinpath("method_colors.toml").read_text())
     others = colors.pop("others")
     networks = ("teacher_name", "student", "dataset")
-    students = [group.first for group in groups if group.has_teacher]
+    students = [group.first for group in groups if group.is_student]
     varying = [name for name in networks if len({getattr(run, name) for run in students}) > 1]
     counts: Counter[tuple[str, ...]] = Counter()
     markers: dict[tuple[str, ...], int] = {("",): 0}  # a teacher's
@@ -85,7 +85,7 @@ def styles_of(groups: Sequence[SeedGroup]) -> Styles:
         run = group.first
         setting = (run.teacher, run.student, run.dataset)
         key = (run.name, *setting)
-        place = (*setting, str(counts[key])) if group.has_teacher else ("",)
+        place = (*setting, str(counts[key])) if group.is_student else ("",)
         counts[key] += 1
         color = colors.get(run.method) or others[zlib.crc32(run.method.encode()) % len(others)]
         parts = [group.label, *(Path(value).name for name in varying if (value := getattr(run, name)) != "-")]
@@ -140,7 +140,7 @@ def _comparison_figure(groups: Sequence[SeedGroup], styles: Styles) -> Any:
 
 def _teacher_of(groups: Sequence[SeedGroup]) -> dict[str, float]:
     """Accuracies of the students' one teacher: a run that is listed, or as RobustBench publishes them; may be {}."""
-    students = [group.first for group in groups if group.has_teacher]
+    students = [group.first for group in groups if group.is_student and group.first.teacher != "-"]
     if len({run.teacher for run in students}) != 1:
         return {}
     own = {weights: run for group in groups for run in group.runs if (weights := run.hashes.get("weights"))}

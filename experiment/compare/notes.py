@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 
-from experiment.compare.comparison import Comparison, Gain, SeedGroup
+from experiment.compare.comparison import Comparison, Gain, GainAtBest, SeedGroup
 from experiment.compare.published import IMAGES, published_cell, source
 from experiment.compare.run_record import RunRecord
 from experiment.compare.statistics import seeds_needed
@@ -24,6 +24,7 @@ def notes_of(comparison: Comparison) -> list[str]:
     return [
         *_notes_on_columns(comparison.groups),
         *(note for gain in (*comparison.gains, *comparison.ablations) for note in _notes_on_gain(gain)),
+        *map(_note_on_best, comparison.gains_at_best),
         *_notes_on_alignment(comparison),
         *_notes_on_settings(comparison.groups),
         *_notes_on_published_figures(comparison.groups),
@@ -78,7 +79,7 @@ def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
         yield f"GD (lower is closer to the teacher), GC (higher is closer): {text}."
     if any(group.values("best_minus_last") for group in groups):
         yield "best - last: PGD-20 of the checkpoint chosen on held-out training images minus that of the last."
-    if peaks := [group for group in groups if group.has_teacher and group.all_values("peak_minus_last")]:
+    if peaks := [group for group in groups if group.is_student and group.all_values("peak_minus_last")]:
         each = comma_list(f"{group.label} {points(group.values('peak_minus_last'))}" for group in peaks)
         yield (
             "Robust overfitting, at most: PGD-20 of the best epoch (which the test images choose) minus that of the "
@@ -121,6 +122,16 @@ def _notes_on_gain(gain: Gain) -> Iterator[str]:
         changed += [f"{key} {' and '.join(found)}"] if len(found) > 1 else []
     if changed:
         yield f"The environments of these runs differ: {'; '.join(changed)}."
+
+
+def _note_on_best(at_best: GainAtBest) -> str:
+    gain, more = at_best.gain, 100 * at_best.last_minus_best
+    low, high, low_more, high_more = (100 * end for end in (*gain.interval, *at_best.interval))
+    return (
+        f"At the best epochs (chosen by PGD-10 on held-out images), {gain.group.label} minus {gain.baseline.label}: "
+        f"{100 * gain.mean:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}. The last epoch's gain minus this "
+        f"gain: {more:+.2f} points, 95 % interval {low_more:+.2f} to {high_more:+.2f}."
+    )
 
 
 def _p_value(value: float) -> str:
@@ -206,7 +217,7 @@ def _notes_on_settings(groups: Sequence[SeedGroup]) -> Iterator[str]:
         own = {key for group in rows for key in (*group.first.added_settings, *group.first.method_settings)}
         # The inner maximisation is a method's own, so it is compared within a method; the table's columns show theirs.
         own |= {"attack", "student", "teacher", "teacher_sha256", "dataset", "dataset_sha256", "num_classes"}
-        rows = [group for group in rows if group.has_teacher]
+        rows = [group for group in rows if group.is_student]
         found = []
         for key in dict.fromkeys(key for group in rows for key in group.first.settings if key not in own):
             users: dict[str, dict[str, None]] = {}

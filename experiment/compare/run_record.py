@@ -69,6 +69,8 @@ class RunRecord(Experiment):
     """AutoAttack's epsilon, version, seed and examples; empty if it was not run."""
     flags: str
     """Per attacked image the index in FIRST_BROKEN_BY of the first attack that succeeded, '-' if none; may be empty."""
+    best_flags: str
+    """The same for the best epoch, if AutoAttack measured it."""
     gradients: dict[str, Any]
     """gd, gc, definition; where evaluate.py measured them, also scalars and scalars_examples."""
     warnings: tuple[str, ...]
@@ -147,14 +149,14 @@ def _evaluations(folder: Path, config: dict[str, Any], result: dict[str, Any]) -
 
 
 def _gradient_report(config: dict[str, Any], evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """evaluate.py's report on gradients with the run's teacher and epsilon: on the most images, newest."""
+    """evaluate.py's report on gradients with the run's teacher, if any, and epsilon: on the most images, newest."""
     settings = config.get("settings")
     epsilon = number_or_0(settings.get("epsilon")) if isinstance(settings, dict) else 0
     reports = [
         record["gradients"]
         for record in reversed(evaluations)
         if record.get("gradients")
-        and record.get("teacher_sha256") == config.get("teacher_sha256")
+        and config.get("teacher_sha256") in (None, record.get("teacher_sha256"))
         and math.isclose(number_or_0(record["gradients"].get("epsilon")), epsilon, abs_tol=1e-9)
     ]
     best = max(reports, key=lambda report: number_or_0(report.get("examples")), default={})
@@ -206,6 +208,12 @@ def checked_run(
     values |= {key: gradients[key] for key in ("gd", "gc") if gradients}
     values |= {f"logit_{key}": value for key, value in gradients.get("scalars", {}).get("logit", {}).items()}
     values |= _of_checkpoints(ended, curves)
+    best_flags = ""
+    if (best := ended.object("best")) and (attacked := best.object("autoattack")):
+        values["best_autoattack"], best_flags = (
+            attacked.fraction("accuracy"),
+            _flags(attacked, attacked.count("examples")),
+        )
     changed = result.get("changed") or ["nothing"]
     hashes = {"dataset": settings["dataset_sha256"], "teacher": settings["teacher_sha256"]}
     hashes |= {"student": result.get("student_sha256"), "code": config.get("code_sha256"), "weights": weights}
@@ -233,6 +241,7 @@ def checked_run(
         test_examples=ended.count("test_examples"),
         attack=attack,
         flags=flags,
+        best_flags=best_flags,
         gradients=gradients,
         warnings=tuple(map(str, warnings)),
         curves=curves,

@@ -21,13 +21,14 @@ HEADS = {
     "logit_gd": "logit GD",
     "logit_gc": "logit GC",
     "best_minus_last": "best - last",
+    "best_autoattack": "best AutoAttack",
     "holdout_pgd10": "holdout PGD-10",
     "swa_autoattack": "SWA AutoAttack",
     "seeds": "n seeds",
     "images": "AutoAttack images",
 }
 """The head of each column, by its name for --columns."""
-OPTIONAL = ("gd", "gc", "logit_gd", "logit_gc", "best_minus_last", "holdout_pgd10", "swa_autoattack")
+OPTIONAL = ("gd", "gc", "logit_gd", "logit_gc", "best_minus_last", "best_autoattack", "holdout_pgd10", "swa_autoattack")
 """Columns that are left out where nothing was measured for them, unless they are asked for."""
 DIGITS = {"gd": 4, "gc": 3, "logit_gd": 3, "logit_gc": 3}
 """Decimals of what is not an accuracy."""
@@ -58,7 +59,7 @@ def results_table(comparison: Comparison, columns: Sequence[str] = ()) -> Table:
 
 def short_columns(comparison: Comparison) -> list[str]:
     """Method, clean, AutoAttack and gain; teacher, student and dataset where they differ."""
-    students = [group.first for group in comparison.groups if group.has_teacher]
+    students = [group.first for group in comparison.groups if group.is_student]
     networks = [name for name in ("teacher", "student", "dataset") if len({getattr(run, name) for run in students}) > 1]
     return ["method", *networks, "clean", "autoattack", "gain"]
 
