@@ -1,7 +1,6 @@
-"""Third-party packages that do not import as they are published, made importable: robustbench, torchvision, AutoAttack.
+"""Imports of packages that do not import as they are published: robustbench, torchvision, AutoAttack.
 
-Every function here is a no-op beyond the import where the plain import works. Third-party deprecation warnings are
-silenced during these imports only: the user cannot act on them.
+Their deprecation warnings are silenced during these imports only: the user cannot act on them.
 """
 
 import importlib
@@ -16,7 +15,7 @@ import torch
 from experiment import UserError
 
 REQUIRED_NAMES = ("Wang2023Better_WRN-28-10", "Cui2023Decoupled_WRN-28-10")
-"""Teachers that the old robustbench shipped inside torchattacks lacks."""
+"""Teachers that are missing in the old robustbench that torchattacks ships."""
 
 REINSTALL = "pip install --force-reinstall --no-deps robustbench==1.1.1"
 
@@ -31,15 +30,10 @@ def _import_quietly(name: str) -> ModuleType:
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, also the CUDA build of the package index beside a CPU-only torch.
+    """Import torchvision, also a CUDA build beside a CPU-only torch, which cannot load its operator library.
 
-    There torchvision's operator library cannot be loaded and the import stops at the first operator it registers a
-    Python kernel for. An empty schema of that name lets it go on; datasets, transforms and models need no operator.
-    A schema is defined only after exactly that error, because a second definition aborts the process where the
-    operator library does load.
-
-    Raises:
-        UserError: torchvision is missing or broken in another way.
+    There the import fails at the first operator. An empty schema of that name is enough for datasets and models. It is
+    defined only after exactly this error: where the operator library loads, a second definition aborts the process.
     """
     while True:
         try:
@@ -59,11 +53,7 @@ def import_torchvision() -> ModuleType:
 
 
 def import_autoattack() -> type:
-    """The AutoAttack class of the attack's authors, as the package pyautoattack publishes it.
-
-    Raises:
-        UserError: pyautoattack is not installed or cannot be imported.
-    """
+    """The AutoAttack class of the attack's authors, in the package pyautoattack."""
     try:
         return _import_quietly("pyautoattack").AutoAttack
     except (ImportError, AttributeError) as error:
@@ -71,14 +61,10 @@ def import_autoattack() -> type:
 
 
 def import_robustbench() -> ModuleType:
-    """Import robustbench with its model zoo, and check that it is the real one.
+    """Import robustbench with its model zoo, and check that it is not the old one that torchattacks ships.
 
-    robustbench imports ``autoattack`` but depends on ``pyautoattack``, the same code under another name: that is put
-    in its place unless a real autoattack is installed (a stray folder of that name is none). torchattacks ships an
-    old ``robustbench/`` of its own; which of the two is on disk depends on the order of installation.
-
-    Raises:
-        UserError: robustbench is missing, cannot be imported, or is the old one; the message says how to mend it.
+    robustbench imports ``autoattack`` but depends on ``pyautoattack``, the same code under another name, which takes
+    its place unless a real autoattack is installed (a stray folder of that name is not one).
     """
     import_torchvision()
     try:
@@ -95,17 +81,13 @@ def import_robustbench() -> ModuleType:
     lacking = [name for name in REQUIRED_NAMES if name not in names]
     if lacking:
         raise UserError(
-            f"the installed robustbench lacks {', '.join(lacking)} (torchattacks overwrote it with an old one); "
+            f"the installed robustbench has no {', '.join(lacking)} (torchattacks overwrote it with an old one); "
             f"run {REINSTALL}"
         )
     return robustbench
 
 
 def linf_models(robustbench: ModuleType, dataset: str) -> dict:
-    """RobustBench's registry of Linf models of ``cifar10`` or ``cifar100``.
-
-    Returns:
-        name -> {"model": factory, "gdrive_id": id, ids or None}.
-    """
+    """RobustBench's registry of Linf models of a data set: name -> {"model": factory, "gdrive_id": id, ids or None}."""
     zoo = robustbench.model_zoo
     return zoo.model_dicts[zoo.enums.BenchmarkDataset(dataset)][zoo.enums.ThreatModel.Linf]

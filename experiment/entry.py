@@ -1,4 +1,4 @@
-"""How every command ends: its exit status, and one line instead of a traceback for a mistake that the user can mend."""
+"""How every command ends: its exit status, and one line instead of a traceback for a user's mistake."""
 
 import io
 import os
@@ -11,14 +11,14 @@ from typing import NoReturn
 from experiment import RunStopped, UserError
 
 batch_of_script: ContextVar[int] = ContextVar("batch", default=0)
-"""--batch of the script at work, 0 without one: guard tells which would have fit."""
+"""--batch of the running script, 0 without one: guard suggests a smaller one when memory is short."""
 
 
 def guard(main: Callable[[], None]) -> None:
-    """Run a script's main; a user's mistake becomes one line on stderr and exit status 2, a stop one and its own."""
+    """Run a script's main; a user's mistake or a stopped run becomes one line on stderr and an exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # a path may have characters that the terminal cannot show
     try:
         main()
         sys.stdout.flush()
@@ -44,10 +44,10 @@ def guard(main: Callable[[], None]) -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a computation failed for want of device memory, in any of the shapes in which torch says so.
+    """Whether device memory is exhausted; only torch's own allocator has an exception for it.
 
-    The allocator raises torch.OutOfMemoryError. Work space that a library asks for by itself fails otherwise: cuDNN
-    as a plain RuntimeError, which names an allocation or says that no engine was found, CUDA as an AcceleratorError.
+    Libraries fail with others: cuDNN with a RuntimeError about an allocation or a missing engine, CUDA with an
+    AcceleratorError.
     """
     import torch  # not above: --help must be quick
 
@@ -66,14 +66,14 @@ _OUT_OF_MEMORY = (
 
 
 def _leave(line: str, status: int) -> NoReturn:
-    if line:  # of several ranks one speaks
+    if line:  # of several ranks, one prints
         print(" ".join(line.split()), file=sys.stderr)
     sys.exit(status)
 
 
 def _out_of_memory(reason: str, batch: int) -> str:
-    """One line with the batch to try next: activations, which dominate, are proportional to it, so half needs half."""
+    """One line with the batch to try next: memory is dominated by activations, which are proportional to it."""
     advice = f"try --batch {batch // 2}, which needs about half, with --run_name for a new run" if batch > 1 else ""
-    first = reason.partition(". ")[0]  # what was asked for; torch goes on about its allocator
+    first = reason.partition(". ")[0]  # the rest is about torch's allocator
     at = f" at --batch {batch}" if batch else ""
     return f"error: the GPU's memory does not suffice{at} ({first}); {advice or 'free some of it'}"

@@ -1,4 +1,4 @@
-"""Files that must not be lost or lied about: atomic writes, checked reads, and the student checkpoint format."""
+"""Atomic writes, checked reads, and the format of student checkpoints."""
 
 import hashlib
 import io
@@ -21,10 +21,10 @@ MOST_CLASSES = 10_000
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that `path` holds all of the old or all of the new, at every moment and after a power cut.
+    """Write a file so that `path` always has the whole old or the whole new content, also after a power cut.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written to; the old file is untouched.
+        UserError: the disk is full or the folder cannot be written to; the old file is unchanged.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -52,52 +52,37 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: the file is missing, unreadable, or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {str(error).splitlines()[0]}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}; an object is needed")
-    return value
+    """Read a JSON object; UserError if the file is missing, unreadable or something else."""
+    return _json_object(_read_text(path), str(path))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of metrics.jsonl.
+    """Read the rows of metrics.jsonl; UserError if the file is missing, unreadable or has a line of another kind."""
+    lines = _read_text(path).splitlines()
+    return [_json_object(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
-    Raises:
-        UserError: the file is missing, unreadable, or has a line that is not a JSON object.
-    """
+
+def _read_text(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text: {error.reason} at byte {error.start}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is not valid JSON: {str(error).splitlines()[0]}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} holds a JSON {type(row).__name__}; an object is needed")
-        rows.append(row)
-    return rows
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where} holds a JSON {type(value).__name__}; an object is needed")
+    return value
 
 
 def save(path: Path, value: dict[str, Any], previous: Path | None = None) -> None:
-    """torch.save tensors and plain types, atomically; the file that was at `path` before stays as `previous`.
-
-    Raises:
-        UserError: as ``write_atomically``; both files are then what was at `path` before.
-    """
+    """torch.save tensors and plain types atomically; the old file at `path` is kept as `previous`, also on an error."""
     if previous and path.exists():
         aside = previous.with_name(f".{previous.name}.tmp")
         try:
@@ -116,14 +101,12 @@ def save(path: Path, value: dict[str, Any], previous: Path | None = None) -> Non
 
 
 def load(path: Path) -> Any:
-    """torch.load with weights_only on the CPU, after a check of every stored checksum.
+    """torch.load with weights_only, on the CPU, after a check of the CRC-32s of the archive, which torch ignores.
 
-    torch verifies no checksum when it reads: a flipped bit would load silently. The archive's CRC-32s are checked
-    first (files in torch's older, non-zip format have none and are left to the unpickler).
+    Files in torch's older, non-zip format have none.
 
     Raises:
-        UserError: missing, truncated, damaged, not a torch file, or holding objects other than tensors and plain
-            types (a pickle that could run code); the message names the file and says which.
+        UserError: missing, truncated, damaged, not a torch file, or a pickle of anything but tensors and plain types.
     """
     try:
         with open(path, "rb") as file:
@@ -137,20 +120,18 @@ def load(path: Path) -> Any:
     try:
         if head[:2] == b"PK":
             with zipfile.ZipFile(path) as archive:
-                # torch stores, it never compresses: a compressed file is a zip bomb, or was made by something else.
+                # torch does not compress: a compressed file is a zip bomb, or was made by something else.
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                    raise UserError(f"{path} is refused: a compressed archive is no checkpoint of torch")
+                    raise UserError(f"{path} is not a checkpoint of torch: the archive is compressed")
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{path} is damaged: checksum of {damaged} does not match")
         return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # zipfile and torch raise a dozen unrelated types for one fact: the file is no good
+    except Exception as error:  # zipfile and torch raise a dozen unrelated types
         if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise UserError(
-                f"{path} is refused: it is not a checkpoint of tensors and plain types only ({type(error).__name__})"
-            ) from error
+            raise UserError(f"{path} is not loaded: it is not a checkpoint of tensors and plain types only") from error
         raise UserError(f"{path} is truncated or damaged ({type(error).__name__})") from error
 
 
@@ -173,8 +154,8 @@ def save_student(path: Path, model: nn.Module, architecture: str, num_classes: i
     """Write a network that ``load_student``, ``--teacher PATH`` and ``evaluate.py`` can load without anything else.
 
     Args:
-        architecture: a name that ``build_model`` knows; of FILE.py:function the file's path and hash are stored.
-        info: plain types that say where the network comes from.
+        architecture: a name that ``build_model`` knows; for FILE.py:function the file's path and hash are stored too.
+        info: plain types about the network's training.
     """
     content = {
         "format": STUDENT_FORMAT,
@@ -187,35 +168,32 @@ def save_student(path: Path, model: nn.Module, architecture: str, num_classes: i
 
 
 def source_file(model: nn.Module) -> dict[str, Any]:
-    """The entry of a checkpoint that says from which file the user's own network was built; {} for any other."""
+    """The checkpoint's entry about the file of a network of the user's own; {} for other networks."""
     source = getattr(model, "source_file", None)
     return {"source_file": source} if source else {}
 
 
 def load_student(path: Path, *, unfinished: bool = False) -> nn.Module:
-    """Rebuild a network from a student checkpoint, or from the ``student.pt`` of a run folder.
+    """Load a network from a student checkpoint or run folder, on the CPU, in eval mode; no global generator changes.
 
     Args:
-        unfinished: also take a run's ``last.pt``, and that of a run folder that has no ``student.pt`` yet.
-
-    Returns:
-        The network, on the CPU, in eval mode. The global random generators are left as they were.
+        unfinished: also accept a run's ``last.pt``, and a run folder that has no ``student.pt`` yet.
 
     Raises:
         UserError: as ``load``; not a student checkpoint; unknown architecture; weights that do not fit it; the file
-            of a FILE.py:function is not there or not the one that the checkpoint was made with.
+            of a FILE.py:function is missing or has changed.
     """
     path, content = _read(path, unfinished=unfinished)
     try:
         state, classes = content["state_dict"], content["num_classes"]
         if not (isinstance(classes, int) and 2 <= classes <= MOST_CLASSES):
-            raise ValueError(f"num_classes {classes!r:.40} is not allowed; 2 up to {MOST_CLASSES}")
+            raise ValueError(f"num_classes {classes!r:.40} is not allowed; expected 2 to {MOST_CLASSES}")
         name = content["architecture"]
         if "source_file" in content:
             with torch.random.fork_rng(devices=[]):
                 model = build_model(_find_source(path, **content["source_file"]), classes)
         else:
-            # On no device first: a name and a number alone must not fill the memory.
+            # On the meta device first: a name and a number alone must not fill the memory.
             with torch.device("meta"):
                 model = build_model(name, classes)
         needed = {key: tensor.shape for key, tensor in model.state_dict().items()}
@@ -235,17 +213,10 @@ def load_student(path: Path, *, unfinished: bool = False) -> nn.Module:
 
 
 def read_student(path: Path, *, unfinished: bool = False) -> dict[str, Any]:
-    """What a student checkpoint says of its network: all of its entries but the weights, None where it lacks one.
+    """The entries of a student checkpoint but its weights (None where it has none), and ``path``, the file itself.
 
     Args:
-        path, unfinished: as for ``load_student``.
-
-    Returns:
-        ``architecture``, ``num_classes``, ``info``, ``source_file``; ``epoch`` and ``step`` of a ``last.pt``; and
-        ``path``, the file that was read.
-
-    Raises:
-        UserError: as ``load``; not a student checkpoint.
+        unfinished: as for ``load_student``; a ``last.pt`` also has ``epoch`` and ``step``.
     """
     path, content = _read(path, unfinished=unfinished)
     names = ("architecture", "num_classes", "info", "source_file", "epoch", "step")
@@ -256,7 +227,7 @@ MAKE_A_RUN = "A run is made with: python adaad_cifar100.py --run_name NAME"
 
 
 def advice(folder: Path) -> str:
-    """What to do about a folder that is not a finished run: one sentence with the command."""
+    """One sentence, with the command, on what to do about a folder that is not a finished run."""
     if (folder / "config.json").is_file():
         command = read_json(folder / "config.json").get("command")
         if isinstance(command, str) and not (folder / "result.json").is_file():
@@ -268,7 +239,7 @@ def advice(folder: Path) -> str:
 
 
 def _read(path: Path, *, unfinished: bool) -> tuple[Path, dict[str, Any]]:
-    """The file of a student checkpoint or run folder, and what it holds."""
+    """The file of a student checkpoint or run folder, and its content."""
     path = Path(path)
     if path.is_dir():
         names = ["student.pt", *(["last.pt"] if unfinished else [])]
@@ -281,22 +252,20 @@ def _read(path: Path, *, unfinished: bool) -> tuple[Path, dict[str, Any]]:
     if unfinished and isinstance(content, dict) and "optimizer" in content:
         content = {**content, "format": STUDENT_FORMAT, "state_dict": content.get("model")}
     elif isinstance(content, dict) and "optimizer" in content:
-        raise UserError(f"{path} is where a run goes on from, no student; give the run's folder once it is finished")
+        raise UserError(f"{path} is a run's resume file, not a student; give the run's folder when the run is finished")
     if not isinstance(content, dict) or content.get("format") != STUDENT_FORMAT:
         raise UserError(f"{path} is not a student checkpoint of this project (format {STUDENT_FORMAT})")
     return path, content
 
 
 def _find_source(checkpoint: Path, path: str, sha256: str, function: str) -> str:
-    """FILE.py:function of a checkpoint, where it was or beside the checkpoint; only a file with its hash is run."""
+    """FILE.py:function at its old path or beside the checkpoint; only a file with the stored hash is run."""
     file, beside = Path(path), checkpoint.parent / Path(path).name
     found = [place for place in dict.fromkeys((file, beside)) if place.is_file()]
     for place in found:
         if file_sha256(place) == sha256:
             return f"{place}:{function}"
-    need = f"{checkpoint} needs {file.name} with the function {function}, as it was (SHA-256 {sha256[:12]}...)"
+    need = f"{checkpoint} needs {file.name} with the function {function} and SHA-256 {sha256[:12]}..."
     if found:
-        raise UserError(
-            f"{need}; {found[0]} has been changed since: give it back its content, or put a copy at {beside}"
-        )
+        raise UserError(f"{need}; {found[0]} has been changed since: restore it, or put a copy at {beside}")
     raise UserError(f"{need}; it is neither at {file} nor beside the checkpoint: put it at {beside}")

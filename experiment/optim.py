@@ -9,14 +9,7 @@ from experiment import UserError
 
 
 def sgd(model: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
-    """SGD with momentum and weight decay on every parameter, BatchNorm's and biases included, as published.
-
-    Args:
-        args: uses ``lr``, ``momentum`` and ``wd``.
-
-    Raises:
-        UserError: the network has nothing to train.
-    """
+    """SGD with momentum and weight decay on every parameter, BatchNorm's and biases included, as published."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("the network has no parameter that requires a gradient: there is nothing to train")
     fused = next(model.parameters()).is_cuda  # one kernel for all parameters
@@ -26,10 +19,7 @@ def sgd(model: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: int) -> None:
-    """Set the learning rate of an epoch (from 1): ``lr``, divided by 10 after each epoch in ``lr_milestones``.
-
-    A function of the epoch alone, so there is no schedule state to save or to restore.
-    """
+    """Set the learning rate of an epoch (from 1): ``lr``, divided by 10 after each epoch in ``lr_milestones``."""
     passed = sum(epoch > milestone for milestone in args.lr_milestones)
     for group in optimizer.param_groups:
         group["lr"] = args.lr * 0.1**passed

@@ -281,7 +281,7 @@ def test_a_student_of_an_architecture_of_ones_own(own, tmp_path, x):
     assert f"{source} has been changed since" in refusal(folder, load=files.load_student)
     source.unlink()
     message = refusal(folder, load=files.load_student)
-    assert "needs net.py with the function tiny, as it was (SHA-256 " in message
+    assert "needs net.py with the function tiny and SHA-256 " in message
     assert f"put it at {folder / 'net.py'}" in message
     (folder / "net.py").write_text(OWN)
     with torch.no_grad():
@@ -308,9 +308,9 @@ def bad_files(small, content):
         "empty": (b"", "empty"),
         "half": (content[: len(content) // 2], "truncated or damaged"),
         "flipped": (content[:5_000_000] + bytes([content[5_000_000] ^ 1]) + content[5_000_001:], "damaged"),
-        "text": (b"not found", "refused"),
-        "code": (pickle.dumps(Runs()), "refused"),
-        "code in torch's format": (packed({"state_dict": Runs()}), "refused"),
+        "text": (b"not found", "not loaded"),
+        "code": (pickle.dumps(Runs()), "not loaded"),
+        "code in torch's format": (packed({"state_dict": Runs()}), "not loaded"),
         "a list": (packed([1, 2]), "no state dict"),
         "no tensors": (packed({"epoch": 3}), "no state dict"),
         "missing": (packed({k: v for k, v in state.items() if k != key}), f"1 missing ({key})"),
@@ -511,5 +511,5 @@ def test_working_or_otherwise_broken_torchvision_is_not_touched(tmp_path):
 def test_an_unfinished_runs_checkpoint_is_no_teacher(tmp_path):
     state = {"optimizer": {}, "model": build_model("RES-8", 10).state_dict(), "architecture": "RES-8"}
     files.save(tmp_path / "last.pt", state)
-    with pytest.raises(UserError, match="where a run goes on from, no student; give the run's folder"):
+    with pytest.raises(UserError, match="is a run's resume file, not a student; give the run's folder"):
         load_teacher(str(tmp_path / "last.pt"), 10)
