@@ -79,7 +79,8 @@ def test_the_command_that_starts_an_example_is_the_one_that_resumes_it(tmp_path)
     command = json.loads((tmp_path / "pgd_at/config.json").read_text())["command"]
     assert command == " ".join(["python", "-m", "examples.pgd_at_cifar100", *map(str, flags)])
     again = python(*command.split()[1:], cwd=ROOT)
-    assert "holds a finished run" in again.stdout, again.stderr
+    assert "finished run" in again.stdout, again.stderr
+    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
 
 def test_an_example_is_compared_with_its_baseline_and_measured(finished, small):
