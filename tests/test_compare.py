@@ -61,6 +61,7 @@ def make_run(
     command = f"python {script} --seed {seed} --run_name {folder.name}"
     shared = {"format": 1, "script": script, "method": method, "adds": adds, "command": command}
     chosen = {"teacher": "BDM", "student": "RES-18", "dataset": "digits", "lr": 0.1, "epochs": 3, "seed": seed}
+    chosen["epsilon"] = 8 / 255
     chosen |= {"run_name": folder.name, "aa_examples": examples if robust is not None else 0, "aa_batch": 250}
     chosen |= (ADDED if adds else {}) | changed
     written = {
@@ -261,7 +262,7 @@ def test_several_paired_seeds_are_weighed_over_seeds_and_images(tmp_path):
 
 def test_flags_that_do_not_fit_are_refused(tmp_path):
     short = {"flags": dict.fromkeys(run_record.FIRST_BROKEN_BY, "01")}
-    with pytest.raises(UserError, match="flags are not one of 0 and 1 per image"):
+    with pytest.raises(UserError, match="flags should be one of 0 and 1 per image"):
         compare(make_run(tmp_path / "a", attack=short))
 
 
@@ -828,13 +829,13 @@ def test_csv_and_latex(pair, tmp_path):
     [
         ("config.json", "{", "config.json is not valid JSON"),
         ("config.json", "[]", "an object is needed"),
-        ("config.json", '{"format": 2}', "format 2"),
+        ("config.json", '{"format": 2}', "format is 2"),
         ("result.json", "", "result.json is not valid JSON"),
-        ("result.json", '{"format": 1}', "files of two runs"),
+        ("result.json", '{"format": 1}', "script is absent"),
         ("metrics.jsonl", '{"epoch": 1}\n{"epo', "metrics.jsonl, line 2 is not valid JSON"),
         ("metrics.jsonl", "3\n", "an object is needed"),
         ("metrics.jsonl", '{"clean": 0.5}\n', "epoch is absent"),
-        ("metrics.jsonl", '{"epoch": 1, "clean": 50}\n', "clean is 50; a fraction from 0 to 1"),
+        ("metrics.jsonl", '{"epoch": 1, "clean": 50}\n', "clean is 50: Input should be less than or equal to 1"),
         ("metrics.jsonl", '{"epoch": 1, "clean": NaN}\n', "clean is NaN"),
         ("metrics.jsonl", "\udcff", "is not text"),
     ],

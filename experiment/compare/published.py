@@ -9,7 +9,7 @@ from math import isclose
 from typing import Any
 
 from experiment.cli import ALIASES
-from experiment.compare.run_record import Experiment, number_or_0
+from experiment.compare.run_record import Experiment
 
 FIGURES = ("clean", "pgd20", "autoattack")
 IMAGES = 10_000
@@ -32,7 +32,7 @@ def published_cell(run: Experiment) -> dict[str, float] | None:
     settings = run.settings
     if run.dataset != source()["dataset"]:
         return None
-    if not isclose(number_or_0(settings.get("epsilon")), Fraction(source()["epsilon"])):
+    if not isclose(settings["epsilon"], Fraction(source()["epsilon"])):
         return None
     if any(settings.get(name) for name in ("side", "train_examples", "holdout")):  # a part of the training images
         return None

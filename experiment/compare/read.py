@@ -8,8 +8,9 @@ from typing import Any
 
 from experiment import UserError
 from experiment.compare.records import read_records
-from experiment.compare.run_record import PendingRun, RunRecord, number_or_0, read_run
+from experiment.compare.run_record import PendingRun, RunRecord, read_run
 from experiment.files import MAKE_A_RUN, read_json, read_metrics
+from experiment.records import Config, Settings, checked
 from experiment.study import is_locked, read_study
 
 DEPTH = 3
@@ -49,7 +50,10 @@ def read_runs(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
                 runs.finished.append(read_run(folder))
             elif (folder / "config.json").is_file():
                 config = read_json(folder / "config.json")
-                runs.pending.append(_pending(folder.name, config, config.get("settings"), _progress(folder, config)))
+                made = checked(
+                    Settings, checked(Config, config, folder / "config.json").settings, folder / "config.json"
+                )
+                runs.pending.append(_pending(folder.name, config, config["settings"], _progress(folder, made.epochs)))
             else:
                 run = planned[folder]
                 runs.pending.append(_pending(run.name, run.recipe, run.settings, run.state()))
@@ -75,24 +79,21 @@ def _run_folders(source: Path) -> tuple[list[Path], list[Path]]:
     raise UserError(f"{source} is not a run folder and holds none: there is no config.json in it. {MAKE_A_RUN}")
 
 
-def _pending(name: str, recipe: dict[str, Any], settings: Any, state: str) -> PendingRun:
-    if not isinstance(settings, dict):
-        raise UserError(f"{name}: config.json holds no settings; was the file edited?")
+def _pending(name: str, recipe: dict[str, Any], settings: dict[str, Any], state: str) -> PendingRun:
     return PendingRun(
         method=str(recipe.get("method")),
         added=str(recipe["adds"]) if recipe.get("adds") else None,
         teacher=str(settings.get("teacher") or "-"),
         student=str(settings.get("student")),
         dataset=str(settings.get("dataset")),
-        seed=int(number_or_0(settings.get("seed"))),
+        seed=settings["seed"],
         settings=settings,
         folder=name,
         state=state,
     )
 
 
-def _progress(folder: Path, config: dict[str, Any]) -> str:
-    path, settings = folder / "metrics.jsonl", config.get("settings")
+def _progress(folder: Path, epochs: int) -> str:
+    path = folder / "metrics.jsonl"
     done = len(read_metrics(path)) if path.is_file() else 0
-    epochs = settings.get("epochs") if isinstance(settings, dict) else "?"
     return f"{'running' if is_locked(folder / '.lock') else 'unfinished'}, {done} of {epochs} epochs"

@@ -8,9 +8,10 @@ from typing import Any
 from experiment import UserError
 from experiment.cli import LATER_SETTINGS, Role, settings_with
 from experiment.files import file_sha256, read_json, read_metrics
-from experiment.text import ABSENT, comma_list, short_name, short_text
+from experiment.records import ATTACKS, Config, Evaluation, GradientReport, Gradients, Result, Row, Settings, checked
+from experiment.text import comma_list, short_name, short_text
 
-FIRST_BROKEN_BY = ("clean", "apgd-ce", "apgd-t", "fab-t", "square")
+FIRST_BROKEN_BY = ("clean", *ATTACKS)
 """AutoAttack's attacks in their order, after the clean pass."""
 CURVES = ("clean", "pgd20", "holdout_pgd10")
 EPOCHS_OF_A_PEAK = 5
@@ -84,52 +85,13 @@ class RunRecord(Experiment):
     """Figures that evaluate.py made of the final student."""
 
 
-class _Entries:
-    """The entries of a JSON object that a run wrote; any other type is one clear error."""
-
-    def __init__(self, values: dict[str, Any], path: Path) -> None:
-        self.values, self.path = values, path
-
-    def get(self, key: str, kind: type, *, optional: bool = False) -> Any:
-        """The entry, of a JSON type; None where it is optional and missing."""
-        value = self.values.get(key)
-        # bool is an int to Python, not to JSON.
-        if (value is None and optional) or (isinstance(value, kind) and not isinstance(value, bool)):
-            return value
-        found = short_text(self.values.get(key, ABSENT))
-        raise UserError(f"{self.path}: {key} is {found}, which no run writes; was the file edited?")
-
-    def object(self, key: str) -> "_Entries | None":
-        """An object inside this one; None if it is missing or empty."""
-        value = self.get(key, dict, optional=True)
-        return _Entries(value, self.path) if value else None
-
-    def fraction(self, key: str) -> float:
-        """A number from 0 to 1."""
-        value = self.get(key, int | float)
-        if not 0 <= value <= 1:
-            raise UserError(f"{self.path}: {key} is {short_text(value)}; a fraction from 0 to 1 is needed")
-        return float(value)
-
-    def count(self, key: str) -> int:
-        """A whole number from 1."""
-        value = self.get(key, int)
-        if not 1 <= value < 2**31:
-            raise UserError(f"{self.path}: {key} is {short_text(value)}; a whole number from 1 is needed")
-        return value
-
-
-def number_or_0(value: Any) -> float:
-    """A number of a file; 0 if the entry is missing or something else."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
-
-
 def read_run(folder: Path) -> RunRecord:
     """Read the files of one finished run; anything that a run does not write is a UserError."""
     config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
     rows, evaluations = read_metrics(folder / "metrics.jsonl"), _evaluations(folder, config, result)
-    if reported := _gradient_report(config, evaluations):
-        result = {**result, "gradients": reported | (result.get("gradients") or {})}
+    if report := _gradient_report(config, evaluations):
+        kept = {"scalars": report.model_dump()["scalars"], "scalars_examples": report.examples}
+        result = {**result, "gradients": report.model_dump() | kept | (result.get("gradients") or {})}
     student = folder / "student.pt"
     weights = file_sha256(student) if student.is_file() else None
     files = sorted((folder / "evaluations").iterdir()) if evaluations else []
@@ -137,30 +99,29 @@ def read_run(folder: Path) -> RunRecord:
     return checked_run(folder, config, result, rows, weights, pictures)
 
 
-def _evaluations(folder: Path, config: dict[str, Any], result: dict[str, Any]) -> list[dict[str, Any]]:
+def _evaluations(folder: Path, config: dict[str, Any], result: dict[str, Any]) -> list[Evaluation]:
     """Records of evaluate.py, oldest first: those of the run's final student, on the run's data."""
     if not (folder / "evaluations").is_dir():
         return []
     from experiment.evaluation import records  # with torch, which takes seconds
 
     # best.pt, an unfinished last.pt and other data leave their records in the same place.
-    wanted = ("student_sha256", result.get("student_sha256")), ("dataset_sha256", config.get("dataset_sha256"))
-    return [record for record in records(folder) if all(record.get(key) == value for key, value in wanted)]
+    wanted = (result.get("student_sha256"), config.get("dataset_sha256"))
+    found = [checked(Evaluation, record, Path(record["file"])) for record in records(folder)]
+    return [record for record in found if (record.student_sha256, record.dataset_sha256) == wanted]
 
 
-def _gradient_report(config: dict[str, Any], evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+def _gradient_report(config: dict[str, Any], evaluations: list[Evaluation]) -> GradientReport | None:
     """evaluate.py's report on gradients with the run's teacher, if any, and epsilon: on the most images, newest."""
-    settings = config.get("settings")
-    epsilon = number_or_0(settings.get("epsilon")) if isinstance(settings, dict) else 0
+    epsilon = checked(Settings, config.get("settings"), Path("config.json")).epsilon if evaluations else 0
     reports = [
-        record["gradients"]
+        record.gradients
         for record in reversed(evaluations)
-        if record.get("gradients")
-        and config.get("teacher_sha256") in (None, record.get("teacher_sha256"))
-        and math.isclose(number_or_0(record["gradients"].get("epsilon")), epsilon, abs_tol=1e-9)
+        if record.gradients
+        and config.get("teacher_sha256") in (None, record.teacher_sha256)
+        and math.isclose(record.gradients.epsilon, epsilon, abs_tol=1e-9)
     ]
-    best = max(reports, key=lambda report: number_or_0(report.get("examples")), default={})
-    return {**best, "scalars_examples": best["examples"]} if best else {}
+    return max(reports, key=lambda report: report.examples, default=None)
 
 
 def checked_run(
@@ -171,132 +132,107 @@ def checked_run(
     weights: str | None,
     pictures: tuple[Path, ...] = (),
 ) -> RunRecord:
-    """A run from what its files hold and the hash of its student.pt; other contents are a UserError."""
-    made, ended = _Entries(config, folder / "config.json"), _Entries(result, folder / "result.json")
-    for file in (made, ended):
-        if file.get("format", int) != 1:
-            raise UserError(f"{file.path} has format {file.values['format']}; this version reads format 1")
+    """A run from what its files hold and the hash of its student.pt.
+
+    Raises:
+        UserError: a file holds what no run writes, or the files are of two runs.
+    """
+    made = checked(Config, config, folder / "config.json")
+    checked(Settings, made.settings, folder / "config.json")
+    ended = checked(Result, result, folder / "result.json")
+    epochs = [checked(Row, row, folder / "metrics.jsonl") for row in rows]
     for key in ("script", "method", "adds"):
         if config.get(key) != result.get(key):
             raise UserError(
                 f"{folder} holds files of two runs: {key} is {short_text(config.get(key))} in config.json and "
                 f"{short_text(result.get(key))} in result.json"
             )
-    added, script = made.get("adds", str, optional=True), made.get("script", str)
-    chosen, free = made.get("settings", dict), settings_with(Role.MAY_DIFFER)
-    chosen = chosen | {key: value for key, value in LATER_SETTINGS.items() if key not in chosen}
-    settings = {key: value for key, value in chosen.items() if key not in free}
-    settings["dataset_sha256"] = made.get("dataset_sha256", str)
-    settings["num_classes"] = made.get("num_classes", int)
-    settings["teacher_sha256"] = made.get("teacher_sha256", str, optional=True)
-    values = {"clean": ended.fraction("clean"), "pgd20": ended.fraction("pgd20")}
-    attack, warnings, flags, of_attack = {}, [], "", {}
-    if measured := ended.object("autoattack"):
-        values["autoattack"] = measured.fraction("accuracy")
-        attack = {"epsilon": measured.fraction("epsilon"), "version": measured.get("version", str)}
-        attack |= {"seed": measured.get("seed", int), "examples": measured.count("examples")}
-        warnings = measured.get("warnings", list, optional=True) or []
-        flags = _flags(measured, attack["examples"])
-        # Chunks of another size draw other random numbers.
-        of_attack = {
-            f"AutoAttack {key}": str(measured.values[key]) for key in ("batch", "package") if key in measured.values
-        }
+    may_differ = settings_with(Role.MAY_DIFFER)
+    settings = {key: value for key, value in {**LATER_SETTINGS, **made.settings}.items() if key not in may_differ}
+    settings |= {key: config.get(key) for key in ("dataset_sha256", "num_classes", "teacher_sha256")}
+    attack, curves = ended.autoattack, {name: _curve(epochs, name) for name in CURVES}
+    kept = {key: getattr(attack, key) for key in ("epsilon", "version", "seed", "examples")} if attack else {}
     # The seed of AutoAttack is the run's own by default: it is compared seed by seed.
-    settings |= {f"AutoAttack {key}": value for key, value in attack.items() if key != "seed"}
-    curves = _curves(rows, folder / "metrics.jsonl")
-    gradients = _gradients(ended)
-    values |= {key: gradients[key] for key in ("gd", "gc") if gradients}
-    values |= {f"logit_{key}": value for key, value in gradients.get("scalars", {}).get("logit", {}).items()}
-    values |= _of_checkpoints(ended, curves)
-    best_flags = ""
-    if (best := ended.object("best")) and (attacked := best.object("autoattack")):
-        values["best_autoattack"], best_flags = (
-            attacked.fraction("accuracy"),
-            _flags(attacked, attacked.count("examples")),
-        )
-    changed = result.get("changed") or ["nothing"]
-    hashes = {"dataset": settings["dataset_sha256"], "teacher": settings["teacher_sha256"]}
-    hashes |= {"student": result.get("student_sha256"), "code": config.get("code_sha256"), "weights": weights}
-    seconds = ended.get("seconds", dict, optional=True) or {}
+    settings |= {f"AutoAttack {key}": value for key, value in kept.items() if key != "seed"}
+    hashes = {"dataset": made.dataset_sha256, "teacher": made.teacher_sha256, "student": ended.student_sha256}
+    hashes |= {"code": made.code_sha256, "weights": weights}
+    # Chunks of another size draw other random numbers.
+    of_attack = {"AutoAttack batch": attack.batch, "AutoAttack package": attack.package} if attack else {}
     return RunRecord(
         folder=folder,
-        method=made.get("method", str),
-        added=added,
-        base_script=script.replace(f"_{added}", "") if added else script,
-        added_settings=tuple(map(str, made.get("added_settings", list))),
-        method_settings=tuple(map(str, made.get("outer_settings", list, optional=True) or [])),
+        method=made.method,
+        added=made.adds,
+        base_script=made.script.replace(f"_{made.adds}", "") if made.adds else made.script,
+        added_settings=tuple(made.added_settings),
+        method_settings=tuple(made.outer_settings),
         settings=settings,
         environment={
-            "hardware": ended.get("hardware", str),
-            "commit": made.get("commit", str, optional=True) or "unknown",
-            "changed before a resumption": comma_list(changed) if isinstance(changed, list) else "unknown",
-            **{f"{package} version": str(version) for package, version in made.get("versions", dict).items()},
-            **of_attack,
+            "hardware": ended.hardware,
+            "commit": made.commit or "unknown",
+            "changed before a resumption": comma_list(ended.changed or ["nothing"]),
+            **{f"{package} version": str(version) for package, version in made.versions.items()},
+            **{key: str(value) for key, value in of_attack.items() if value is not None},
         },
-        teacher=ended.get("teacher", str, optional=True) or "-",
-        student=ended.get("student", str),
-        dataset=ended.get("dataset", str),
-        seed=ended.get("seed", int),
-        values=values,
-        test_examples=ended.count("test_examples"),
-        attack=attack,
-        flags=flags,
-        best_flags=best_flags,
-        gradients=gradients,
-        warnings=tuple(map(str, warnings)),
+        teacher=ended.teacher or "-",
+        student=ended.student,
+        dataset=ended.dataset,
+        seed=ended.seed,
+        values=_values(ended, curves),
+        test_examples=ended.test_examples,
+        attack=kept,
+        flags=broken_by(attack.flags) if attack and attack.flags else "",
+        best_flags=broken_by(ended.best.autoattack.flags or {}) if ended.best and ended.best.autoattack else "",
+        gradients=_gradients(ended.gradients),
+        warnings=tuple(attack.warnings or ()) if attack else (),
         curves=curves,
-        seconds={str(key): float(value) for key, value in seconds.items() if isinstance(value, int | float)},
-        hashes={key: value for key, value in hashes.items() if isinstance(value, str)},
-        command=ended.get("command", str),
+        seconds=ended.seconds,
+        hashes={key: value for key, value in hashes.items() if value is not None},
+        command=ended.command,
         pictures=pictures,
     )
 
 
-def _flags(measured: _Entries, examples: int) -> str:
-    """AutoAttack's flags, in a file one text per attack, as one character per image."""
-    texts = measured.get("flags", dict, optional=True)
-    if not texts:
-        return ""
-    kept = [str(texts.get(step, "")) for step in FIRST_BROKEN_BY]
-    if any(len(text) != examples or set(text) - {"0", "1"} for text in kept):
-        raise UserError(
-            f"{measured.path}: AutoAttack's flags are not one of 0 and 1 per image and attack; was the file edited?"
-        )
-    images = zip(*kept, strict=True)
-    return "".join(next((str(step) for step, flag in enumerate(image) if flag == "0"), "-") for image in images)
+def broken_by(flags: dict[str, str]) -> str:
+    """AutoAttack's flags, in a file one text per attack, as one character per image: see ``RunRecord.flags``."""
+    steps = [(str(FIRST_BROKEN_BY.index(name)), text) for name, text in flags.items() if name in FIRST_BROKEN_BY]
+    images = zip(*(text for _, text in steps), strict=True)
+    names = [step for step, _ in steps]
+    return "".join(
+        next((name for name, flag in zip(names, image, strict=True) if flag == "0"), "-") for image in images
+    )
 
 
-def _gradients(ended: _Entries) -> dict[str, Any]:
+def _gradients(found: Gradients | None) -> dict[str, Any]:
     """gd, gc and their definition; of evaluate.py's report gd and gc of the logit and the number of images."""
-    gradients = ended.object("gradients")
-    if not gradients:
+    if found is None:
         return {}
-    number = int | float
-    kept = {key: gradients.get(key, number) for key in ("gd", "gc")} | {"definition": gradients.get("definition", str)}
-    if (scalars := gradients.object("scalars")) and (logit := scalars.object("logit")):
-        kept["scalars"] = {"logit": {key: logit.get(key, number) for key in ("gd", "gc")}}
-        kept["scalars_examples"] = gradients.get("scalars_examples", int)
+    kept: dict[str, Any] = {"gd": found.gd, "gc": found.gc, "definition": found.definition}
+    if logit := (found.scalars or {}).get("logit"):
+        kept["scalars"] = {"logit": {"gd": logit.gd, "gc": logit.gc}}
+        kept["scalars_examples"] = found.scalars_examples
     return kept
 
 
-def _of_checkpoints(ended: _Entries, curves: dict[str, dict[int, float]]) -> dict[str, float]:
-    """Robust overfitting, and what the checkpoints beside the last one reach."""
-    values = {}
-    if best := ended.object("best"):
-        values["best_minus_last"] = best.fraction("pgd20") - ended.fraction("pgd20")
-    if (swa := ended.object("swa")) and (attacked := swa.object("autoattack")):
-        values["swa_autoattack"] = attacked.fraction("accuracy")
+def _values(ended: Result, curves: dict[str, dict[int, float]]) -> dict[str, float]:
+    """What was measured, under the names of --csv."""
+    values = {"clean": ended.clean, "pgd20": ended.pgd20}
+    if ended.autoattack:
+        values["autoattack"] = ended.autoattack.accuracy
+    gradients = _gradients(ended.gradients)
+    values |= {key: gradients[key] for key in ("gd", "gc") if gradients}
+    values |= {f"logit_{key}": value for key, value in gradients.get("scalars", {}).get("logit", {}).items()}
+    if ended.best:
+        values["best_minus_last"] = ended.best.pgd20 - ended.pgd20
+    if ended.swa and ended.swa.autoattack:
+        values["swa_autoattack"] = ended.swa.autoattack.accuracy
     if holdout := curves["holdout_pgd10"]:
         values["holdout_pgd10"] = holdout[max(holdout)]
     if len(curve := curves["pgd20"]) >= EPOCHS_OF_A_PEAK:
         values["peak_minus_last"] = max(curve.values()) - curve[max(curve)]
+    if ended.best and ended.best.autoattack:
+        values["best_autoattack"] = ended.best.autoattack.accuracy
     return values
 
 
-def _curves(rows: list[dict[str, Any]], path: Path) -> dict[str, dict[int, float]]:
-    curves: dict[str, dict[int, float]] = {name: {} for name in CURVES}
-    for row in (_Entries(row, path) for row in rows):
-        for name in CURVES:
-            if name in row.values:
-                curves[name][row.count("epoch")] = row.fraction(name)
-    return curves
+def _curve(rows: list[Row], name: str) -> dict[int, float]:
+    return {row.epoch: getattr(row, name) for row in rows if getattr(row, name) is not None}
