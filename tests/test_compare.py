@@ -266,6 +266,22 @@ def test_flags_that_do_not_fit_are_refused(tmp_path):
         compare(make_run(tmp_path / "a", attack=short))
 
 
+def test_another_version_of_autoattack_has_a_column_of_its_own(tmp_path):
+    """Data of 4 and of 3 classes; the last is attacked without APGD-T."""
+    four, three = "AutoAttack, 3 targets (not standard)", "APGD-CE, FAB, Square (not standard)"
+    flags = dict.fromkeys(("clean", "apgd-ce", "fab-t", "square"), "1" * 41 + "0" * 59)
+    runs = [
+        make_run(tmp_path / "a"),
+        make_run(tmp_path / "b", dataset="four.npz", attack={"version": four}),
+        make_run(tmp_path / "c", dataset="three.npz", robust=0.41, attack={"version": three, "flags": flags}),
+    ]
+    (table,) = tables_of(comparison_of(read_runs(runs)))
+    columns = dict(zip(table[0], zip(*table[1:], strict=True), strict=True))
+    assert columns["AutoAttack"] == ("38.00", "-", "-")
+    assert columns["fewer than 10 classes"] == ("-", f"38.00, {four}", f"41.00, {three}")
+    assert f"{four}, epsilon 8/255" in compare(*runs)
+
+
 @pytest.mark.parametrize(("examples", "verdict"), [(100, "interval includes 0"), (10000, "interval excludes 0")])
 def test_a_gain_is_weighed_against_its_uncertainty(tmp_path, examples, verdict):
     folders = [
@@ -306,8 +322,8 @@ def test_runs_made_under_other_conditions_are_not_subtracted(tmp_path, twin, nam
     found = comparison_of(read_runs(folders))
     written = as_document(tables_of(found), notes_of(found))
     assert "No gain: cannot subtract" in written
-    (row,) = [line for line in written.splitlines() if line.startswith("| AdaAD+IGDM")]
-    assert row.split(" | ")[7] == "-"
+    head, row = (line.split(" | ") for line in written.splitlines() if line.startswith(("| method", "| AdaAD+IGDM")))
+    assert row[head.index("IGDM gain (95 % interval)")] == "-"
 
 
 def test_every_difference_is_named_at_once(tmp_path):

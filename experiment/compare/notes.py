@@ -68,7 +68,8 @@ def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
         widths.setdefault(attack["examples"], []).append(50 * (high - low))
     for (version, epsilon), users in kinds.items():
         whose = "" if len(kinds) == 1 else f" ({comma_list(dict.fromkeys(users))})"
-        yield f"AutoAttack: {version}, epsilon {budget(epsilon)}{whose}."
+        name = "AutoAttack: standard" if version == "standard" else version
+        yield f"{name}, epsilon {budget(epsilon)}{whose}."
     for examples, halves in widths.items():
         ends = " to ".join(dict.fromkeys((f"{min(halves):.1f}", f"{max(halves):.1f}")))
         yield f"Uncertainty of an AutoAttack accuracy: ± {ends} points on {examples} images (95 %, binomial)."

@@ -15,6 +15,7 @@ HEADS = {
     **{name: name for name in ("method", "teacher", "student", "dataset", "clean")},
     "pgd20": "PGD-20",
     "autoattack": "AutoAttack",
+    "few_classes": "fewer than 10 classes",
     "gain": "gain (95 % interval)",
     "gd": "GD",
     "gc": "GC",
@@ -28,7 +29,11 @@ HEADS = {
     "images": "AutoAttack images",
 }
 """The head of each column, by its name for --columns."""
-OPTIONAL = ("gd", "gc", "logit_gd", "logit_gc", "best_minus_last", "best_autoattack", "holdout_pgd10", "swa_autoattack")
+STANDARD = "standard"
+OPTIONAL = (
+    *("few_classes", "gd", "gc", "logit_gd", "logit_gc"),
+    *("best_minus_last", "best_autoattack", "holdout_pgd10", "swa_autoattack"),
+)
 """Columns that are left out where nothing was measured for them, unless they are asked for."""
 DIGITS = {"gd": 4, "gc": 3, "logit_gd": 3, "logit_gc": 3}
 """Decimals of what is not an accuracy."""
@@ -80,6 +85,11 @@ def _cell(group: SeedGroup, name: str, comparison: Comparison) -> str:
     }
     if name in what:
         return what[name]
+    version = run.attack.get("version", STANDARD)
+    if name == "few_classes":  # never beside the standard version
+        return "-" if version == STANDARD else f"{points(group.values('autoattack'))}, {version}"
+    if name == "autoattack" and version != STANDARD:
+        return "-"
     # Measured of some seeds only, an optional value would be shown beside "n seeds" as if of all.
     values = group.all_values(name) if name in OPTIONAL else group.values(name)
     return spread(values, DIGITS[name]) if name in DIGITS else points(values, SIGNED.get(name, ""))
