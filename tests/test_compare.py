@@ -701,6 +701,7 @@ def test_the_gain_at_the_best_epochs_is_beside_that_at_the_last(tmp_path):
     def run(name, added, last, best):
         flags = {step: "".join("01"[at > k] for at in best) for k, step in enumerate(run_record.FIRST_BROKEN_BY)}
         attacked = {"accuracy": best.count(5) / 4, "examples": 4, "flags": flags}
+        attacked |= {"epsilon": 8 / 255, "version": "standard", "seed": 0}
         best = {"epoch": 2, "holdout_pgd10": 0.4, "clean": 0.8, "pgd20": 0.4, "autoattack": attacked}
         return make_run(tmp_path / name, added, fell=last, result={"best": best})
 
