@@ -1,9 +1,9 @@
-"""Measure a network: what it withstands (clean, FGSM, PGD, C&W, AutoAttack), and gradient alignment with a teacher.
+"""Measure a network: accuracy (clean, FGSM, PGD, C&W, AutoAttack), and gradient alignment with a teacher.
 
 python evaluate.py WHAT [--attacks clean pgd ...]; WHAT is a run folder, a checkpoint, a RobustBench name, or a file of
-bare weights with --arch. The settings of its run are the defaults: what the run measured is measured again as it was.
-An unfinished run is measured as it is in its last.pt. Every call writes a record of its own beside the network,
-evaluations/<time>_<what>.json; result.json stays as the run left it.
+bare weights with --arch. The defaults are the settings of the network's run, so that its measurements are repeated.
+For an unfinished run, last.pt is measured. Every call writes a record next to the network,
+evaluations/<time>_<what>.json; result.json is not changed.
 """
 
 import shlex
@@ -19,7 +19,7 @@ FROM_RUN = ("dataset", "data_dir", "side", "teacher", "teacher_path", "epsilon",
 
 
 def build_parser():
-    """The parser, before a run's own settings become the defaults."""
+    """Return the parser, before the settings of a run become its defaults."""
     parser = cli.Parser(
         "evaluate.py",
         description="Measure any network.",
@@ -28,34 +28,55 @@ def build_parser():
     add = parser.add_argument
     add("what", metavar="WHAT", help="run folder, checkpoint, RobustBench name, or weights file with --arch")
     add("--arch", default=None, help="architecture of bare weights: RES-18, ..., or FILE.py:function")
-    add("--weights", default=None, help="the file of a RobustBench name, or of an architecture")
-    add("--attacks", nargs="+", choices=ATTACKS, default=None, help="what to measure; default: all that applies")
+    add("--weights", default=None, help="weights file of a RobustBench name or of --arch")
+    add("--attacks", nargs="+", choices=ATTACKS, default=None, help="measurements (default: all that apply)")
     add("--epsilon", **cli.options("epsilon"), default=8 / 255)
-    add("--epsilons", type=cli.fraction, nargs="+", default=None, help="several budgets, for a curve per attack")
-    add("--steps", type=cli.positive_int, default=None, help="of PGD (20) and C&W (30); a step is epsilon / 4")
-    add("--restarts", type=cli.positive_int, default=1, help="of PGD and C&W: robust is what withstands all of them")
-    add("--examples", type=cli.positive_int, default=None, help="the first so many test images; default: all")
+    add("--epsilons", type=cli.fraction, nargs="+", default=None, help="several epsilons, for a curve per attack")
+    add(
+        "--steps",
+        type=cli.positive_int,
+        default=None,
+        help="steps of PGD (default 20) and C&W (default 30), of size epsilon / 4",
+    )
+    add(
+        "--restarts",
+        type=cli.positive_int,
+        default=1,
+        help="random starts of PGD and C&W; all must leave an image correct",
+    )
+    add("--examples", type=cli.positive_int, default=None, help="number of test images, the first N (default: all)")
     add("--teacher", **cli.options("teacher"), default=None)
-    add("--teacher_path", default=None, help="the weights of --teacher: RobustBench's .pt, or bare ones")
+    add("--teacher_path", default=None, help="weights file of --teacher: RobustBench's .pt, or bare weights")
     switch = {"type": cli.switch, "metavar": "{0,1}", "default": 0}
     add("--per_class", **switch, help="1 prints the accuracy of every class")
-    add("--torchattacks", **switch, help="1 sets torchattacks' FGSM and PGD beside ours")
+    add("--torchattacks", **switch, help="1 compares FGSM and PGD with torchattacks")
     add(
         "--save_adversarial",
         type=Path,
         metavar="FILE.npz",
         default=None,
-        help="x, x_adv, y, predictions; of one attack",
+        help="save x, x_adv, y and predictions of one attack",
     )
     add("--figure", type=Path, metavar="FILE", default=None, help="input gradients as a .png, .pdf or .svg")
     add("--beside", nargs="+", metavar="WHAT", default=[], help="further students in --figure")
-    add("--curve_figure", type=Path, metavar="FILE", default=None, help="accuracy over --epsilons as a picture")
-    add("--out", type=Path, metavar="FILE.json", default=None, help="the record, if not evaluations/<time>_<what>.json")
+    add("--curve_figure", type=Path, metavar="FILE", default=None, help="plot accuracy over --epsilons")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        default=None,
+        help="file of the record (default: evaluations/<time>_<what>.json)",
+    )
     for name in ("dataset", "data_dir", "side", "aa_examples", "aa_batch", "device", "deterministic"):
         add(f"--{name}", **cli.options(name))
-    seeds = "random starts (0, as in every run) and AutoAttack (the run's seed) draw from it"
+    seeds = "seed of random starts (default 0, as in every run) and of AutoAttack (default: the run's)"
     add("--seed", type=cli.options("seed")["type"], default=None, help=seeds)
-    add("--precision", choices=("fp32", "tf32"), default=None, help="of float32 products; default the run's, or tf32")
+    add(
+        "--precision",
+        choices=("fp32", "tf32"),
+        default=None,
+        help="precision of float32 products (default: the run's, or tf32)",
+    )
     return parser
 
 

@@ -1,9 +1,9 @@
-"""A finished run's student for others: ONNX, safetensors, a Hugging Face folder with a model card.
+"""Export the student of a finished run: ONNX, safetensors, a Hugging Face folder with a model card.
 
 python export.py RUN_DIR [--onnx FILE] [--safetensors FILE] [--hub DIR [--push OWNER/NAME]]
 
-Whatever the format: pixels in [0, 1] in, logits out, eval mode. The ONNX file takes any batch and gets its name only
-after onnxruntime has given the student's predictions on clean and on attacked test images.
+All formats map pixels in [0, 1] to logits in eval mode. The ONNX file takes any batch size. It is written only if
+onnxruntime reproduces the student's predictions on clean and on attacked test images.
 """
 
 import json
@@ -62,7 +62,7 @@ SHA-256 of the state dict: `{student_sha256}`; of the teacher's file: `{teacher_
 
 
 def parse_args(argv=None):
-    """The flags; the data for --onnx's check are the run's own unless told otherwise."""
+    """Parse the flags; --dataset and --data_dir default to those of the run."""
     parser = cli.Parser(
         "export.py",
         description="Export the student of a finished run.",
@@ -74,30 +74,36 @@ def parse_args(argv=None):
     parser.add_argument("--hub", type=Path, metavar="DIR", help="write weights, config.json and a model card")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder of --hub to the Hugging Face hub")
     parser.add_argument("--license", default="mit", help="licence of the weights, as the model card states it")
-    parser.add_argument("--examples", type=cli.positive_int, default=64, help="test images that --onnx is checked on")
-    parser.add_argument("--dataset", help="data for that check; the run's")
-    parser.add_argument("--data_dir", help="where they lie; the run's")
+    parser.add_argument(
+        "--examples", type=cli.positive_int, default=64, help="number of test images for the check of --onnx"
+    )
+    parser.add_argument("--dataset", help="data set of that check (default: the run's)")
+    parser.add_argument("--data_dir", help="data directory (default: the run's)")
     args = parser.parse_args(argv)
     if not (args.onnx or args.safetensors or args.hub):
         parser.error("nothing to write: give --onnx FILE, --safetensors FILE or --hub DIR")
     if args.push and not args.hub:
         parser.error("argument --push: needs --hub DIR, the folder to upload")
-    # An export replaces an earlier one, and must not replace anything else: a run's student.pt or config.json.
+    # An export may replace an earlier one, but not a run's student.pt or config.json.
     for name in ("onnx", "safetensors"):
         path = getattr(args, name)
         if path and path.suffix != f".{name}":
-            parser.error(f"argument --{name}: '{path}' is not allowed; a name that ends in .{name}")
+            parser.error(f"argument --{name}: '{path}' must end in .{name}")
     if args.hub and any((args.hub / file).exists() for file in ("result.json", "last.pt")):
-        parser.error(f"argument --hub: '{args.hub}' is a run folder, whose config.json would be lost; a folder apart")
+        parser.error(
+            f"argument --hub: '{args.hub}' is a run folder, whose config.json would be overwritten. Use another folder"
+        )
     if args.hub and not (args.hub / "model.safetensors").exists():
         for file in ("README.md", "config.json"):
             if (args.hub / file).exists():
-                parser.error(f"argument --hub: '{args.hub}' has a {file} that is no export's; a folder apart")
+                parser.error(
+                    f"argument --hub: '{args.hub}' has a {file} that is not from an export. Use another folder"
+                )
     return args
 
 
 def main():
-    """Read the run, check what can be refused, write what is asked for."""
+    """Read the run, check it, and write the exports."""
     args = parse_args()
     if args.push:
         check_push(args.push)
@@ -107,8 +113,8 @@ def main():
     student, entry = files.load_student(args.run), files.read_student(args.run)
     if args.hub and ".py:" in entry["architecture"]:
         raise UserError(
-            f"--hub: nobody else could build {entry['architecture']}, a network of your own file; hand that on with "
-            "--safetensors, or --onnx"
+            f"--hub: others cannot build {entry['architecture']}, a network from your own file. Use --safetensors or "
+            "--onnx"
         )
     digest = files.state_sha256(student)
     if result.get("student_sha256") != digest:
@@ -127,16 +133,16 @@ def main():
 
 
 def read_record(run, name):
-    """A JSON file of a run folder; a folder without it is no finished run."""
+    """Read a JSON file of a finished run."""
     from experiment import files
 
     if not (run / name).is_file():
-        raise UserError(f"{run} is not the folder of a finished run: it holds no {name}. {files.advice(run)}")
+        raise UserError(f"{run} is not the folder of a finished run: it has no {name}. {files.advice(run)}")
     return files.read_json(run / name)
 
 
 def make_folder(folder):
-    """Create a folder for what is written; one line where that cannot be."""
+    """Create a folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -144,7 +150,7 @@ def make_folder(folder):
 
 
 def check_images(args, config, student):
-    """The first test images of the run's data, (N, C, H, W) float32, and the same under the run's attack (PGD)."""
+    """Return the first test images, (N, C, H, W) float32, clean and attacked by PGD with the run's settings."""
     import torch
 
     import attacks
@@ -162,10 +168,10 @@ def check_images(args, config, student):
 
 
 def write_onnx(path, student, x, x_adv):
-    """Export with a dynamic batch, compare with the student on both sets of images, then give the file its name.
+    """Export with a dynamic batch, compare with the student on both sets of images, and write the file.
 
     Raises:
-        UserError: onnxruntime predicts another class somewhere, beyond what rounding explains.
+        UserError: onnxruntime's predictions or logits differ by more than rounding.
     """
     import torch
 
@@ -178,7 +184,7 @@ def write_onnx(path, student, x, x_adv):
 
         batch = ({0: torch.export.Dim("batch")},)
         names = {"input_names": ["x"], "output_names": ["logits"]}
-        # Two images: an example of one would be taken for a constant.
+        # Two images: a batch of one would be traced as a constant.
         program = torch.onnx.export(student, (x[:2],), dynamo=True, dynamic_shapes=batch, verbose=False, **names)
     content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -199,13 +205,13 @@ def write_onnx(path, student, x, x_adv):
         largest = max(largest, float(difference))
     files.write_atomically(path, lambda file: file.write(content))
     print(
-        f"{path}: ONNX, x (batch, {', '.join(map(str, x.shape[1:]))}) in [0, 1] -> logits; onnxruntime predicts what "
-        f"the student does on {len(x)} clean and {len(x)} adversarial images (logits differ by at most {largest:.1e})"
+        f"{path}: ONNX, x (batch, {', '.join(map(str, x.shape[1:]))}) in [0, 1] -> logits; onnxruntime gives "
+        f"the same predictions on {len(x)} clean and {len(x)} adversarial images (logits differ by up to {largest:.1e})"
     )
 
 
 def write_safetensors(path, student, entry):
-    """The state dict, with architecture and number of classes as metadata."""
+    """Write the state dict, with architecture and number of classes as metadata."""
     from safetensors.torch import save
 
     from experiment import files
@@ -218,7 +224,7 @@ def write_safetensors(path, student, entry):
 
 
 def write_hub(folder, student, entry, config, result, licence):
-    """A repository of the Hugging Face hub: model.safetensors, config.json, README.md (the model card)."""
+    """Write a Hugging Face repository: model.safetensors, config.json, README.md (the model card)."""
     from experiment import files
 
     write_safetensors(folder / "model.safetensors", student, entry)
@@ -239,7 +245,7 @@ def write_hub(folder, student, entry, config, result, licence):
 
 
 def measured(result):
-    """(name, per cent or plain value as text, number of images) of everything that result.json tells."""
+    """Return (name, per cent as text, number of images) of each accuracy in result.json."""
     n = result["test_examples"]
     rows = [("Clean accuracy", 100 * result["clean"], n), ("PGD-20 accuracy", 100 * result["pgd20"], n)]
     if attack := result.get("autoattack"):
@@ -251,7 +257,7 @@ def measured(result):
 
 
 def model_card(name, described, result, licence):
-    """The text of README.md: what the hub reads between two lines of dashes, then what people read."""
+    """Return the text of README.md: metadata for the hub, then the card."""
     from huggingface_hub import EvalResult, ModelCardData
 
     settings = described["settings"]
@@ -289,7 +295,7 @@ def model_card(name, described, result, licence):
 
 
 def public_command(command):
-    """The command without the flags that say where files lie and who tracks the run."""
+    """Remove the flags of file locations and trackers from a command."""
     kept, private = [], False
     for part in shlex.split(command):
         if part.startswith("--"):
@@ -300,24 +306,20 @@ def public_command(command):
 
 
 def check_push(repo):
-    """Refuse --push before any work: not a name of the hub, or nobody is logged in."""
+    """Check the name of the repository and the login before any work."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
     try:
         huggingface_hub.utils.validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(
-            f"--push {repo!r} is not allowed; OWNER/NAME of a repository on the Hugging Face hub"
-        ) from error
+        raise UserError(f"--push {repo!r}: expected OWNER/NAME of a repository on the Hugging Face hub") from error
     if not huggingface_hub.get_token():
-        raise UserError(
-            f"--push {repo}: no one is logged in to the Hugging Face hub; run `hf auth login` or set HF_TOKEN"
-        )
+        raise UserError(f"--push {repo}: not logged in to the Hugging Face hub. Run `hf auth login` or set HF_TOKEN")
 
 
 def push(folder, repo):
-    """Upload the three files, creating the repository if need be."""
+    """Upload the three files; create the repository if necessary."""
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
 
@@ -328,7 +330,7 @@ def push(folder, repo):
         url = hub.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names)
     except (HTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--push {repo}: the upload failed ({reason}); {folder} is complete, push it again") from error
+        raise UserError(f"--push {repo}: the upload failed ({reason}). {folder} is complete; push it again") from error
     print(f"uploaded to {url}")
 
 

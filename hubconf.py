@@ -1,4 +1,4 @@
-"""What torch.hub finds here: torch.hub.load(REPOSITORY, "student", PATH, source="local")."""
+"""Entry point of torch.hub: torch.hub.load(REPOSITORY, "student", PATH, source="local")."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ dependencies = ["torch"]
 
 
 def student(path):
-    """A student in eval mode: pixels (N, C, H, W) in [0, 1] in, logits out.
+    """Load a student in eval mode, which maps pixels (N, C, H, W) in [0, 1] to logits.
 
     Args:
-        path: a run folder, a student.pt, or a folder of ``export.py --hub`` (downloaded or not).
+        path: a run folder, a student.pt, or a folder of ``export.py --hub``.
     """
     from cifar100_models import build_model
     from experiment import files
@@ -20,10 +20,8 @@ def student(path):
     from safetensors.torch import load_file
 
     config = files.read_json(folder / "config.json")
-    if ".py:" in config["architecture"]:  # a folder from the net is not to run files that lie here
-        raise ValueError(
-            f"{folder} names the architecture {config['architecture']}; one of this repository's is needed"
-        )
+    if ".py:" in config["architecture"]:  # a downloaded folder must not run local files
+        raise ValueError(f"{folder}: architecture {config['architecture']} is not one of this repository")
     model = build_model(config["architecture"], config["num_classes"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()

@@ -1,4 +1,4 @@
-"""The networks of the project, by the names the papers use; ``build_model`` is the only entry point needed."""
+"""Networks by the names of the papers; ``build_model`` is the entry point."""
 
 import re
 
@@ -15,7 +15,7 @@ MODELS = {
     "RES-8": lambda num_classes: resnet.small_resnet(8, num_classes),
     "MN-V2": mobilenet_v2.mobilenet_v2,
 }
-"""Fixed names; WRN-d-w (depth d = 6n + 4, width factor w) comes on top."""
+"""Fixed names, in addition to WRN-d-w (depth d = 6n + 4, width factor w)."""
 
 _WIDE = re.compile(r"WRN-(\d{1,3})-(\d{1,2})")
 
@@ -50,7 +50,7 @@ def build_model(name: str, num_classes: int = 100) -> nn.Module:
     """
     check_model_name(name)
     if num_classes < 2:
-        raise ValueError(f"num_classes {num_classes} is not allowed; at least 2")
+        raise ValueError(f"num_classes {num_classes} is out of range (expected at least 2)")
     if from_file.split(name):
         return from_file.build(name, num_classes)
     wide = _WIDE.fullmatch(name)

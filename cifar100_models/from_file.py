@@ -1,6 +1,6 @@
-"""A network of the user's own: ``FILE.py:function``, a function that is called with num_classes.
+"""A user's network: ``FILE.py:function``, a function that is called with num_classes.
 
-The file may import installed packages and this project; it is not found by name and its neighbours are not.
+The file may import installed packages and this project, but not files next to it.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class ModelError(ValueError):
-    """The user's file cannot be built from; one line that says why."""
+    """The network of the user's file cannot be built; the message is one line."""
 
 
 def split(name: str) -> tuple[Path, str] | None:
@@ -23,12 +23,12 @@ def split(name: str) -> tuple[Path, str] | None:
 
 
 def check(name: str) -> None:
-    """Raise the ModelError of a file that is not there or a function that cannot be one; nothing is run."""
+    """Raise ModelError if the file does not exist or the function's name is invalid; nothing is run."""
     path, function = split(name)
     if not path.is_file():
-        raise ModelError(f"model {name!r}: there is no file {path}")
+        raise ModelError(f"model {name!r}: no such file: {path}")
     if not function.isidentifier():
-        raise ModelError(f"model {name!r}: {function!r} is not the name of a function; FILE.py:function is needed")
+        raise ModelError(f"model {name!r}: {function!r} is not the name of a function (expected FILE.py:function)")
 
 
 def build(name: str, num_classes: int) -> nn.Module:
@@ -38,18 +38,18 @@ def build(name: str, num_classes: int) -> nn.Module:
         The network, in train mode, with an attribute ``source_file``: {"path", "sha256", "function"} of what was run.
 
     Raises:
-        ModelError: there is no such file or function, it fails, or what it returns is no network.
+        ModelError: the file or function does not exist, fails, or does not return a network.
     """
     check(name)
     path, function = split(name)
     content = path.read_bytes()
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up; under a name that no import asks for.
+    # Dataclasses look up their module, here under a name that no import uses.
     sys.modules[f"{__name__}:{path}"] = module
     module.__name__ = f"{__name__}:{path}"
     try:
-        # The bytes that are hashed are those that run, and no .pyc is written beside a file that is not ours.
+        # Run exactly the hashed bytes, and write no .pyc next to the user's file.
         exec(compile(content, path, "exec"), module.__dict__)
         if not callable(getattr(module, function, None)):
             raise ValueError(f"it has no function {function}")

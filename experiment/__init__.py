@@ -1,4 +1,4 @@
-"""Everything around a method: flags, data, teachers, optimizer, engine, run folder, evaluation, comparison."""
+"""Infrastructure for the methods: flags, data, teachers, optimizer, engine, runs, evaluation, comparison."""
 
 
 class UserError(ValueError):
@@ -15,7 +15,7 @@ class RunStopped(BaseException):
     INTERRUPTED = 75
     """Exit status after SIGTERM or Ctrl-C: the same command resumes the run (EX_TEMPFAIL of sysexits.h)."""
     DIVERGED = 3
-    """Exit status after a numerical fault: loss not finite, teacher broken, student collapsed."""
+    """Exit status after a numerical error: loss not finite, unusable teacher, collapsed student."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)

@@ -23,7 +23,9 @@ def guard(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # compare.py ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # otherwise the interpreter prints an error at exit
         sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         _leave(f"error: {error}", 2)
@@ -35,7 +37,7 @@ def guard(main: Callable[[], None]) -> None:
         _leave(f"error: {error}", 2)
     except RunStopped as stop:
         _leave(str(stop), stop.status)
-    except KeyboardInterrupt:  # before a run takes over signals, or where there is none
+    except KeyboardInterrupt:  # outside the signal handling of a run
         _leave("interrupted", 128 + signal.SIGINT)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -49,7 +51,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     Libraries fail with others: cuDNN with a RuntimeError about an allocation or a missing engine, CUDA with an
     AcceleratorError.
     """
-    import torch  # not above: --help must be quick
+    import torch  # imported here, because --help must be fast
 
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _OUT_OF_MEMORY)
@@ -76,4 +78,4 @@ def _out_of_memory(reason: str, batch: int) -> str:
     advice = f"try --batch {batch // 2}, which needs about half, with --run_name for a new run" if batch > 1 else ""
     first = reason.partition(". ")[0]  # the rest is about torch's allocator
     at = f" at --batch {batch}" if batch else ""
-    return f"error: the GPU's memory does not suffice{at} ({first}); {advice or 'free some of it'}"
+    return f"error: out of GPU memory{at} ({first}); {advice or 'free some of it'}"

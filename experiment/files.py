@@ -94,7 +94,7 @@ def save(path: Path, value: dict[str, Any], previous: Path | None = None) -> Non
             os.replace(aside, previous)
         except OSError as error:
             raise UserError(f"cannot write {previous}: {error.strerror}") from error
-    # Through memory: torch's writer reports a full disk as one of several RuntimeErrors of its own.
+    # Via memory: torch's writer reports a full disk as one of several RuntimeErrors.
     content = io.BytesIO()
     torch.save(value, content)
     write_atomically(path, lambda file: file.write(content.getbuffer()))
@@ -136,7 +136,7 @@ def load(path: Path) -> Any:
 
 
 def state_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the state dict; independent of device and memory format."""
+    """Compute the SHA-256 of names, dtypes, shapes and bytes of the state dict, on any device and memory format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -145,7 +145,7 @@ def state_sha256(model: nn.Module) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Compute the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -268,4 +268,4 @@ def _find_source(checkpoint: Path, path: str, sha256: str, function: str) -> str
     need = f"{checkpoint} needs {file.name} with the function {function} and SHA-256 {sha256[:12]}..."
     if found:
         raise UserError(f"{need}; {found[0]} has been changed since: restore it, or put a copy at {beside}")
-    raise UserError(f"{need}; it is neither at {file} nor beside the checkpoint: put it at {beside}")
+    raise UserError(f"{need}; it is neither at {file} nor next to the checkpoint. Put it at {beside}")

@@ -1,4 +1,4 @@
-"""How names, paths, budgets, values and tables are written, in run names, messages and trackers alike."""
+"""Formatting of names, paths, epsilons, values and tables in run names, messages and trackers."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import Any
 ABSENT = "absent"
 
 TEXT_COLUMNS = ("method", "teacher", "student", "dataset", "run", "state")
-"""Columns that are set to the left; figures are set to the right."""
+"""Left-aligned columns; others are right-aligned."""
 
 Table = list[list[str]]
 """Text cells, header first."""
@@ -19,7 +19,7 @@ SUFFIXES = (".pt", ".pth", ".safetensors", ".npz")
 
 
 def short_name(what: str) -> str:
-    """A network's or data set's name as it is; of a path its last part, without folders and file type.
+    """Return a name unchanged, or the last part of a path without its file type.
 
     runs/a and runs/a/student.pt are both "a", as every run has a student.pt; FILE.py:function is "FILE.function".
     """
@@ -33,7 +33,7 @@ def short_name(what: str) -> str:
 
 
 def started_as(script: str | Path) -> list[str]:
-    """What follows ``python`` to start a script: its path, or -m and the module's name where it is in a package."""
+    """Return the words after ``python`` that start a script: its path, or -m and its module in a package."""
     path = Path(script).resolve()
     if (path.parent / "__init__.py").is_file():
         return ["-m", f"{path.parent.name}.{path.stem}"]
@@ -41,37 +41,37 @@ def started_as(script: str | Path) -> list[str]:
 
 
 def budget(epsilon: float) -> str:
-    """A perturbation size in pixels of [0, 1]: 8/255 rather than 0.03137; 0.15, which is no whole level, as it is."""
+    """Format an epsilon in pixels of [0, 1]: 8/255 instead of 0.03137, but 0.15, which is not a whole level."""
     levels = round(255 * epsilon)
     return f"{levels}/255" if levels > 0 and math.isclose(levels / 255, epsilon) else f"{epsilon:g}"
 
 
 def short_text(value: Any) -> str:
-    """A value in a message or a label: on one line, cut where it is long."""
+    """Format a value for a message or a label: one line, truncated if long."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = " ".join((value if isinstance(value, str) else json.dumps(value)).split())
-    # Checksums: twelve characters tell any two apart.
+    # Checksums: twelve characters are enough to distinguish them.
     return text if len(text) <= 60 else f"{text[:12]}..."
 
 
 def comma_list(values: Iterable[Any]) -> str:
-    """Values in one line, separated by commas."""
+    """Join values with commas."""
     return ", ".join(map(str, values))
 
 
 def escaped(text: str) -> str:
-    """Text that any output takes: bytes of a path name that are not UTF-8 become escapes."""
+    """Escape bytes of a path name that are not UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def points(values: Sequence[float], sign: str = "") -> str:
-    """Per cent with two decimals, with the sample standard deviation where there are several; '-' for none."""
+    """Format fractions as mean per cent with two decimals, with ± sample standard deviation for several values."""
     return spread([100 * value for value in values], 2, sign)
 
 
 def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """The mean, with the sample standard deviation where there are several; '-' for none."""
+    """Format the mean, with ± sample standard deviation for several values; '-' for none."""
     if not values:
         return "-"
     mean = f"{fmean(values):{sign}.{digits}f}"
@@ -79,11 +79,11 @@ def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 
 def as_text(table: Table, width: int | None = None) -> str:
-    """A table for the terminal, figures to the right.
+    """Format a table for the terminal, with numbers right-aligned.
 
     Args:
-        width: of the terminal: a wider table says in a line above it what is the same in all rows, and folds names.
-            Without it nothing is moved or folded, whatever takes the text.
+        width: width of the terminal. In a wider table, constant columns move to a line above, and names are folded.
+            None never moves or folds.
     """
     import io
 
@@ -93,11 +93,11 @@ def as_text(table: Table, width: int | None = None) -> str:
     from rich.text import Text
 
     shared, table = _narrowed(table, width) if width else ([], table)
-    # rich is one off, and fills a width that it is given.
+    # rich needs one column more, and fills a given width.
     limit = width - 1 if width and _natural_width(table) > width else None
     drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, width=limit)
     for head, *cells in zip(*table, strict=True):
-        # A name keeps room for its longest word; where it is tight, figures break before their ±.
+        # A name keeps room for its longest word; numbers may break before their ±.
         words = [len(word) for cell in (head, *cells) for word in cell.split()]
         side = "left" if head in TEXT_COLUMNS else "right"
         drawn.add_column(Text(head), justify=side, overflow="fold", min_width=min(10, max(words)))
@@ -110,12 +110,12 @@ def as_text(table: Table, width: int | None = None) -> str:
 
 
 def _natural_width(table: Table) -> int:
-    """Of the table with nothing folded."""
+    """Return the width of the table without folding."""
     return sum(max(map(len, column)) + 3 for column in zip(*table, strict=True))
 
 
 def _narrowed(table: Table, width: int) -> tuple[list[str], Table]:
-    """Move columns with one value only out of a table that is too wide: what they say, and the table without them."""
+    """Move constant columns out of a table that is too wide; return their values and the remaining table."""
     shared = []
     for head in ("dataset", "AutoAttack images", "n seeds", "student", "teacher"):
         if _natural_width(table) <= width or head not in table[0]:

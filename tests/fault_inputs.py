@@ -39,7 +39,7 @@ def numerical(server: Server, home: Path) -> Iterator[tuple[str, int, str]]:
     outcome.expect(0)
     yield "student of one class in the first 200 steps", 1, "allowed: BatchNorm statistics have not converged"
     outcome = server.run(SCRIPTS[1], [*SMALL, "--run_name", "oom"], home, faults=[("attack", 3, "memory")])
-    outcome.expect(2, "error: .*memory does not suffice at --batch 256 .*try --batch 128")
+    outcome.expect(2, "error: .*out of GPU memory at --batch 256 .*try --batch 128")
     server.run(SCRIPTS[1], [*SMALL, "--batch", "128", "--run_name", "oom"], home, faults=[("start", 1, "")]).expect(2)
     yield "out of GPU memory (raised on the CPU)", 1, "one line that suggests a batch size, exit status 2"
 

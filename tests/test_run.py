@@ -308,7 +308,7 @@ def test_a_network_that_makes_no_logits_is_refused_before_training(small, networ
 
 def test_a_missing_pyautoattack_is_refused_before_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)  # as if it were not installed
-    with pytest.raises(UserError, match=r"AutoAttack cannot be imported .*, or give --aa_examples 0"):
+    with pytest.raises(UserError, match=r"AutoAttack cannot be imported .*, or use --aa_examples 0"):
         checks.check_names(argparse.Namespace(dataset="digits", aa_examples=4, epsilon=0.1))
     checks.check_names(argparse.Namespace(dataset="digits", aa_examples=0, epsilon=0.1))
 

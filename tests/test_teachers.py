@@ -249,7 +249,7 @@ def test_bare_weights_that_do_not_fit_or_are_none(own, tmp_path):
 
     assert "does not fit" in message("a.pt", arch=own)
     assert "choose from RES-18" in message("a.pt", arch="RES-9")
-    assert "there is no file" in message("a.pt", arch="absent.py:tiny")
+    assert "no such file" in message("a.pt", arch="absent.py:tiny")
     assert "no such file" in message("absent.pt", arch="RES-8")
     assert "--arch NAME" in message("a.pt")
     (tmp_path / "b.safetensors").write_bytes(b"nothing")
@@ -278,7 +278,7 @@ def test_a_student_of_an_architecture_of_ones_own(own, tmp_path, x):
     assert (entries["architecture"], entries["num_classes"]) == (own, 10)
     assert entries["source_file"] == {"path": str(source), "sha256": files.file_sha256(source), "function": "tiny"}
     source.write_text(f"{OWN}\n")
-    assert f"{source} has been changed since" in refusal(folder, load=files.load_student)
+    assert f"{source} has changed since" in refusal(folder, load=files.load_student)
     source.unlink()
     message = refusal(folder, load=files.load_student)
     assert "needs net.py with the function tiny and SHA-256 " in message
