@@ -153,4 +153,4 @@ def settings_with(role: Role) -> tuple[str, ...]:
 
 
 LATER_SETTINGS = {name: options(name)["default"] for name in settings_with(Role.LATER)}
-"""Settings that config.json of an earlier version lacks, with the values that describe what it did."""
+"""Settings that are missing in the config.json of an earlier version, with the values that describe what it did."""
