@@ -70,6 +70,8 @@ def test_the_page_shows_all_that_was_measured(outline):
     assert [source.partition(";")[0] for source in pictures] == ["data:image/png", "data:image/svg+xml"] * 4
     assert len(described) == 3, "accuracies, gains, alignment; the teacher's accuracy is not known"
     text = " ".join(outline.text)
+    verdict = "<b>A&B</b>+IGDM gains 4.2 points AutoAttack over <b>A&B</b>, 95 % interval 2.0 to 6.8, 2 seeds."
+    assert text.index(verdict) < text.index("n seeds"), "the gain comes first"
     for part in ("<b>A&B</b>+IGDM", "g = something", "bootstrap over seeds and images"):
         assert part in text, part
     assert "python <b>a&b</b>_cifar100.py --seed 1" in text

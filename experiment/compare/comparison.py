@@ -38,6 +38,11 @@ class SeedGroup:
         return _pair(self.first)
 
     @property
+    def setting(self) -> tuple[str, str, str]:
+        """Teacher, student and dataset."""
+        return self.first.teacher, self.first.student, self.first.dataset
+
+    @property
     def is_baseline(self) -> bool:
         """Whether it adds nothing to its method."""
         return self.first.added is None
@@ -106,6 +111,13 @@ class Comparison:
     pending: list[PendingRun]
     left_out: list[str]
     """What was read and is not shown, one sentence each."""
+
+    @property
+    def varying(self) -> list[str]:
+        """Those of teacher, student and dataset in which students differ."""
+        settings = [group.setting for group in self.groups if group.is_student]
+        names = zip(("teacher", "student", "dataset"), zip(*settings, strict=True), strict=bool(settings))
+        return [name for name, values in names if len(set(values)) > 1]
 
 
 def comparison_of(runs: Runs) -> Comparison:

@@ -29,7 +29,7 @@ def all_figures(comparison: Comparison) -> dict[str, Any]:
     """The figures by name; those that would show nothing are left out."""
     if not comparison.groups:
         return {}
-    styles = styles_of(comparison.groups)
+    styles = styles_of(comparison)
     drawn = {
         "comparison": _comparison_figure(comparison.groups, styles),
         "gains": _gains_figure(comparison.gains, styles),
@@ -67,7 +67,7 @@ def _saver(figure: Any, kind: str) -> Callable[[Any], None]:
     return save
 
 
-def styles_of(groups: Sequence[SeedGroup]) -> Styles:
+def styles_of(comparison: Comparison) -> Styles:
     """A baseline is dashed with hollow markers, the version with an addition solid with full ones.
 
     A method keeps its colour whatever else is shown. A marker stands for a teacher, student and dataset; further
@@ -75,27 +75,23 @@ def styles_of(groups: Sequence[SeedGroup]) -> Styles:
     """
     colors = tomllib.loads(resources.files("experiment.compare").joinpath("method_colors.toml").read_text())
     others = colors.pop("others")
-    networks = ("teacher_name", "student", "dataset")
-    students = [group.first for group in groups if group.is_student]
-    varying = [name for name in networks if len({getattr(run, name) for run in students}) > 1]
     counts: Counter[tuple[str, ...]] = Counter()
     markers: dict[tuple[str, ...], int] = {("",): 0}  # a teacher's
     styles = {}
-    for group in groups:
+    for group in comparison.groups:
         run = group.first
-        setting = (run.teacher, run.student, run.dataset)
-        key = (run.name, *setting)
-        place = (*setting, str(counts[key])) if group.is_student else ("",)
+        key = (run.name, *group.setting)
+        place = (*group.setting, str(counts[key])) if group.is_student else ("",)
         counts[key] += 1
         color = colors.get(run.method) or others[zlib.crc32(run.method.encode()) % len(others)]
-        parts = [group.label, *(Path(value).name for name in varying if (value := getattr(run, name)) != "-")]
+        names = [getattr(run, f"{name}_name") for name in comparison.varying if group.is_student]
         styles[group] = {
             "color": color,
             "linestyle": "--" if group.is_baseline else "-",
             "marker": "*osD^vPX"[markers.setdefault(place, len(markers)) % 8],
             "markerfacecolor": "white" if group.is_baseline else color,
             # Names are drawn as they are: a dollar sign would start a formula.
-            "label": escaped(", ".join(parts)).replace("$", r"\$"),
+            "label": escaped(", ".join([group.label, *(name for name in names if name != "-")])).replace("$", r"\$"),
         }
     return styles
 

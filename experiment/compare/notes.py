@@ -1,5 +1,6 @@
 """Sentences below the tables: units, attacks, gains with their intervals, alignment, and what differs between rows."""
 
+import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 
@@ -34,18 +35,20 @@ def notes_of(comparison: Comparison) -> list[str]:
     ]
 
 
-def verdict(gain: Gain) -> str:
-    """The gain in one sentence."""
-    low, high = (100 * end for end in gain.interval)
-    seeds = f"{len(gain.by_seed)} seeds" if len(gain.by_seed) > 1 else "1 seed"
-    first, mean = gain.group.first, 100 * gain.mean
-    verb = "gains" if mean >= 0 else "loses"
-    includes = ", which includes 0" if gain.includes_0 else ""
-    return (
-        f"{gain.group.label} {verb} {abs(mean):.1f} points AutoAttack over {gain.baseline.label} (teacher "
-        f"{first.teacher_name}, student {short_name(first.student)}, {short_name(first.dataset)}): 95 % interval "
-        f"{low:.1f} to {high:.1f}{includes}, {seeds}."
-    )
+def verdicts(comparison: Comparison) -> list[str]:
+    """Each gain over a baseline in one sentence."""
+    sentences = []
+    for gain in comparison.gains:
+        change = "gains {:.1f} points AutoAttack over" if gain.mean >= 0 else "loses {:.1f} points AutoAttack against"
+        low, high = sorted(math.copysign(100, gain.mean) * end for end in gain.interval)
+        seeds = f"{len(gain.by_seed)} seeds" if len(gain.by_seed) > 1 else "1 seed"
+        where = [getattr(gain.group.first, f"{name}_name") for name in comparison.varying]
+        sentences.append(
+            f"{gain.group.label} {change.format(100 * abs(gain.mean))} {gain.baseline.label}"
+            f"{f' ({comma_list(where)})' if where else ''}, 95 % interval {low:.1f} to {high:.1f}"
+            f"{', which includes 0' if gain.includes_0 else ''}, {seeds}."
+        )
+    return sentences
 
 
 def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
@@ -141,15 +144,11 @@ def _p_value(value: float) -> str:
 
 def _notes_on_alignment(comparison: Comparison) -> Iterator[str]:
     """Per teacher, student and dataset: rank correlations over students, and how often which measure changed."""
-
-    def setting(group: SeedGroup) -> tuple[str, str, str]:
-        return group.first.teacher, group.first.student, group.first.dataset
-
-    for chosen in dict.fromkeys(map(setting, comparison.groups)):
-        groups = [list(filter(_is_measured, group.runs)) for group in comparison.groups if setting(group) == chosen]
+    for setting in dict.fromkeys(group.setting for group in comparison.groups):
+        groups = [list(filter(_is_measured, group.runs)) for group in comparison.groups if group.setting == setting]
         runs = [run for group in groups for run in group]
-        pairs = [pair for gain in comparison.gains if setting(gain.group) == chosen for pair in _pairs(gain)]
-        where = f"Alignment and robustness ({comma_list([short_name(chosen[0]), *chosen[1:]])})"
+        pairs = [pair for gain in comparison.gains if gain.group.setting == setting for pair in _pairs(gain)]
+        where = f"Alignment and robustness ({comma_list([short_name(setting[0]), *setting[1:]])})"
         if len(runs) >= FEWEST and len({run.name for run in runs}) > 1:
             found = _correlations(groups)
             aside = ", and in brackets with the mean of each method subtracted" if "(" in found else ""

@@ -7,7 +7,8 @@ from typing import Any
 
 from experiment.compare.comparison import Comparison
 from experiment.compare.figures import svg
-from experiment.compare.notes import verdict
+from experiment.compare.notes import verdicts
+from experiment.compare.run_record import PICTURES
 from experiment.text import TEXT_COLUMNS, Table
 
 ABOUT = {
@@ -18,7 +19,6 @@ ABOUT = {
     "addition.",
 }
 """The caption of each figure, also for screen readers."""
-TYPES = {".png": "png", ".svg": "svg+xml"}
 
 
 def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str], figures: Mapping[str, Any]) -> str:
@@ -31,7 +31,7 @@ def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str], 
     runs = [(group.label, run) for group in comparison.groups for run in group.runs]
     return environment.from_string(template).render(
         title=", ".join(dict.fromkeys(run.name for _, run in runs)) or "Runs that are not finished",
-        verdicts=[verdict(gain) for gain in comparison.gains],
+        verdicts=verdicts(comparison),
         tables=tables,
         text_columns=TEXT_COLUMNS,
         notes=notes,
@@ -39,7 +39,7 @@ def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str], 
         pictures=[
             (
                 f"{label}, seed {run.seed}: {path.stem}",
-                f"data:image/{TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}",
+                f"data:image/{PICTURES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}",
             )
             for label, run in runs
             for path in run.pictures

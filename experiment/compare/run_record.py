@@ -16,7 +16,8 @@ FIRST_BROKEN_BY = ("clean", *ATTACKS)
 CURVES = ("clean", "pgd20", "holdout_pgd10")
 EPOCHS_OF_A_PEAK = 5
 """A curve of fewer evaluated epochs has no peak."""
-PICTURES = (".png", ".svg")
+PICTURES = {".png": "png", ".svg": "svg+xml"}
+"""Their media types, by the ending of a file."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,16 @@ class Experiment:
     def teacher_name(self) -> str:
         """The teacher's name; of a path its last part."""
         return short_name(self.teacher)
+
+    @property
+    def student_name(self) -> str:
+        """As `teacher_name`."""
+        return short_name(self.student)
+
+    @property
+    def dataset_name(self) -> str:
+        """The data set's name; of a path its last part, with the file type."""
+        return Path(self.dataset).name
 
 
 @dataclass(frozen=True)

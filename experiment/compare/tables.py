@@ -3,13 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from experiment.compare.comparison import Comparison, SeedGroup
 from experiment.compare.published import FIGURES, published_cell
 from experiment.compare.run_record import Experiment, PendingRun
-from experiment.text import TEXT_COLUMNS, Table, points, short_name, spread
+from experiment.text import TEXT_COLUMNS, Table, points, spread
 
 HEADS = {
     **{name: name for name in ("method", "teacher", "student", "dataset", "clean")},
@@ -64,9 +63,7 @@ def results_table(comparison: Comparison, columns: Sequence[str] = ()) -> Table:
 
 def short_columns(comparison: Comparison) -> list[str]:
     """Method, clean, AutoAttack and gain; teacher, student and dataset where they differ."""
-    students = [group.first for group in comparison.groups if group.is_student]
-    networks = [name for name in ("teacher", "student", "dataset") if len({getattr(run, name) for run in students}) > 1]
-    return ["method", *networks, "clean", "autoattack", "gain"]
+    return ["method", *comparison.varying, "clean", "autoattack", "gain"]
 
 
 def _cell(group: SeedGroup, name: str, comparison: Comparison) -> str:
@@ -78,8 +75,8 @@ def _cell(group: SeedGroup, name: str, comparison: Comparison) -> str:
     what = {
         "method": group.label,
         "teacher": run.teacher_name,
-        "student": short_name(run.student),
-        "dataset": Path(run.dataset).name,
+        "student": run.student_name,
+        "dataset": run.dataset_name,
         "seeds": str(len(group.runs)),
         "images": str(run.attack.get("examples", "-")),
     }
@@ -110,7 +107,7 @@ def _published_table(comparison: Comparison) -> Table:
     table = []
     for name, run, values in rows:
         if cell := published_cell(run):
-            row = [name, run.teacher_name, short_name(run.student)]
+            row = [name, run.teacher_name, run.student_name]
             for figure in FIGURES:
                 ours = values.get(figure, [])
                 difference = [sum(ours) / len(ours) - cell[figure]] if ours else []
@@ -121,9 +118,7 @@ def _published_table(comparison: Comparison) -> Table:
 
 
 def _pending_table(pending: Sequence[PendingRun]) -> Table:
-    rows = [
-        [run.folder, run.name, run.teacher_name, short_name(run.student), str(run.seed), run.state] for run in pending
-    ]
+    rows = [[run.folder, run.name, run.teacher_name, run.student_name, str(run.seed), run.state] for run in pending]
     return [["run", "method", "teacher", "student", "seed", "state"], *rows] if rows else []
 
 
@@ -192,16 +187,12 @@ def _latex_cell(text: str) -> str:
 
 def _best(groups: Sequence[SeedGroup]) -> set[tuple[SeedGroup, str]]:
     """(group, column) of the highest mean accuracy among two or more of one teacher, student and dataset."""
-
-    def setting(group: SeedGroup) -> tuple[str, ...]:
-        return group.first.teacher, group.first.student, group.first.dataset
-
-    rivals = Counter(map(setting, groups))
+    rivals = Counter(group.setting for group in groups)
     best: dict[tuple[str, ...], tuple[float, SeedGroup]] = {}
     for group in groups:
         for name in FIGURES:
-            values, key = group.values(name), (*setting(group), name)
-            if rivals[setting(group)] > 1 and values:
+            values, key = group.values(name), (*group.setting, name)
+            if rivals[group.setting] > 1 and values:
                 mean = sum(values) / len(values)
                 if key not in best or mean > best[key][0]:
                     best[key] = (mean, group)
