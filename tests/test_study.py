@@ -181,7 +181,7 @@ def test_the_costs_follow_the_settings(study_of):
     training = hours("") - evaluation
     assert hours("train_examples = 25000\nholdout = 12500") - evaluation == pytest.approx(training / 4)
     assert hours("eval_after = 5") == pytest.approx(training + 5 * evaluation)
-    assert hours('precision = "bf16"') - evaluation == pytest.approx(training / 2)
+    assert hours('precision = "bf16"') - evaluation == pytest.approx(training * 150 / 340)
     passes = [(12 + n + 4) * student + (12 + n) * teacher for n in (10, 30)]  # forward 12 and 22, backward the rest
     assert (hours("steps = 20") - evaluation) / training == pytest.approx(passes[1] / passes[0])
     thinned = (12 + 10 + 4) * student + (2 + 2 + 2) * teacher  # the teacher at two of ten steps, and twice for the loss

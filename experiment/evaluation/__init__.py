@@ -10,7 +10,7 @@ Conventions of every public function here:
     the result does not depend on the number of ranks.
 """
 
-from experiment.evaluation.accuracy import accuracy, cw_accuracy, fgsm_accuracy, monitor, pgd_accuracy
+from experiment.evaluation.accuracy import MONITOR_PASSES, accuracy, cw_accuracy, fgsm_accuracy, monitor, pgd_accuracy
 from experiment.evaluation.alignment import GRADIENT_DEFINITION, gradient_alignment, gradient_report
 from experiment.evaluation.autoattack import AUTOATTACK, autoattack, autoattack_label, version_for
 from experiment.evaluation.batches import check_network, wilson_interval
@@ -32,6 +32,7 @@ from experiment.evaluation.record import (
 __all__ = [
     "AUTOATTACK",
     "GRADIENT_DEFINITION",
+    "MONITOR_PASSES",
     "REUSE",
     "accuracy",
     "accuracy_curve",

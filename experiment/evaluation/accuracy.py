@@ -106,6 +106,10 @@ def cw_accuracy(
     return _share(attacked(model, x, y, attack_of("cw", model, epsilon, steps), batch=batch, seed=seed))
 
 
+MONITOR_PASSES = 42
+"""Passes of `monitor` per image, a forward and a backward counted once each: 1 on clean images and 41 of PGD-20."""
+
+
 def monitor(model: nn.Module, images: Data, epsilon: float) -> dict[str, float]:
     """Compute the accuracies that a run records after an epoch, with seed 0: the same random starts in every run.
 

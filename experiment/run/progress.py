@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from experiment.data import Data
-from experiment.evaluation import autoattack_label
+from experiment.evaluation import MONITOR_PASSES, autoattack_label
 from experiment.run.state import State
 
 ACCURACIES = {"clean": "clean", "pgd20": "PGD-20", "holdout_pgd10": "held-out PGD-10"}
@@ -86,11 +86,9 @@ FIRST_SECONDS = 5.0
 """Seconds of steps before the first estimate, after WARM_STEPS steps of compilation and warm-up."""
 WARM_STEPS = 2
 
-PGD20_PASSES = 21
-"""Forward and backward passes per image in an evaluation."""
-FALLEN_PASSES, ROBUST_PASSES = 100, 4000
-"""Passes of standard AutoAttack for an image misclassified by the first attack (100 steps of APGD) and for a robust
-image (900 of APGD-T, 900 of FAB-T with 1.5 passes each, 5,000 forward passes of Square)."""
+FALLEN_PASSES, ROBUST_PASSES = 200, 8000
+"""Passes of standard AutoAttack per image, a forward and a backward counted once each: of an image misclassified by the
+first attack (100 steps of APGD), and of a robust one (900 of APGD-T, 900 of FAB-T, 5,000 forward passes of Square)."""
 
 
 class Estimate:
@@ -132,13 +130,13 @@ class Estimate:
         evaluated = [row for row in rows if "pgd20" in row]
         if evaluated:
             evaluation = state.seconds["evaluation"] / len(evaluated)
-        else:  # assume that a training image takes the attack's passes and two more
-            evaluation = epoch / self._train / (args.steps + 2) * PGD20_PASSES * self._test
+        else:  # assume that a training image takes the attack's passes and four more
+            evaluation = epoch / self._train / (2 * args.steps + 4) * MONITOR_PASSES * self._test
         remaining = range(state.epoch + 1, args.epochs + 1)
         evaluations = sum(number > args.eval_after or number == args.epochs for number in remaining)
         robust = evaluated[-1]["pgd20"] if evaluated else 0.5
         passes = FALLEN_PASSES + robust * (ROBUST_PASSES - FALLEN_PASSES)
-        attack = evaluation / (PGD20_PASSES * self._test) * passes * min(args.aa_examples, self._test)
+        attack = evaluation / (MONITOR_PASSES * self._test) * passes * min(args.aa_examples, self._test)
         return len(remaining) * epoch + evaluations * evaluation, attack
 
 

@@ -17,8 +17,6 @@ from experiment.study.plan import PlannedRun, Study
 EXPECTED = "expected"
 COUNTED_STEPS = 10
 """Steps of the attack in the passes of costs.toml."""
-PASSES_OF_EVALUATION = 42
-"""Clean accuracy, and PGD-20: twenty times forward and backward to the input, and once forward."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,8 @@ def _measured(run: PlannedRun, study: Study) -> Cost | None:
 
 def _counted(run: PlannedRun) -> Cost | None:
     """Operations of its passes, for networks and data whose size is known, at the expected speed of a GPU."""
+    from experiment.evaluation import MONITOR_PASSES
+
     table, settings = counted(), run.settings
     passes, images = table["passes"].get(run.method), table["training_images"].get(settings["dataset"])
     student, teacher = forward_macs(settings["student"]), forward_macs(str(settings.get("teacher")))
@@ -76,7 +76,7 @@ def _counted(run: PlannedRun) -> Cost | None:
         of_teacher += 2 * (math.ceil(settings["steps"] / settings.get("teacher_every", 1)) - COUNTED_STEPS)
     training = 2 * (of_student * student + of_teacher * teacher) * images * settings["epochs"]
     evaluated = max(1, settings["epochs"] - settings["eval_after"])
-    measuring = 2 * PASSES_OF_EVALUATION * student * table["test_images"][settings["dataset"]] * evaluated
+    measuring = 2 * MONITOR_PASSES * student * table["test_images"][settings["dataset"]] * evaluated
     measuring += table["autoattack"]["flops_per_image_and_mac"] * student * settings["aa_examples"]
     # The plan is for a GPU, whose default is tf32, also where it is made on a machine without one.
     precision = settings["precision"] if "precision" in run.given else "tf32"
