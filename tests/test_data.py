@@ -397,7 +397,7 @@ def test_unknown_names_are_an_error_before_anything_is_read(name, tmp_path, monk
     line = refusal(name)
     allowed = "cifar100, cifar10, svhn, digits, a .npz file or a folder of images"
     npz_line = f"--dataset {name}: no such file"
-    assert line == (npz_line if name.endswith(".npz") else f"--dataset {name!r} is not allowed; {allowed}")
+    assert line == (npz_line if name.endswith(".npz") else f"--dataset {name!r} is not allowed; expected {allowed}")
     with pytest.raises(UserError) as caught:
         data.check_dataset(name)
     assert str(caught.value) == line

@@ -93,7 +93,9 @@ def check_dataset(dataset: str) -> None:
     elif dataset not in (*SETS, "digits"):
         if not os.path.isdir(dataset):
             allowed = ", ".join((*SETS, "digits"))
-            raise UserError(f"--dataset {dataset!r} is not allowed; {allowed}, a .npz file or a folder of images")
+            raise UserError(
+                f"--dataset {dataset!r} is not allowed; expected {allowed}, a .npz file or a folder of images"
+            )
         check_image_folder(Path(dataset))
 
 
