@@ -278,7 +278,7 @@ def test_a_student_of_an_architecture_of_ones_own(own, tmp_path, x):
     assert (entries["architecture"], entries["num_classes"]) == (own, 10)
     assert entries["source_file"] == {"path": str(source), "sha256": files.file_sha256(source), "function": "tiny"}
     source.write_text(f"{OWN}\n")
-    assert f"{source} has changed since" in refusal(folder, load=files.load_student)
+    assert f"{source} has been changed since" in refusal(folder, load=files.load_student)
     source.unlink()
     message = refusal(folder, load=files.load_student)
     assert "needs net.py with the function tiny and SHA-256 " in message
