@@ -282,7 +282,7 @@ def test_a_student_of_an_architecture_of_ones_own(own, tmp_path, x):
     source.unlink()
     message = refusal(folder, load=files.load_student)
     assert "needs net.py with the function tiny and SHA-256 " in message
-    assert f"put it at {folder / 'net.py'}" in message
+    assert f"Put it at {folder / 'net.py'}" in message
     (folder / "net.py").write_text(OWN)
     with torch.no_grad():
         assert torch.equal(files.load_student(folder)(x), model(x))
