@@ -81,16 +81,16 @@ def build_parser():
 
 
 def parse_args(argv=None):
-    """The flags; those of FROM_RUN have the run's own settings as defaults (the teacher's only for a run folder)."""
+    """Parse the flags; those of FROM_RUN default to the run's settings (the teacher only for a run folder)."""
     parser = build_parser()
     args = parser.parse_args(argv)
     run = settings_of(args)
-    # A file may have been moved away from its teacher: that is asked for, or not compared with.
+    # A file may have been moved away from its teacher, so --teacher has no default then.
     names = [name for name in FROM_RUN if Path(args.what).is_dir() or not name.startswith("teacher")]
     own = {name: run[name] for name in names if run.get(name) is not None}
-    if own.get("aa_examples") == 0:  # the run was not to be attacked at its end; now it is
+    if own.get("aa_examples") == 0:  # the run skipped AutoAttack; the evaluation does not
         del own["aa_examples"]
-    # As text: argparse then checks a hand-edited value as it checks a flag.
+    # As text, so that argparse checks a hand-edited value like a flag.
     parser.set_defaults(**{name: str(value) for name, value in own.items()})
     args = parser.parse_args(argv)
     possible = {"gradients": args.teacher is not None, "autoattack": args.aa_examples > 0}
@@ -99,7 +99,7 @@ def parse_args(argv=None):
     needs = {"gradients": "give --teacher, whose gradients they are compared with", "autoattack": "give --aa_examples"}
     for name, need in needs.items():
         if name in named and not possible[name]:
-            parser.error(f"argument --attacks: {name} would measure nothing: {need}")
+            parser.error(f"argument --attacks: {name} cannot be measured: {need}")
     if args.save_adversarial and len(set(args.attacks) & set(WHITE_BOX)) != 1:
         parser.error(f"argument --save_adversarial: saves one attack's images; give --attacks one of {WHITE_BOX}")
     if args.figure and args.teacher is None:
@@ -113,19 +113,20 @@ def parse_args(argv=None):
     cuda = args.device.startswith("cuda")
     if args.precision == "tf32" and not cuda:
         parser.error("argument --precision: 'tf32' is not allowed on the CPU; fp32")
-    # Networks are measured in float32: of a bf16 run what is left is TF32.
+    # Networks are measured in float32, those of a bf16 run in TF32.
     args.precision = args.precision or ("tf32" if cuda and run.get("precision") != "fp32" else "fp32")
     args.start_seed = args.seed or 0
     args.seed = int(run.get("seed", 0)) if args.seed is None else args.seed
-    for name in ("train_examples", "holdout"):  # no flags here, but the hash is of the data as the run had them
+    for name in ("train_examples", "holdout"):  # not flags here, but the data's hash depends on them
         setattr(args, name, int(run.get(name) or 0) if args.dataset == run.get("dataset") else 0)
     args.compile, args.batch = int(run.get("compile", 0)), int(run.get("batch", 1))
     return args
 
 
 def settings_of(args):
-    """The settings of the run that the network comes from, {} if it does not tell: a student.pt holds them itself,
-    wherever it was put; a last.pt lies beside its run's config.json.
+    """Return the settings of the network's run, or {} if unknown.
+
+    student.pt contains them; last.pt is next to the run's config.json.
     """
     from experiment.files import read_student
     from experiment.teachers import check_teacher_name
@@ -149,13 +150,13 @@ def settings_of(args):
 
 
 def folder_of(args):
-    """Where records go: the run folder, the folder of a file, or this one for a RobustBench name."""
+    """Return the folder for records: the run folder, the folder of a file, or the current one for a name."""
     path = Path(args.what)
     return path if path.is_dir() else path.parent if path.exists() else Path()
 
 
 def json_beside(args, name):
-    """A file of the run that the network is of; {} if there is none."""
+    """Read a JSON file of the network's run; {} if it does not exist."""
     from experiment.files import read_json
 
     file = folder_of(args) / name
@@ -163,7 +164,7 @@ def json_beside(args, name):
 
 
 def check_outputs(args, folder):
-    """Refuse, before any work, what could not be written or would overwrite something."""
+    """Check that the outputs can be written and overwrite nothing."""
     from experiment import evaluation
 
     evaluation.check_record_place(folder, args.out)
@@ -175,7 +176,7 @@ def check_outputs(args, folder):
 
 
 def load_networks(args, data, device):
-    """The network that is measured, those beside it, and the teacher (None if nothing needs one)."""
+    """Load the network, those of --beside, and the teacher (None if not needed)."""
     from experiment import evaluation, files
     from experiment.teachers import load_network, load_teacher
 
@@ -197,10 +198,10 @@ def load_networks(args, data, device):
 
 
 def measure(args, data, student, fast, teacher, folder):
-    """All that was asked for, as entries of the record; and what the network says of the attacked images.
+    """Run the measurements; return entries of the record, and the predictions on the attacked images.
 
     Args:
-        fast: the network as a run measures clean and PGD-20 with it; the student itself is attacked by AutoAttack.
+        fast: the accelerated network, for all but AutoAttack.
     """
     from experiment import evaluation
 
@@ -214,7 +215,7 @@ def measure(args, data, student, fast, teacher, folder):
         found["accuracies"][name], adversarial = points, last if keep else adversarial
     if "autoattack" in args.attacks:
         x_aa, y_aa = x[: args.aa_examples], y[: args.aa_examples]
-        # Chunks of their own: a run's AutoAttack is measured again, not read.
+        # Separate chunk files, so that a run's AutoAttack is measured again.
         options = {"folder": folder / "evaluations" / "autoattack", "batch": args.aa_batch, "seed": args.seed}
         found["accuracies"]["autoattack"] = evaluation.autoattack_curve(student, x_aa, y_aa, args.epsilons, **options)
     if len(args.epsilons) > 1 or args.restarts > 1:
@@ -231,7 +232,7 @@ def measure(args, data, student, fast, teacher, folder):
 
 
 def by_class(args, accuracies, y, data):
-    """Every class's accuracy under every attack, at --epsilon where it is one of --epsilons, else at the largest."""
+    """Return the accuracy of every class under every attack, at --epsilon or the largest of --epsilons."""
     from experiment import evaluation
 
     epsilon = args.epsilon if args.epsilon in args.epsilons else args.epsilons[-1]
@@ -243,7 +244,7 @@ def by_class(args, accuracies, y, data):
 
 
 def main():
-    """Measure, write a record, print it."""
+    """Measure, write the record and print it."""
     args = parse_args()
     from experiment import data, evaluation
     from experiment.engine import Engine

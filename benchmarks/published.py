@@ -96,7 +96,7 @@ def pgd_correct(model: nn.Module, x: Tensor, y: Tensor, steps: int = 20, weight_
 
     Args:
         weight_gradients: call ``loss.backward()``, as the evaluation that TRADES published does and many copied: it
-            computes the gradients of the weights in every step, too, and nobody looks at them. Otherwise
+            also computes weight gradients in every step, which are not used. Otherwise
             ``torch.autograd.grad``.
     """
     x_adv = torch.clamp(x + torch.empty_like(x).uniform_(-EPSILON, EPSILON), 0.0, 1.0)

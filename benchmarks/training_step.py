@@ -162,7 +162,7 @@ def method_rows(
 def trick_rows(
     method: str, networks: Networks, tops: list, device: torch.device, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """A row per trick, each in turns with the product's step as it is; a trick that fails says so in its row."""
+    """Return a row per trick, alternating with the unchanged step; the row of a failing trick has its error."""
     batches = measure.make_batches(args.batch, device)
     precision, compiled = args.precisions[-1], args.compile[-1]
     torch.compiler.reset()

@@ -237,7 +237,7 @@ def test_evaluate_bare_weights_and_what_is_no_network(run_folder, monkeypatch, c
         (["--teacher", "nobody"], "'nobody'"),
         (["--examples", "0"], "'0' is not allowed"),
         (["--precision", "bf16"], "'bf16'"),
-        (["--attacks", "autoattack", "--aa_examples", "0"], "autoattack would measure nothing"),
+        (["--attacks", "autoattack", "--aa_examples", "0"], "autoattack cannot be measured"),
         (["--figure", "gradients.gif"], ".png, .pdf, .svg"),
         (["--figure", "nowhere/gradients.png"], "no such folder: nowhere"),
         (["--out", "nowhere/record.json"], "no such folder: nowhere"),

@@ -433,7 +433,7 @@ def _finished_chunks(folder: Path | None, keys: list[dict[str, Any]]) -> Iterato
         if differing:
             raise UserError(
                 f"{path} holds AutoAttack results of another {' and '.join(differing)}; results are not mixed: "
-                f"use another folder, or delete {folder} to attack anew"
+                f"use another folder, or delete {folder} to attack again"
             )
         yield i, content["record"]
 
