@@ -342,7 +342,7 @@ def test_runs_below_the_first_level_that_has_some_are_counted(tmp_path):
     for seed in (1, 2):
         make_run(tmp_path / "runs" / "study" / f"seed{seed}", seed=seed)
     printed = compare(tmp_path / "runs")
-    assert f"2 runs in deeper folders are left out, such as {tmp_path}/runs/study/seed1." in printed
+    assert f"Runs in deeper folders are left out (2), such as {tmp_path}/runs/study/seed1." in printed
     assert sum(line.startswith("AdaAD ") for line in printed.splitlines()) == 1
 
 
@@ -589,7 +589,7 @@ def test_unfinished_runs_are_shown_and_never_compared(pair, tmp_path):
     (pair[1] / "result.json").unlink()
     printed = compare(*pair)
     assert cells(printed, "twin") == ["twin", "AdaAD+IGDM", "BDM", "RES-18", "0", "unfinished, 3 of 3 epochs"]
-    assert "1 runs are not finished" in printed
+    assert "Not finished: 1 of the runs." in printed
     assert "points, 95 %" not in printed
     (pair[0] / "result.json").unlink()
     comparing.compare(pair, tmp_path / "out", show=lambda text: None)

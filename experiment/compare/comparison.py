@@ -130,7 +130,7 @@ def comparison_of(runs: Runs) -> Comparison:
         raise UserError("there are no runs to compare")
     finished, left_out = _on_the_same_images(runs.finished)
     if runs.deeper:
-        left_out.append(f"{len(runs.deeper)} runs in deeper folders are left out, such as {runs.deeper[0]}.")
+        left_out.append(f"Runs in deeper folders are left out ({len(runs.deeper)}), such as {runs.deeper[0]}.")
     groups = _grouped(finished)
     gains, refusals = _gains(groups)
     best = [

@@ -262,4 +262,4 @@ def _notes_on_missing(comparison: Comparison) -> Iterator[str]:
     for (name, *where), run in alone.items():  # once for all variants
         yield f"{name} ({comma_list(where)}): no gain, because its baseline {run.method} is not among the runs."
     if comparison.pending:
-        yield f"{len(comparison.pending)} runs are not finished. They are listed and not compared."
+        yield f"Not finished: {len(comparison.pending)} of the runs. They are listed and not compared."
