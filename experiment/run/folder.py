@@ -104,14 +104,14 @@ def new_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def _differing(config: dict[str, Any], here: dict[str, Any], free: tuple[str, ...]) -> list[str]:
-    later = {name: value for name, value in LATER_SETTINGS.items() if name in here}
-    there = {**later, "script": config["script"], **config["settings"]}
-    names = [name for name in {**there, **here} if name not in free]
+def _differing(config: dict[str, Any], current: dict[str, Any], free: tuple[str, ...]) -> list[str]:
+    later = {name: value for name, value in LATER_SETTINGS.items() if name in current}
+    stored = {**later, "script": config["script"], **config["settings"]}
+    names = [name for name in {**stored, **current} if name not in free]
     return [
-        f"{name[:40]} was {_setting(name, there)}, is now {_setting(name, here)}"
+        f"{name[:40]} was {_setting(name, stored)}, is now {_setting(name, current)}"
         for name in names
-        if (name in there) != (name in here) or not _same(name, there[name], here[name])
+        if (name in stored) != (name in current) or not _same(name, stored[name], current[name])
     ]
 
 
@@ -119,10 +119,10 @@ def _setting(name: str, settings: dict[str, Any]) -> str:
     return f"{settings[name]!r:.80}" if name in settings else "absent"
 
 
-def _same(name: str, there: Any, here: Any) -> bool:
+def _same(name: str, stored: Any, current: Any) -> bool:
     if name == "device":  # cuda:0 and cuda:1 are equivalent
-        return str(there).partition(":")[0] == str(here).partition(":")[0]
-    return there == here
+        return str(stored).partition(":")[0] == str(current).partition(":")[0]
+    return stored == current
 
 
 CHANGES = {
@@ -162,36 +162,36 @@ def describe(
     }
 
 
-def check_same_inputs(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+def check_same_inputs(folder: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
     """Check that a run is resumed with its data and its teacher.
 
     Raises:
         UserError: the number of classes or a hash differs.
     """
     for name in ("num_classes", "dataset_sha256", "teacher_sha256"):
-        if there.get(name) != here[name]:
+        if stored.get(name) != current[name]:
             raise UserError(
-                f"{folder}: {name} was {there.get(name)!r:.80} and is now {here[name]}. Use the same data and teacher, "
-                "or another --run_name"
+                f"{folder}: {name} was {stored.get(name)!r:.80} and is now {current[name]}. Use the same data and "
+                "teacher, or another --run_name"
             )
 
 
-def changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def changes(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Return the names of other differences between the start of a run and its resumption."""
-    return [said for name, said in CHANGES.items() if there.get(name, here[name]) != here[name]]
+    return [said for name, said in CHANGES.items() if stored.get(name, current[name]) != current[name]]
 
 
-def resumed_config(there: dict[str, Any], here: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def resumed_config(stored: dict[str, Any], current: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Return the config of a resumed run, and the config.json to write with its result, or None if it is unchanged.
 
     A trained run may be attacked with other AutoAttack settings. config.json then changes together with result.json.
     """
-    config = {**here, "device": there["device"], "processes": there.get("processes", here["processes"])}
-    attack = {name: here["settings"][name] for name in settings_with(Role.AUTOATTACK)}
-    before = {**LATER_SETTINGS, **there["settings"]}
+    config = {**current, "device": stored["device"], "processes": stored.get("processes", current["processes"])}
+    attack = {name: current["settings"][name] for name in settings_with(Role.AUTOATTACK)}
+    before = {**LATER_SETTINGS, **stored["settings"]}
     if all(before[name] == value for name, value in attack.items()):
-        return {**config, "command": there["command"]}, None
-    return config, {**there, "settings": {**there["settings"], **attack}, "command": here["command"]}
+        return {**config, "command": stored["command"]}, None
+    return config, {**stored, "settings": {**stored["settings"], **attack}, "command": current["command"]}
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

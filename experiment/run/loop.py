@@ -14,9 +14,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from experiment import data, files
 from experiment.engine import Engine
-from experiment.run import checks, folder, outcome
+from experiment.run import checks, folder
 from experiment.run.checkpoints import Checkpoints
 from experiment.run.progress import Estimate, Progress, epoch_line, header, summary
+from experiment.run.result import StudentWriter, measure
 from experiment.run.state import Networks, State, generators
 from experiment.run.stopping import Stopping
 from experiment.run.trackers import Trackers
@@ -53,7 +54,7 @@ class Run:
         main = os.environ.get("RANK", "0") == "0"
         self._lock = folder.lock(self.folder) if main else None
         # Check on every rank before the first collective, so that no rank waits for one that has exited.
-        self._there, result = folder.find_run(self.folder, self.script.name, args)
+        self._stored, result = folder.find_run(self.folder, self.script.name, args)
         if result is not None:
             if main:
                 print(f"{self.folder} is a finished run. For a new run, change --run_name or --seed:")
@@ -63,7 +64,7 @@ class Run:
             folder.remove_leftovers(self.folder)
         self.engine = Engine(args)
         self.device = self.engine.device
-        self._id = self.engine.from_main(self._there.get("id") or folder.new_id())
+        self._id = self.engine.from_main(self._stored.get("id") or folder.new_id())
         self._trackers = Trackers(args, self._id, self.folder, enabled=main)
         self._checkpoints = Checkpoints(self.folder, self._id, args, self.engine)
         self._state, self._steps = State(), 0
@@ -92,21 +93,21 @@ class Run:
         args = self.args
         self._images, self._steps = images, images.steps(args.batch)
         self._networks = Networks(student, optimizer, teacher, AveragedModel(student) if args.swa_after else None)
-        here = folder.describe(args, self.script, self.recipe, self._id, self.engine, images, teacher)
-        self._config, self._config_at_end = here, None
+        current = folder.describe(args, self.script, self.recipe, self._id, self.engine, images, teacher)
+        self._config, self._config_at_end = current, None
         self.engine.refuse_together(
             lambda: checks.check_feasible(args, images, student, teacher, self.folder, self.engine.world)
         )
         if teacher is not None:
             checks.check_teacher(args.teacher, teacher, images)
-        changed = folder.changes(self._there, here) if self._there else []
-        if self._there:
-            self.engine.refuse_together(lambda: folder.check_same_inputs(self.folder, self._there, here))
-            self._config, self._config_at_end = folder.resumed_config(self._there, here)
+        changed = folder.changes(self._stored, current) if self._stored else []
+        if self._stored:
+            self.engine.refuse_together(lambda: folder.check_same_inputs(self.folder, self._stored, current))
+            self._config, self._config_at_end = folder.resumed_config(self._stored, current)
             if changed and self.engine.main:
                 print(f"warning: {' and '.join(changed)} changed since the run began: results may not be bit-identical")
         elif self.engine.main:
-            folder.write_config(self.folder, here)
+            folder.write_config(self.folder, current)
         self.engine.distribute(student, optimizer)
         resumed = self._restore(changed)
         trained = self._state.epoch == args.epochs
@@ -307,7 +308,7 @@ class Run:
         """
         self._bar.close()
         self._may_stop_anywhere()  # all state is saved
-        result = outcome.measure(
+        result = measure(
             self.args, self._config, self._images, self._networks, self._state, self.engine, self._writer(), autoattack
         )
         if not self.engine.main:
@@ -318,8 +319,8 @@ class Run:
         self._trackers.finish(result, self.folder / "student.pt")
         print(summary(result, str(self.folder)), flush=True)
 
-    def _writer(self) -> outcome.StudentWriter:
-        return outcome.StudentWriter(self.folder, self.args, self.recipe["method"], self._images.num_classes)
+    def _writer(self) -> StudentWriter:
+        return StudentWriter(self.folder, self.args, self.recipe["method"], self._images.num_classes)
 
     def _stop_line(self, signal_name: str) -> str:
         """Return the line that a stopped run prints."""
