@@ -766,7 +766,7 @@ def test_csv_and_latex(pair, tmp_path):
     assert float(rows[1]["gain"]) == pytest.approx(0.03)
     latex = (tmp_path / "a.tex").read_text()
     assert r"AdaAD+IGDM & \textbf{80.00}" not in latex, "the first of equals alone"
-    assert r"\textbf{41.00} & $+$3.00 {\scriptsize[$+0.00$, $+7.00$]}" in latex
+    assert r"\textbf{41.00} & $+$3.00 {\tiny[$+0.00$, $+7.00$]}" in latex
     assert r"M\_1 \& 50\%" in latex
     assert latex.splitlines()[1:3] == [r"\begin{tabular}{@{}lrrr@{}}", r"\toprule"]
 

@@ -14,7 +14,7 @@ from experiment.compare.documents import as_document, fill_marks
 from experiment.compare.notes import notes_of
 from experiment.compare.read import read_runs
 from experiment.compare.records import write_records
-from experiment.compare.tables import HEADS, as_csv, as_latex, tables_of
+from experiment.compare.tables import HEADS, as_csv, as_latex, short_columns, tables_of
 from experiment.files import write_atomically
 from experiment.text import as_text, escaped
 
@@ -72,7 +72,8 @@ def compare(
         elif name == "html":
             from experiment.compare.page import page
 
-            _write(path, page(comparison, tables, notes, figures))
+            short = tables_of(comparison, columns or (short_columns(comparison) if comparison.groups else ()))
+            _write(path, page(comparison, short, notes, figures))
         else:
             write_records(path, [run for group in comparison.groups for run in group.runs])
         show(escaped(f"{name:<8}  {path}"))
@@ -125,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=tuple(HEADS),
         default=[],
         metavar="NAME",
-        help=f"columns of the table of results: {', '.join(HEADS)}; default all that were measured, for --latex and a "
-        "table in a document method, clean, autoattack and gain",
+        help=f"columns of the table of results: {', '.join(HEADS)}; default all that were measured; for --latex, "
+        "--html and a table in a document method, clean, autoattack and gain",
     )
     for flag, what in FILES.items():
         parser.add_argument(f"--{flag}", type=Path, metavar="FILE", help=f"also write {what}")

@@ -174,14 +174,14 @@ def as_latex(comparison: Comparison, columns: Sequence[str] = ()) -> str:
     styler = styler.apply(lambda cells: DataFrame(bold, cells.index, cells.columns), axis=None)
     alignment = "".join("l" if head in TEXT_COLUMNS else "r" for head in table[0])
     made = styler.to_latex(hrules=True, column_format=f"@{{}}{alignment}@{{}}")
-    return f"{{\\footnotesize\\setlength{{\\tabcolsep}}{{3pt}}%\n{made}}}\n"
+    return f"{{\\scriptsize\\setlength{{\\tabcolsep}}{{1.5pt}}%\n{made}}}\n"
 
 
 def _latex_cell(text: str) -> str:
     """A cell, after LaTeX's characters were escaped: signs in mathematics, deviations and intervals small."""
-    text = re.sub(r" ± ([\d.]+)", r" {\\scriptsize$\\pm$\1}", text)
-    text = re.sub(r" \(([+-][\d.]+) to ([+-][\d.]+)\)", r" {\\scriptsize[$\1$, $\2$]}", text)
-    text = re.sub(r" \(95 \\% interval\)", r" {\\scriptsize[95\\,\\%]}", text)
+    text = re.sub(r" ± ([\d.]+)", r" {\\tiny$\\pm$\1}", text)
+    text = re.sub(r" \(([+-][\d.]+) to ([+-][\d.]+)\)", r" {\\tiny[$\1$, $\2$]}", text)
+    text = re.sub(r" \(95 \\% interval\)", r" {\\tiny[95\\,\\%]}", text)
     return re.sub(r"^([+-])(?=\d)", r"$\1$", text)
 
 
