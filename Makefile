@@ -16,7 +16,7 @@ setup: .venv/ready
 	touch $@
 
 test: setup
-	$(ONE) $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(ONE) $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # Kills, starves and feeds garbage to real runs for some 20 minutes; rewrites docs/reliability.md.
 test-faults: setup

@@ -267,7 +267,7 @@ def test_evaluate_refuses_what_does_not_go_together(run_folder, monkeypatch, cap
     own.write_text("from torch import nn\ndef maps(classes):\n    return nn.Conv2d(3, classes, 3)\n")
     torch.save(nn.Conv2d(3, 10, 3).state_dict(), bare)
     for arguments, said in [
-        ((bare, "--arch", f"{own}:maps", "--dataset", "digits"), "makes (2, 10, 6, 6) of images (2, 3, 8, 8)"),
+        ((bare, "--arch", f"{own}:maps", "--dataset", "digits"), "returns (2, 10, 6, 6) for images (2, 3, 8, 8)"),
         ((run_folder.parent,), "holds no student.pt or last.pt"),  # said before anything is downloaded
         ((other, "--dataset", "digits"), "has 7 classes but the data has 10"),
         ((other, "--dataset", "digits", "--attacks", "gradients"), "give --teacher"),

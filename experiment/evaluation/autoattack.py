@@ -117,9 +117,10 @@ def autoattack(
     records = dict(_finished_chunks(folder, keys))
     work = SharedWork([i for i in range(len(chunks)) if i not in records], folder)
     progress = Progress(len(x), records, work, show=show_progress and rank == 0)
+    name = "AutoAttack standard" if settings["version"] == STANDARD else settings["version"]
     progress.say(
-        f"{autoattack_label(settings['version'])} on {len(x)} images: epsilon {epsilon:.6f}, seed {seed}, chunks of "
-        f"{batch}, {settings['package']}; {len(chunks) - len(work.tasks)} of {len(chunks)} chunks were done before"
+        f"{name} on {len(x)} images: epsilon {epsilon:.6f}, seed {seed}, chunks of {batch}, {settings['package']}; "
+        f"{len(chunks) - len(work.tasks)} of {len(chunks)} chunks were done before"
     )
     fitting = InParts(model, batch)
     try:
