@@ -139,7 +139,7 @@ class Engine:
         dist.all_gather_object(faults, fault)
         return next((fault for fault in faults if fault is not None), None)
 
-    def refuse_together(self, check: Callable[[], None]) -> None:
+    def check_on_all_ranks(self, check: Callable[[], None]) -> None:
         """Run a check on every rank, and raise the first rank's error on every rank.
 
         Raises:

@@ -95,14 +95,14 @@ class Run:
         self._networks = Networks(student, optimizer, teacher, AveragedModel(student) if args.swa_after else None)
         current = folder.describe(args, self.script, self.recipe, self._id, self.engine, images, teacher)
         self._config, self._config_at_end = current, None
-        self.engine.refuse_together(
+        self.engine.check_on_all_ranks(
             lambda: checks.check_feasible(args, images, student, teacher, self.folder, self.engine.world)
         )
         if teacher is not None:
             checks.check_teacher(args.teacher, teacher, images)
         changed = folder.changes(self._stored, current) if self._stored else []
         if self._stored:
-            self.engine.refuse_together(lambda: folder.check_same_inputs(self.folder, self._stored, current))
+            self.engine.check_on_all_ranks(lambda: folder.check_same_inputs(self.folder, self._stored, current))
             self._config, self._config_at_end = folder.resumed_config(self._stored, current)
             if changed and self.engine.main:
                 print(f"warning: {' and '.join(changed)} changed since the run began: results may not be bit-identical")
@@ -111,7 +111,7 @@ class Run:
         self.engine.distribute(student, optimizer)
         resumed = self._restore(changed)
         trained = self._state.epoch == args.epochs
-        self.engine.refuse_together(lambda: checks.check_finished_student(self.folder, student, trained=trained))
+        self.engine.check_on_all_ranks(lambda: checks.check_finished_student(self.folder, student, trained=trained))
         if self.engine.main:
             where = self._trackers.start(self._config, self._state.rows)
             print(header(self._config, str(self.folder), resumed, images, student, teacher, where), flush=True)
@@ -157,7 +157,7 @@ class Run:
         if todo and self.args.compile:
             engine, args = self.engine, self.args
             x, *_ = next(self._images.batches(args.batch, args.seed, todo[0], 0, engine.rank, engine.world))
-            engine.refuse_together(lambda: engine.check_compiled(x))
+            engine.check_on_all_ranks(lambda: engine.check_compiled(x))
         yield from todo
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -205,9 +205,9 @@ class Run:
             self._bar.figures(epoch, self.args.epochs, means)
             if alone:
                 self._refuse_divergence()
-        told = self._estimate.after_step(self._state)
-        if told:
-            self._bar.line(told)
+        line = self._estimate.after_step(self._state)
+        if line:
+            self._bar.line(line)
 
     def _may_stop_anywhere(self) -> None:
         """From here on, handle signals at once, beginning with a pending one."""

@@ -101,11 +101,11 @@ class Estimate:
         self._args, self._steps = args, steps
         self._train, self._test = len(images.x_train), len(images.x_test)
         self._first: tuple[int, int, float] | None = None
-        self._told = False
+        self._printed = False
 
     def after_step(self, state: State) -> str | None:
         """Return the estimate of the whole run, once, when enough steps have been measured; otherwise None."""
-        if self._told:
+        if self._printed:
             return None
         if self._first is None or self._first[0] != state.epoch:
             self._first = (state.epoch, state.step + WARM_STEPS, 0.0)
@@ -115,7 +115,7 @@ class Estimate:
             return None
         if state.epoch_seconds - seconds < FIRST_SECONDS:
             return None
-        self._told = True
+        self._printed = True
         step = (state.epoch_seconds - seconds) / (state.step - first)
         total = step * self._steps * self._args.epochs
         return (

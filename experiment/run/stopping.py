@@ -116,8 +116,8 @@ class Stopping:
     def _name(self) -> str:
         if self.number is None:
             try:
-                told = self._engine.store.check(["signal"])
-                self.number = int(self._engine.store.get("signal")) if told else None
+                sent = self._engine.store.check(["signal"])
+                self.number = int(self._engine.store.get("signal")) if sent else None
             except RuntimeError:  # the store has gone with the agent
                 pass
         if self.number is None:
