@@ -1,4 +1,4 @@
-"""A twin of a bare GPU machine, without the GPU: what that machine lacks is blocked here, and everything is run.
+"""Run everything with the packages blocked that a bare GPU machine lacks.
 
     python tests/bare_machine.py
 

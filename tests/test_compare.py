@@ -96,7 +96,7 @@ def make_run(
 
 @pytest.fixture
 def pair(tmp_path):
-    """A baseline and its twin, 3 points apart on 100 images."""
+    """A baseline and its version with IGDM, 3 points apart on 100 images."""
     return make_run(tmp_path / "base"), make_run(tmp_path / "twin", "IGDM", robust=0.41)
 
 

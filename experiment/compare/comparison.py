@@ -147,15 +147,16 @@ def _on_the_same_images(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], lis
     kept, left_out = [], []
     for run in runs:
         images = run.gradients.get("scalars_examples", most[run.dataset])
-        if images < most[run.dataset]:
+        if images == most[run.dataset]:
+            kept.append(run)
+        else:
             left_out.append(
                 f"Logit GD and logit GC of {run.folder.name} are left out: measured on {images} images, others on "
                 f"{most[run.dataset]}. Measure again with: python evaluate.py {run.folder} --attacks gradients "
                 f"--examples {most[run.dataset]}"
             )
             values = {name: value for name, value in run.values.items() if not name.startswith("logit")}
-            run = replace(run, values=values)  # noqa: PLW2901
-        kept.append(run)
+            kept.append(replace(run, values=values))
     return kept, left_out
 
 
