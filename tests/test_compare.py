@@ -346,18 +346,20 @@ def test_runs_below_the_first_level_that_has_some_are_counted(tmp_path):
     assert sum(line.startswith("AdaAD ") for line in printed.splitlines()) == 1
 
 
-def test_two_variants_that_differ_in_one_setting_are_subtracted(tmp_path):
-    """An ablation; a twin is subtracted from the baseline of its own variant, and three variants are left alone."""
+def test_variants_that_differ_in_one_setting_are_subtracted_from_the_first(tmp_path):
+    """An ablation; a version with an addition is subtracted from the baseline of its own variant."""
     base, other = flags_of(30, 2)
     for seed in (0, 1):
         make_run(tmp_path / "runs" / f"a{seed}", seed=seed, target="adversarial", fell=base)
         make_run(tmp_path / "runs" / f"b{seed}", seed=seed, target="clean", fell=other)
-    make_run(tmp_path / "runs" / "twin", "IGDM", target="clean", fell=base)
+    make_run(tmp_path / "runs" / "added", "IGDM", target="clean", fell=base)
     printed = compare(tmp_path / "runs")
     assert "AdaAD (target clean) minus AdaAD (target adversarial) (BDM, RES-18, digits): +7.00 points" in printed
     assert "AdaAD+IGDM minus AdaAD (target clean) (BDM, RES-18, digits): -7.00 points" in printed
-    make_run(tmp_path / "runs" / "c", target="a third", fell=base)
-    assert "minus AdaAD (target adversarial)" not in compare(tmp_path / "runs")
+    make_run(tmp_path / "runs" / "c", target="third", fell=base)
+    printed = compare(tmp_path / "runs")
+    assert "AdaAD (target clean) minus AdaAD (target adversarial) (BDM, RES-18, digits): +7.00 points" in printed
+    assert "AdaAD (target third) minus AdaAD (target adversarial) (BDM, RES-18, digits): +0.00 points" in printed
     two = [make_run(tmp_path / name, lr=lr, epochs=epochs) for name, lr, epochs in (("d", 0.1, 3), ("e", 0.2, 4))]
     assert " minus " not in compare(*two), "two settings differ"
 

@@ -105,7 +105,7 @@ class Comparison:
     gains_at_best: list[GainAtBest]
     """Of the same groups, where AutoAttack measured the best epochs too (--aa_best)."""
     ablations: list[Gain]
-    """Of one method in two variants that differ in one setting: the second minus the first."""
+    """Of variants of one method that differ in one setting from the first: each minus the first."""
     refusals: list[str]
     """Why a group has no gain over its baseline, one sentence each."""
     pending: list[PendingRun]
@@ -249,19 +249,19 @@ def _differing_settings(run: RunRecord, baseline: RunRecord) -> list[str]:
 
 
 def _ablations(groups: Sequence[SeedGroup]) -> list[Gain]:
-    """One method in two variants that differ in one setting only; of three variants or more none is subtracted."""
+    """Each variant of a method minus the first one, where they differ in a single setting."""
     found = []
-    for first in groups:
-        variants = [group for group in groups if (group.pair, group.first.added) == (first.pair, first.first.added)]
-        if len(variants) != 2 or variants[0] is not first:
+    firsts: dict[object, SeedGroup] = {}
+    for group in groups:
+        first = firsts.setdefault((group.pair, group.first.added), group)
+        of_first, settings = first.first.settings, group.first.settings
+        differing = [key for key in {**of_first, **settings} if of_first.get(key) != settings.get(key)]
+        if len(differing) != 1 or differing == ["dataset_sha256"]:  # other images cannot be paired
             continue
-        settings, of_second = first.first.settings, variants[1].first.settings
-        pairs = _pairs(variants[1], first)
-        differing = [key for key in {**of_second, **settings} if of_second.get(key) != settings.get(key)]
+        pairs = _pairs(group, first)
         attack_seeds = _attack_seeds(pairs)
-        one = len(differing) == 1 and differing != ["dataset_sha256"]  # other images cannot be paired
-        if one and pairs and _attacked(pairs) and attack_seeds[0] == attack_seeds[1]:
-            found.append(_gain(variants[1], first, pairs))
+        if pairs and _attacked(pairs) and attack_seeds[0] == attack_seeds[1]:
+            found.append(_gain(group, first, pairs))
     return found
 
 
