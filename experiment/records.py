@@ -8,13 +8,13 @@ name is kept as it is.
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from experiment import UserError
 from experiment.text import ABSENT, short_text
 
-ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
-"""AutoAttack's attacks in their order. Versions for few classes lack some."""
+STEPS = ("clean", "apgd-ce", "apgd-t", "fab-t", "square")
+"""AutoAttack's clean pass and its attacks, in their order. Versions for few classes lack some."""
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -29,6 +29,9 @@ class Record(BaseModel):
 class Settings(Record):
     """The settings of a run that every reader needs; the others are in the same object."""
 
+    teacher: str | None = None
+    student: str
+    dataset: str
     epsilon: Fraction
     epochs: Count
     seed: int
@@ -64,16 +67,28 @@ class Attack(Record):
     examples: Count
     batch: Any = None
     package: Any = None
-    flags: dict[str, str] | None = None
-    """For "clean" and each attack one character per image: 1 if it is classified correctly so far, else 0."""
+    flags: Annotated[str, Field(pattern="^[0-4-]*$")] | None = None
+    """A character per image: the index in STEPS of the first step at which it is misclassified, or "-".
+
+    A result.json has a text per step instead, of 1 (correctly classified so far) and 0.
+    """
     warnings: list[str] | None = None
+
+    @field_validator("flags", mode="before")
+    @classmethod
+    def _first_misclassified(cls, flags: Any) -> Any:
+        if not isinstance(flags, dict):
+            return flags
+        texts = {str(step): flags[name] for step, name in enumerate(STEPS) if name in flags}
+        if not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError("AutoAttack's flags should be texts of 0 and 1")
+        images = zip(*texts.values(), strict=True)
+        return "".join(next((s for s, flag in zip(texts, image, strict=True) if flag == "0"), "-") for image in images)
 
     @model_validator(mode="after")
     def _one_flag_per_image(self) -> Self:
-        flags = self.flags or {}
-        needed = {"clean", ATTACKS[-1]} if flags else set()
-        if needed - set(flags) or any(len(text) != self.examples or set(text) - {"0", "1"} for text in flags.values()):
-            raise ValueError("AutoAttack's flags should be one of 0 and 1 per image and attack")
+        if self.flags and len(self.flags) != self.examples:
+            raise ValueError(f"AutoAttack's flags are of {len(self.flags)} images, expected {self.examples}")
         return self
 
 
@@ -85,18 +100,13 @@ class Scalar(Record):
 
 
 class Gradients(Scalar):
-    """Gradient alignment of student and teacher; with evaluate.py's report also by scalar."""
+    """Gradient alignment of student and teacher; evaluate.py measures it by scalar too."""
 
     definition: str
+    examples: int = 0
     scalars: dict[str, Scalar] | None = None
     scalars_examples: int = 0
-
-
-class GradientReport(Gradients):
-    """evaluate.py's report on input gradients, in the record of an evaluation."""
-
-    examples: Count
-    epsilon: Fraction
+    """Images of `scalars`, where evaluate.py's report completes a run's own figures."""
 
 
 class Evaluation(Record):
@@ -105,8 +115,7 @@ class Evaluation(Record):
     student_sha256: str | None = None
     dataset_sha256: str | None = None
     teacher_sha256: str | None = None
-    gradients: GradientReport | None = None
-    file: str = ""
+    gradients: Gradients | None = None
 
 
 class Checkpoint(Record):

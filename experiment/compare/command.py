@@ -1,19 +1,16 @@
 """compare.py: runs side by side on the terminal, as Markdown, plots, CSV, LaTeX, a page, and records."""
 
 import argparse
-import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from experiment import UserError, cli
 from experiment.compare.comparison import Comparison, comparison_of
-from experiment.compare.documents import as_document, fill_marks
+from experiment.compare.documents import as_document, commands_of, fill_marks
 from experiment.compare.notes import notes_of
-from experiment.compare.read import read_runs
-from experiment.compare.records import write_records
+from experiment.compare.read import read_runs, records_of
 from experiment.compare.tables import HEADS, as_csv, as_latex, short_columns, tables_of
 from experiment.files import write_atomically
 from experiment.text import as_text, escaped
@@ -27,72 +24,49 @@ FILES = {
 """What can be written beside comparison.md and the plots, by flag."""
 
 
-def compare(
-    sources: Sequence[Path],
-    out: Path,
-    *,
-    columns: Sequence[str] = (),
-    files: Mapping[str, Path] | None = None,
-    show: Callable[[str], None] = print,
-) -> Comparison:
-    """Compare runs: show tables and notes; write comparison.md and the plots (PNG, PDF, SVG) into `out`.
+def compare(sources: Sequence[Path], out: Path, columns: Sequence[str], files: Mapping[str, Path]) -> Comparison:
+    """Compare runs: print tables and notes; write comparison.md and the plots (PNG, PDF, SVG) into `out`.
 
     Args:
         sources: run folders, folders that hold run folders, studies (.toml) or records (.json).
         out: created if it does not exist.
-        columns: keys of ``tables.HEADS`` to show in the table of results; default what was measured.
-        files: what else to write, by name: csv, latex, html, records.
-        show: takes each text for the terminal.
+        columns: keys of ``tables.HEADS`` to show in the table of results; if empty, what was measured.
+        files: what else to write, by a key of FILES.
 
     Raises:
         UserError: a source is none of these or damaged; two runs have the same settings and seed; a file cannot be
             written. After all was written and shown: a run and its baseline differ in more than the addition.
     """
-    files = files or {}
     comparison = comparison_of(read_runs(sources))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made a folder: {error.strerror}") from error
     from experiment.compare.figures import all_figures, write_figures  # matplotlib takes a second
+    from experiment.compare.page import page
 
     tables, notes, figures = tables_of(comparison, columns), notes_of(comparison), all_figures(comparison)
     plots = write_figures(figures, out)
-    _write(out / "comparison.md", _markdown(comparison, tables, notes, figures))
+    pictures = [f"![{name}]({name}.png)" for name in figures]
+    _write(out / "comparison.md", "\n\n".join([as_document(tables, notes), *pictures, *commands_of(comparison)]) + "\n")
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for text in (*(as_text(table, width) + "\n" for table in tables), *notes):
-        show(escaped(text))
-    show(escaped(f"\nplots     {', '.join(map(str, plots))}" if plots else "\nno plots: no run is finished"))
-    show(escaped(f"markdown  {out / 'comparison.md'}"))
+    lines = [*(as_text(table, width) + "\n" for table in tables), *notes]
+    lines += [f"\nplots     {', '.join(map(str, plots))}" if plots else "\nno plots: no run is finished"]
+    lines += [f"markdown  {out / 'comparison.md'}"]
+    short = tables_of(comparison, columns or short_columns(comparison))
+    contents = {
+        "csv": lambda: as_csv(comparison),
+        "latex": lambda: as_latex(comparison, columns),
+        "html": lambda: page(comparison, short, notes, figures),
+        "records": lambda: records_of([run for group in comparison.groups for run in group.runs]),
+    }
     for name, path in files.items():
-        if name == "csv":
-            _write(path, as_csv(comparison))
-        elif name == "latex":
-            _write(path, as_latex(comparison, columns))
-        elif name == "html":
-            from experiment.compare.page import page
-
-            short = tables_of(comparison, columns or (short_columns(comparison) if comparison.groups else ()))
-            _write(path, page(comparison, short, notes, figures))
-        else:
-            write_records(path, [run for group in comparison.groups for run in group.runs])
-        show(escaped(f"{name:<8}  {path}"))
+        _write(path, contents[name]())
+        lines.append(f"{name:<8}  {path}")
+    print(escaped("\n".join(lines)))
     if comparison.refusals:
         raise UserError("; ".join(comparison.refusals))
     return comparison
-
-
-def _markdown(comparison: Comparison, tables: list, notes: list[str], figures: Mapping[str, Any]) -> str:
-    parts = [as_document(tables, notes), *(f"![{name}]({name}.png)" for name in figures)]
-    if comparison.groups:
-        lines = []
-        for group in comparison.groups:
-            for run in group.runs:
-                what = f"# {group.label}, {run.teacher}, {run.student}, seed {run.seed}: {run.environment['hardware']}"
-                # One line each: a line break in a quoted argument could end the code block.
-                lines += [" ".join(text.split()) for text in (what, run.command)]
-        parts += ["Commands:", "\n".join(["```sh", *lines, "```"])]
-    return "\n\n".join(parts) + "\n"
 
 
 def _write(path: Path, text: str) -> None:
@@ -118,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=Path,
         metavar="DIR",
         default=argparse.SUPPRESS,  # depends on the others: keeps "default: None" out of --help
-        help="folder for comparison.md and the plots; default the runs' common parent, or . if there is none",
+        help="folder for comparison.md and the plots; default the one folder that holds the runs, else .",
     )
     parser.add_argument(
         "--columns",
@@ -141,25 +115,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     files = {flag: path for flag in FILES if (path := getattr(args, flag))}
     if args.insert:
-        others = [*(["out"] if "out" in args else []), *files]
-        if others:
+        if others := [*(["out"] if "out" in args else []), *files]:
             parser.error(f"argument --insert: writes nothing else; not together with --{others[0]}")
         print(*fill_marks(args.insert, args.sources, args.columns), sep="\n")
         return
-    for flag, path in files.items():
-        if not path.parent.is_dir():
-            raise UserError(f"--{flag} {path}: {path.parent} is not a folder")
-    taken = [source for source in args.sources if source.suffix == ".json" and source.is_file()]
-    if args.records and taken:
-        raise UserError(f"--records needs run folders; {taken[0]} is a records file")
-    compare(args.sources, getattr(args, "out", None) or _common_parent(args.sources), columns=args.columns, files=files)
-
-
-def _common_parent(sources: Sequence[Path]) -> Path:
-    """The folder that holds all run folders, relative if it is below the current one; else the current one."""
-    folders = {Path(os.path.abspath(source)) for source in sources}
-    parents = {path.parent if (path / "config.json").is_file() or path.is_file() else path for path in folders}
-    current, parent = Path.cwd(), parents.pop()
-    if parents:
-        return Path(".")
-    return parent.relative_to(current) if parent.is_relative_to(current) else parent
+    parents = {path if path.is_dir() and not (path / "config.json").is_file() else path.parent for path in args.sources}
+    out = getattr(args, "out", parents.pop() if len(parents) == 1 else Path("."))
+    compare(args.sources, out, args.columns, files)

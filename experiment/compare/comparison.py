@@ -5,14 +5,14 @@ AutoAttack accuracy minus the baseline's, needs runs that were made under the sa
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 from experiment import UserError
 from experiment.compare.read import Runs
-from experiment.compare.run_record import PendingRun, RunRecord
+from experiment.compare.runs import PendingRun, RunRecord
 from experiment.compare.statistics import interval_of_gain, mcnemar
 from experiment.text import ABSENT, comma_list, short_text
 
@@ -40,7 +40,7 @@ class SeedGroup:
     @property
     def setting(self) -> tuple[str, str, str]:
         """Teacher, student and dataset."""
-        return self.first.teacher, self.first.student, self.first.dataset
+        return self.first.setting
 
     @property
     def is_baseline(self) -> bool:
@@ -68,6 +68,8 @@ class Gain:
 
     group: SeedGroup
     baseline: SeedGroup
+    pairs: list[tuple[RunRecord, RunRecord]]
+    """(run of the baseline, run of the group) of each seed."""
     by_seed: dict[int, float]
     p_values: dict[int, float]
     """McNemar's, by seed."""
@@ -109,8 +111,8 @@ class Comparison:
     refusals: list[str]
     """Why a group has no gain over its baseline, one sentence each."""
     pending: list[PendingRun]
-    left_out: list[str]
-    """What was read and is not shown, one sentence each."""
+    deeper: list[Path]
+    """Run folders further down, which are left out."""
 
     @property
     def varying(self) -> list[str]:
@@ -128,40 +130,14 @@ def comparison_of(runs: Runs) -> Comparison:
     """
     if not runs.finished and not runs.pending:
         raise UserError("there are no runs to compare")
-    finished, left_out = _on_the_same_images(runs.finished)
-    if runs.deeper:
-        left_out.append(f"Runs in deeper folders are left out ({len(runs.deeper)}), such as {runs.deeper[0]}.")
-    groups = _grouped(finished)
+    groups = _grouped(runs.finished)
     gains, refusals = _gains(groups)
-    best = [
-        _gain_at_best(gain) for gain in gains if all(run.best_flags for run in (*gain.group.runs, *gain.baseline.runs))
-    ]
-    return Comparison(groups, gains, best, _ablations(groups), refusals, runs.pending, left_out)
-
-
-def _on_the_same_images(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
-    """The runs with evaluate.py's gradients only where measured on as many images as any; what was left out."""
-    most: dict[str, int] = defaultdict(int)
-    for run in runs:
-        most[run.dataset] = max(most[run.dataset], run.gradients.get("scalars_examples", 0))
-    kept, left_out = [], []
-    for run in runs:
-        images = run.gradients.get("scalars_examples", most[run.dataset])
-        if images == most[run.dataset]:
-            kept.append(run)
-        else:
-            left_out.append(
-                f"Logit GD and logit GC of {run.folder.name} are left out: measured on {images} images, others on "
-                f"{most[run.dataset]}. Measure again with: python evaluate.py {run.folder} --attacks gradients "
-                f"--examples {most[run.dataset]}"
-            )
-            values = {name: value for name, value in run.values.items() if not name.startswith("logit")}
-            kept.append(replace(run, values=values))
-    return kept, left_out
+    best = [_gain_at_best(gain) for gain in gains if all(_is_paired(pair, "best_attack") for pair in gain.pairs)]
+    return Comparison(groups, gains, best, _ablations(groups), refusals, runs.pending, runs.deeper)
 
 
 def _pair(run: RunRecord) -> tuple[str, ...]:
-    teacher = run.teacher if "teacher" not in run.added_settings else "-"  # added: the baseline has none
+    teacher = run.teacher if "teacher" not in run.config.added_settings else "-"  # added: the baseline has none
     return run.method, run.base_script, teacher, run.student, run.dataset
 
 
@@ -169,7 +145,7 @@ def _grouped(runs: Sequence[RunRecord]) -> list[SeedGroup]:
     """Pairs together, the baseline first, variants in the order of their numbers (alpha 2 before alpha 10)."""
     by_identity: dict[str, dict[int, RunRecord]] = {}
     for run in runs:
-        identity = json.dumps([*_pair(run), run.added, run.settings], sort_keys=True)
+        identity = json.dumps([*_pair(run), run.added, run.conditions], sort_keys=True)
         seeds = by_identity.setdefault(identity, {})
         if run.seed in seeds:
             raise UserError(
@@ -180,7 +156,7 @@ def _grouped(runs: Sequence[RunRecord]) -> list[SeedGroup]:
 
     def place(seeds: dict[int, RunRecord]) -> tuple:
         first = next(iter(seeds.values()))
-        numbers = [value for _, value in sorted(first.settings.items()) if isinstance(value, int | float)]
+        numbers = [value for _, value in sorted(first.conditions.items()) if isinstance(value, int | float)]
         return order.index(_pair(first)), first.added is not None, numbers
 
     order = list(dict.fromkeys(map(_pair, runs)))
@@ -194,13 +170,16 @@ def _grouped(runs: Sequence[RunRecord]) -> list[SeedGroup]:
 
 
 def _label(run: RunRecord, others: Sequence[RunRecord]) -> str:
-    variants = [other.settings for other in others if _pair(other) == _pair(run) and other.name == run.name]
-    varying = [
-        f"{key} {short_text(run.settings.get(key, ABSENT))}"
-        for key in dict.fromkeys(key for settings in variants for key in settings)
-        if any(settings.get(key) != run.settings.get(key) for settings in variants)
-    ]
+    variants = [other for other in others if _pair(other) == _pair(run) and other.name == run.name]
+    varying = [f"{key} {short_text(run.conditions.get(key, ABSENT))}" for key in _differing(variants)]
     return f"{run.name} ({', '.join(varying)})" if varying else run.name
+
+
+def _differing(runs: Sequence[RunRecord]) -> list[str]:
+    """The conditions in which any of the runs differ."""
+    keys = dict.fromkeys(key for run in runs for key in run.conditions)
+    values = {key: [run.conditions.get(key, ABSENT) for run in runs] for key in keys}
+    return [key for key, of_runs in values.items() if any(value != of_runs[0] for value in of_runs)]
 
 
 def _gains(groups: Sequence[SeedGroup]) -> tuple[list[Gain], list[str]]:
@@ -216,36 +195,28 @@ def _gains(groups: Sequence[SeedGroup]) -> tuple[list[Gain], list[str]]:
         if reason := _not_comparable(group, baseline, pairs):
             what = f"{baseline.first.folder} ({baseline.first.name}) from {group.first.folder} ({group.first.name})"
             refusals.append(f"cannot subtract {what}: {reason}")
-        elif _attacked(pairs):
+        elif all(map(_is_paired, pairs)):
             gains.append(_gain(group, baseline, pairs))
     return gains, refusals
 
 
 def _not_comparable(group: SeedGroup, baseline: SeedGroup, pairs: Sequence[tuple[RunRecord, RunRecord]]) -> str | None:
     if settings := _differing_settings(group.first, baseline.first):
-        allowed = ", ".join(group.first.added_settings) or "nothing"
+        allowed = comma_list(group.first.config.added_settings) or "nothing"
         return f"they differ in {'; '.join(settings)}. Only {allowed} may differ. Rerun one of them"
     if not pairs:
-        return (
-            f"their seeds differ: {comma_list(baseline.seeds)} and {comma_list(group.seeds)}. "
-            "Give runs with the same seeds"
-        )
-    seeds = _attack_seeds(pairs)
-    if seeds[0] != seeds[1]:
-        return f"they differ in AutoAttack seed {comma_list(seeds[0])} and {comma_list(seeds[1])}. Rerun one of them"
-    if any(run.attack and not run.flags for pair in pairs for run in pair):
-        return "AutoAttack's result per image is missing. Rerun one of them"
+        seeds = f"{comma_list(baseline.seeds)} and {comma_list(group.seeds)}"
+        return f"their seeds differ: {seeds}. Give runs with the same seeds"
     return None
 
 
 def _differing_settings(run: RunRecord, baseline: RunRecord) -> list[str]:
     """Every setting in which the runs differ, with both values, except those that the addition brings."""
-    found = []
-    for key in dict.fromkeys([*baseline.settings, *run.settings]):
-        of_run, of_baseline = run.settings.get(key, ABSENT), baseline.settings.get(key, ABSENT)
-        if key.removesuffix("_sha256") not in run.added_settings and of_run != of_baseline:
-            found.append(f"{key} {short_text(of_baseline)} and {short_text(of_run)}")
-    return found
+    return [
+        f"{key} {short_text(baseline.conditions.get(key, ABSENT))} and {short_text(run.conditions.get(key, ABSENT))}"
+        for key in _differing([baseline, run])
+        if key.removesuffix("_sha256") not in run.config.added_settings
+    ]
 
 
 def _ablations(groups: Sequence[SeedGroup]) -> list[Gain]:
@@ -254,13 +225,9 @@ def _ablations(groups: Sequence[SeedGroup]) -> list[Gain]:
     firsts: dict[object, SeedGroup] = {}
     for group in groups:
         first = firsts.setdefault((group.pair, group.first.added), group)
-        of_first, settings = first.first.settings, group.first.settings
-        differing = [key for key in {**of_first, **settings} if of_first.get(key) != settings.get(key)]
-        if len(differing) != 1 or differing == ["dataset_sha256"]:  # other images cannot be paired
-            continue
-        pairs = _pairs(group, first)
-        attack_seeds = _attack_seeds(pairs)
-        if pairs and _attacked(pairs) and attack_seeds[0] == attack_seeds[1]:
+        pairs, differing = _pairs(group, first), _differing([first.first, group.first])
+        one = len(differing) == 1 and differing != ["dataset_sha256"]  # other images cannot be paired
+        if one and pairs and all(map(_is_paired, pairs)):
             found.append(_gain(group, first, pairs))
     return found
 
@@ -271,32 +238,29 @@ def _pairs(group: SeedGroup, baseline: SeedGroup) -> list[tuple[RunRecord, RunRe
     return [(by_seed[run.seed], run) for run in group.runs if run.seed in by_seed]
 
 
-def _attack_seeds(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> tuple[list[object], list[object]]:
-    return [base.attack.get("seed") for base, _ in pairs], [run.attack.get("seed") for _, run in pairs]
-
-
-def _attacked(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> bool:
-    return all(run.flags for pair in pairs for run in pair)
+def _is_paired(pair: tuple[RunRecord, RunRecord], attack: str = "attack") -> bool:
+    """Whether AutoAttack's result per image is known of both."""
+    return all(getattr(run, attack) and getattr(run, attack).flags for run in pair)
 
 
 def _gain_at_best(last: Gain) -> GainAtBest:
-    pairs = _pairs(last.group, last.baseline)
-    best = _gain(last.group, last.baseline, pairs, "best_")
-    tables = zip(_differences(pairs), _differences(pairs, "best_"), strict=True)
+    best = _gain(last.group, last.baseline, last.pairs, "best_attack")
+    tables = zip(_differences(last.pairs), _differences(last.pairs, "best_attack"), strict=True)
     table = [[of_last - of_best for of_last, of_best in zip(*rows, strict=True)] for rows in tables]
     by_seed = [last.by_seed[seed] - best.by_seed[seed] for seed in last.by_seed]
     return GainAtBest(best, fmean(by_seed), interval_of_gain(table, by_seed))
 
 
-def _differences(pairs: Sequence[tuple[RunRecord, RunRecord]], of: str = "") -> list[list[int]]:
-    """Seeds x images, of the last epoch or of the best one."""
-    flags = [(getattr(base, f"{of}flags"), getattr(run, f"{of}flags")) for base, run in pairs]
+def _differences(pairs: Sequence[tuple[RunRecord, RunRecord]], attack: str = "attack") -> list[list[int]]:
+    """Seeds x images: 1 where only the second run is correct under attack, -1 where only the first is, else 0."""
+    flags = [[getattr(run, attack).flags for run in pair] for pair in pairs]
     return [[(flag == "-") - (of_base == "-") for of_base, flag in zip(*pair, strict=True)] for pair in flags]
 
 
-def _gain(group: SeedGroup, baseline: SeedGroup, pairs: Sequence[tuple[RunRecord, RunRecord]], of: str = "") -> Gain:
-    name = f"{of}autoattack"
-    by_seed = {run.seed: run.values[name] - base.values[name] for base, run in pairs}
-    differences = _differences(pairs, of)
+def _gain(
+    group: SeedGroup, baseline: SeedGroup, pairs: list[tuple[RunRecord, RunRecord]], attack: str = "attack"
+) -> Gain:
+    by_seed = {run.seed: getattr(run, attack).accuracy - getattr(base, attack).accuracy for base, run in pairs}
+    differences = _differences(pairs, attack)
     p_values = {run.seed: mcnemar(row) for (_, run), row in zip(pairs, differences, strict=True)}
-    return Gain(group, baseline, by_seed, p_values, interval_of_gain(differences, list(by_seed.values())))
+    return Gain(group, baseline, pairs, by_seed, p_values, interval_of_gain(differences, list(by_seed.values())))

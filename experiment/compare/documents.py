@@ -41,11 +41,10 @@ def fill_marks(
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    by_name = {source.stem: source for source in sources}
-    if len(by_name) < len(sources):
-        names = [source.stem for source in sources]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"two sources are called {twice}: give either the study or its records")
+    by_name: dict[str, Path] = {}
+    for source in sources:
+        if by_name.setdefault(source.stem, source) != source:
+            raise UserError(f"two sources are called {source.stem}: give either the study or its records")
     comparisons: dict[str, Comparison] = {}
     done = []
 
@@ -79,14 +78,25 @@ def as_document(tables: Sequence[Table], notes: Sequence[str]) -> str:
     return "\n\n".join([*map(as_markdown, tables), "\n".join(f"- {markdown_text(note)}" for note in notes)])
 
 
+def commands_of(comparison: Comparison) -> list[str]:
+    """A block with the command of each finished run, and where it ran."""
+    lines = []
+    for group in comparison.groups:
+        for run in group.runs:
+            about = f"# {group.label}, {run.teacher}, {run.student}, seed {run.seed}: {run.result.hardware}"
+            # One line each: a line break in a quoted argument could end the code block.
+            lines += [" ".join(text.split()) for text in (about, run.result.command)]
+    return ["Commands:", "\n".join(["```sh", *lines, "```"])] if lines else []
+
+
 def _described(comparison: Comparison, columns: Sequence[str]) -> str:
     """Tables, notes, and by what, where and in how long they were made."""
     tables = tables_of(comparison, columns)
     runs = [run for group in comparison.groups for run in group.runs]
     if not runs:  # published figures, without ours
         return as_markdown(tables[0])
-    hours = sum(sum(run.seconds.values()) for run in runs) / 3600
-    hardware = comma_list(dict.fromkeys(run.environment["hardware"] for run in runs))
+    hours = sum(sum(run.result.seconds.values()) for run in runs) / 3600
+    hardware = comma_list(dict.fromkeys(run.result.hardware for run in runs))
     commits = comma_list(dict.fromkeys(run.environment["commit"][:12] for run in runs))
     total = f"{len(runs)} runs, {hours:.1f} hours in all on {hardware}; commit {commits}."
     return f"{as_document(tables, notes_of(comparison))}\n\n{total}"

@@ -11,15 +11,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
 from experiment.compare.comparison import Comparison, Gain, SeedGroup
 from experiment.compare.published import teacher_figures
 from experiment.files import write_atomically
 from experiment.text import escaped
 
 FORMATS = ("png", "pdf", "svg")
-TEACHER = {"color": "0.35", "linestyle": ":", "linewidth": 1.6}
 CHARACTERS = 150
-"""What fits side by side under the alignment figure."""
+"""What fits side by side under a figure."""
 
 Styles = Mapping[SeedGroup, dict[str, Any]]
 """Line colour and style per group; "label" is its name in figures."""
@@ -110,116 +111,87 @@ def _tidy(axes: Any, grid: str = "y") -> None:
 
 
 def _comparison_figure(groups: Sequence[SeedGroup], styles: Styles) -> Any:
-    """PGD-20 and clean accuracy by epoch, and AutoAttack bars; the teacher as a reference line."""
-    wrapped = [textwrap.fill(styles[group]["label"], 30) for group in groups]
-    lines = sum(label.count("\n") + 1 for label in wrapped)
-    figure = _new_figure(15.0, max(4.6, 1.6 + 0.3 * lines + 0.12 * len(groups)))
+    """PGD-20 and clean accuracy by epoch, and AutoAttack bars; a published teacher as a dotted line."""
+    figure = _new_figure(15.0, max(5.0, 2.2 + 0.6 * len(groups)))
     robust, clean, bars = figure.subplots(1, 3, width_ratios=[1, 1, 1.15])
-    teacher = _teacher_of(groups)
+    students = [group for group in groups if group.is_student]
+    curves = students or groups  # a teacher's many epochs would hide theirs
     for axes, key, title in ((robust, "pgd20", "PGD-20"), (clean, "clean", "clean")):
-        _draw_curves(axes, groups, styles, key)
-        if key in teacher:
-            axes.axhline(100 * teacher[key], **TEACHER)
+        _draw_curves(axes, curves, styles, key)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("epoch")
         _tidy(axes)
     robust.set_ylabel("test accuracy (%)")
-    _draw_bars(bars, groups, wrapped, styles)
-    if "autoattack" in teacher:
-        bars.axvline(100 * teacher["autoattack"], **TEACHER)
-    if teacher:
-        from matplotlib.lines import Line2D
-
-        figure.legend([Line2D([], [], **TEACHER)], ["teacher"], loc="outside lower right", frameon=False)
+    _draw_bars(bars, groups, styles)
+    if len({(group.first.teacher, group.first.dataset) for group in students}) == 1:
+        teacher = teacher_figures(students[0].first.teacher, students[0].first.dataset)
+        for draw, key in ((clean.axhline, "clean"), (bars.axvline, "autoattack")):
+            if teacher:
+                draw(100 * teacher[key], color="0.35", linestyle=":", linewidth=1.6)
+    _legend(figure, robust, curves, styles)
     return figure
-
-
-def _teacher_of(groups: Sequence[SeedGroup]) -> dict[str, float]:
-    """Accuracies of the students' one teacher: a run that is listed, or as RobustBench publishes them; may be {}."""
-    students = [group.first for group in groups if group.is_student and group.first.teacher != "-"]
-    if len({run.teacher for run in students}) != 1:
-        return {}
-    own = {weights: run for group in groups for run in group.runs if (weights := run.hashes.get("weights"))}
-    found = [own.get(run.hashes.get("teacher", "")) for run in students]
-    if trained := next(filter(None, found), None):
-        return {key: value for key, value in trained.values.items() if key in ("clean", "pgd20", "autoattack")}
-    return next(filter(None, (teacher_figures(run.teacher, run.dataset) for run in students)), {})
 
 
 def _draw_curves(axes: Any, groups: Sequence[SeedGroup], styles: Styles, key: str) -> None:
     """Means over seeds, with a band of one standard deviation."""
     from matplotlib.ticker import MaxNLocator
 
-    evaluated = {epoch for group in groups for run in group.runs for epoch in run.curves[key]}
     for group in groups:
-        by_seed = [run.curves[key] for run in group.runs]
-        epochs = sorted(set.intersection(*map(set, by_seed)))
-        values = [[100 * curve[epoch] for curve in by_seed] for epoch in epochs]
-        means = [fmean(at_epoch) for at_epoch in values]
-        # Many markers hide the line; a single point would not show without one.
-        style = styles[group] if len(evaluated) <= 25 or len(epochs) == 1 else styles[group] | {"marker": ""}
-        axes.plot(epochs, means, **style, markersize=4, linewidth=1.7)
-        if len(by_seed) > 1:
-            spreads = [stdev(at_epoch) for at_epoch in values]
-            low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
-            high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
-            axes.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    if len(evaluated) == 1:
-        axes.set_xticks(sorted(evaluated))
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        curves = [run.curves[key] for run in group.runs]
+        epochs = sorted(set.intersection(*map(set, curves)))
+        values = 100 * np.array([[curve[epoch] for epoch in epochs] for curve in curves])
+        mean, few = values.mean(axis=0), max(1, len(epochs) // 10)  # many markers hide the line
+        axes.plot(epochs, mean, **styles[group], markevery=few, markersize=4, linewidth=1.7)
+        if len(curves) > 1:
+            spread = values.std(axis=0, ddof=1)
+            band = {"color": styles[group]["color"], "alpha": 0.12, "linewidth": 0}
+            axes.fill_between(epochs, mean - spread, mean + spread, **band)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _draw_bars(axes: Any, groups: Sequence[SeedGroup], labels: Sequence[str], styles: Styles) -> None:
-    """A bar per group from the top, pairs close together; beside its label the line that it has in the curves.
+def _draw_bars(axes: Any, groups: Sequence[SeedGroup], styles: Styles) -> None:
+    """A bar per group from the top.
 
     Error bars: one standard deviation over seeds, or for a single seed the 95 % binomial interval of its images.
     """
-    from matplotlib.lines import Line2D
-
     from experiment.evaluation import wilson_interval
 
-    positions, at = [], 0.0
-    for index, (group, label) in enumerate(zip(groups, labels, strict=True)):
-        gap = 0.0 if index == 0 else 1.0 if group.pair == groups[index - 1].pair else 1.5
-        at += gap + 0.35 * label.count("\n")
-        positions.append(at)
-    basis: dict[str, None] = {}
-    for group, position in zip(groups, positions, strict=True):
-        values, style, hollow = group.values("autoattack"), styles[group], group.is_baseline
-        axes.add_artist(
-            Line2D([-0.075, -0.015], [position] * 2, **style, markevery=[0], markersize=4, linewidth=1.7,
-                   transform=axes.get_yaxis_transform(), clip_on=False)
-        )  # fmt: skip
+    for position, group in enumerate(groups):
+        values = group.values("autoattack")
         if not values:
-            axes.annotate("not run", (0, position), (3, 0), textcoords="offset points", va="center", fontsize=8)
             continue
-        mean = fmean(values)
+        mean, examples = fmean(values), group.first.attack.examples
         if len(values) > 1:
-            low = high = stdev(values)
-            basis["mean ± std over seeds"] = None
+            low, high = mean - stdev(values), mean + stdev(values)
         else:
-            examples = group.first.attack["examples"]
-            ends = wilson_interval(round(mean * examples), examples)
-            low, high = mean - ends[0], ends[1] - mean
-            basis["one seed: 95 % interval"] = None
-        fill = {"color": style["color"], "alpha": 0.35 if hollow else 0.9, "hatch": "///" if hollow else None}
-        axes.barh(position, 100 * mean, height=0.8, edgecolor="white", **fill)
-        axes.errorbar(100 * mean, position, xerr=[[100 * low], [100 * high]], color="0.15", capsize=3, linewidth=1.3)
-        end = (100 * (mean + high), position)
-        axes.annotate(f"{100 * mean:.2f}", end, (4, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(positions, labels, fontsize=9)
-    axes.tick_params(axis="y", length=0, pad=32)
-    # A few bars stay bars and do not fill the panel.
-    margin = max(0.8, (4 - positions[-1]) / 2)
-    axes.set_ylim(positions[-1] + margin, -margin)
+            low, high = wilson_interval(round(mean * examples), examples)
+        fill = {"alpha": 0.35, "hatch": "///"} if group.is_baseline else {"alpha": 0.9}
+        axes.barh(position, 100 * mean, height=0.8, edgecolor="white", color=styles[group]["color"], **fill)
+        error = [[100 * (mean - low)], [100 * (high - mean)]]
+        axes.errorbar(100 * mean, position, xerr=error, color="0.15", capsize=3, linewidth=1.3)
+        place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        axes.annotate(f"{100 * mean:.2f}", (100 * high, position), **place)
+    axes.set_yticks(range(len(groups)), [textwrap.fill(styles[group]["label"], 30) for group in groups], fontsize=9)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(max(len(groups), 4) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.margins(x=0.14)
-    images = {group.first.attack["examples"] for group in groups if group.first.attack}
-    notes = [*basis, *([f"{images.pop()} images"] if len(images) == 1 else [])]
     axes.set_title("AutoAttack", loc="left", fontsize=11)
-    axes.set_xlabel("\n".join(filter(None, ["accuracy (%)", ", ".join(notes)])))
+    axes.set_xlabel("accuracy (%) with one standard deviation over seeds,\nof one seed the 95 % interval of its images")
     _tidy(axes, grid="x")
+
+
+def _legend(figure: Any, axes: Any, groups: Sequence[SeedGroup], styles: Styles, **options: Any) -> None:
+    """The groups below the figure, in as many columns as fit."""
+    columns = max(1, CHARACTERS // (max(len(styles[group]["label"]) for group in groups) + 8))
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(4, len(groups), columns),
+        frameon=False,
+        fontsize=9,
+        **options,
+    )
 
 
 def _gains_figure(gains: Sequence[Gain], styles: Styles) -> Any:
@@ -275,14 +247,6 @@ def _alignment_figure(groups: Sequence[SeedGroup], styles: Styles) -> Any:
         _tidy(axes, grid="both")
     for axes in panels[::2]:
         axes.set_ylabel("AutoAttack accuracy (%)")
-    columns_that_fit = max(1, CHARACTERS // (max(len(styles[group]["label"]) for group in shown) + 8))
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(4, len(shown), columns_that_fit),
-        frameon=False,
-        fontsize=9,
-        title="small marks are runs, large ones means, arrows lead from a baseline to the version with an addition",
-        title_fontsize=9,
-    )
+    title = "small marks are runs, large ones means, arrows lead from a baseline to the version with an addition"
+    _legend(figure, panels[0], shown, styles, title=title, title_fontsize=9)
     return figure

@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 from experiment.compare.comparison import Comparison, Gain, GainAtBest, SeedGroup
 from experiment.compare.published import IMAGES, published_cell, source
-from experiment.compare.run_record import RunRecord
+from experiment.compare.runs import RunRecord
 from experiment.compare.statistics import seeds_needed
 from experiment.text import ABSENT, budget, comma_list, points, short_name, short_text
 
@@ -30,7 +30,6 @@ def notes_of(comparison: Comparison) -> list[str]:
         *_notes_on_settings(comparison.groups),
         *_notes_on_published_figures(comparison.groups),
         *_notes_on_missing(comparison),
-        *comparison.left_out,
         *(f"No gain: {refusal}." for refusal in comparison.refusals),
     ]
 
@@ -56,7 +55,7 @@ def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
 
     runs = [run for group in groups for run in group.runs]
     if groups:
-        tested = comma_list(sorted({run.test_examples for run in runs}))
+        tested = comma_list(sorted({run.result.test_examples for run in runs}))
         yield f"Accuracies in per cent; clean and PGD-20 on all {tested} test images, gains in points of AutoAttack."
     if any(len(group.runs) > 1 for group in groups):
         yield "Mean ± sample standard deviation (n - 1) over seeds where n seeds is above 1."
@@ -65,10 +64,9 @@ def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
     widths: dict[int, list[float]] = {}
     for group in attacked:
         attack = group.first.attack
-        kinds.setdefault((attack["version"], attack["epsilon"]), []).append(group.label)
-        correct = round(fmean(group.values("autoattack")) * attack["examples"])
-        low, high = wilson_interval(correct, attack["examples"])
-        widths.setdefault(attack["examples"], []).append(50 * (high - low))
+        kinds.setdefault((attack.version, attack.epsilon), []).append(group.label)
+        low, high = wilson_interval(round(fmean(group.values("autoattack")) * attack.examples), attack.examples)
+        widths.setdefault(attack.examples, []).append(50 * (high - low))
     for (version, epsilon), users in kinds.items():
         whose = "" if len(kinds) == 1 else f" ({comma_list(dict.fromkeys(users))})"
         name = "AutoAttack: standard" if version == "standard" else version
@@ -78,8 +76,10 @@ def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
         yield f"Uncertainty of an AutoAttack accuracy: ± {ends} points on {examples} images (95 %, binomial)."
     for group in groups:
         for run in group.runs:
-            yield from (f"{group.label}, seed {run.seed}, AutoAttack warned: {text}." for text in run.warnings)
-    for text in dict.fromkeys(run.gradients["definition"] for run in runs if run.gradients):
+            warnings = (run.attack and run.attack.warnings) or ()
+            yield from (f"{group.label}, seed {run.seed}, AutoAttack warned: {text}." for text in warnings)
+    gradients = [run.result.gradients for run in runs if run.result.gradients]
+    for text in dict.fromkeys(measured.definition for measured in gradients):
         yield f"GD (lower is closer to the teacher), GC (higher is closer): {text}."
     if any(group.values("best_minus_last") for group in groups):
         yield "best - last: PGD-20 of the checkpoint chosen on held-out training images minus that of the last."
@@ -89,7 +89,7 @@ def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
             "Robust overfitting, at most: PGD-20 of the best epoch (which the test images choose) minus that of the "
             f"last: {each}."
         )
-    if images := sorted({run.gradients["scalars_examples"] for run in runs if "logit_gc" in run.values}):
+    if images := sorted({measured.scalars_examples for measured in gradients if measured.scalars}):
         yield (
             "Logit GD and logit GC: the same with g = gradient of logits[true class] "
             f"(evaluate.py, the first {comma_list(images)} test images)."
@@ -147,7 +147,8 @@ def _notes_on_alignment(comparison: Comparison) -> Iterator[str]:
     for setting in dict.fromkeys(group.setting for group in comparison.groups):
         groups = [list(filter(_is_measured, group.runs)) for group in comparison.groups if group.setting == setting]
         runs = [run for group in groups for run in group]
-        pairs = [pair for gain in comparison.gains if gain.group.setting == setting for pair in _pairs(gain)]
+        pairs = [pair for gain in comparison.gains if gain.group.setting == setting for pair in gain.pairs]
+        pairs = [pair for pair in pairs if all(map(_is_measured, pair))]
         where = f"Alignment and robustness ({comma_list([short_name(setting[0]), *setting[1:]])})"
         if len(runs) >= FEWEST and len({run.name for run in runs}) > 1:
             found = _correlations(groups)
@@ -167,12 +168,6 @@ def _notes_on_alignment(comparison: Comparison) -> Iterator[str]:
 
 def _is_measured(run: RunRecord) -> bool:
     return {"autoattack", "gc"} <= run.values.keys()
-
-
-def _pairs(gain: Gain) -> list[tuple[RunRecord, RunRecord]]:
-    sides = [{run.seed: run for run in side.runs} for side in (gain.baseline, gain.group)]
-    pairs = [(sides[0][seed], sides[1][seed]) for seed in gain.by_seed]
-    return [pair for pair in pairs if all(map(_is_measured, pair))]
 
 
 def _change(pair: tuple[RunRecord, RunRecord], key: str) -> float:
@@ -214,21 +209,23 @@ def _notes_on_settings(groups: Sequence[SeedGroup]) -> Iterator[str]:
     """
     for dataset in dict.fromkeys(group.first.dataset for group in groups):
         rows = [group for group in groups if group.first.dataset == dataset]
-        own = {key for group in rows for key in (*group.first.added_settings, *group.first.method_settings)}
+        own = {
+            key for group in rows for key in (*group.first.config.added_settings, *group.first.config.outer_settings)
+        }
         # The inner maximisation is a method's own, so it is compared within a method; the table's columns show theirs.
         own |= {"attack", "student", "teacher", "teacher_sha256", "dataset", "dataset_sha256", "num_classes"}
         rows = [group for group in rows if group.is_student]
         found = []
-        for key in dict.fromkeys(key for group in rows for key in group.first.settings if key not in own):
+        for key in dict.fromkeys(key for group in rows for key in group.first.conditions if key not in own):
             users: dict[str, dict[str, None]] = {}
             for group in rows:
-                users.setdefault(short_text(group.first.settings.get(key, ABSENT)), {})[group.first.name] = None
+                users.setdefault(short_text(group.first.conditions.get(key, ABSENT)), {})[group.first.name] = None
             if len(users) > 1:
                 found.append(f"{key} " + ", ".join(f"{value} ({comma_list(who)})" for value, who in users.items()))
         for key, column in (("teacher_sha256", "teacher"), ("dataset_sha256", "dataset"), ("attack", "method")):
             values: dict[str, dict[str, None]] = {}
             for group in rows:
-                value = short_text(group.first.settings.get(key, ABSENT))
+                value = short_text(group.first.conditions.get(key, ABSENT))
                 values.setdefault(getattr(group.first, column), {})[value] = None
             found += [f"{key} {' and '.join(v)} ({name})" for name, v in values.items() if len(v) > 1]
         if found:
@@ -243,14 +240,13 @@ def _notes_on_published_figures(groups: Sequence[SeedGroup]) -> Iterator[str]:
         f"Published figures are those of the {source()['name']}: one run each. Differences below 0.4 points carry no "
         "information."
     )
-    if images := sorted({run.attack["examples"] for run in shown if run.attack} - {IMAGES}):
+    if images := sorted({run.attack.examples for run in shown if run.attack} - {IMAGES}):
         yield f"AutoAttack: ours on {comma_list(images)} images, the published on {IMAGES}."
     for method in dict.fromkeys(run.method for run in shown):
         published = source()["epochs"].get(method)
-        ours = {run.settings.get("epochs") for run in shown if run.method == method}
-        if published and ours != {published}:
-            epochs = comma_list(sorted(map(str, ours)))
-            yield f"{method}: ours were trained for {epochs} epochs, the published for {published}."
+        ours = sorted({run.settings["epochs"] for run in shown if run.method == method})
+        if published and ours != [published]:
+            yield f"{method}: ours were trained for {comma_list(ours)} epochs, the published for {published}."
 
 
 def _notes_on_missing(comparison: Comparison) -> Iterator[str]:
@@ -263,3 +259,5 @@ def _notes_on_missing(comparison: Comparison) -> Iterator[str]:
         yield f"{name} ({comma_list(where)}): no gain, because its baseline {run.method} is not among the runs."
     if comparison.pending:
         yield f"Not finished: {len(comparison.pending)} of the runs. They are listed and not compared."
+    if deeper := comparison.deeper:
+        yield f"Runs in deeper folders are left out ({len(deeper)}), such as {deeper[0]}."

@@ -9,7 +9,7 @@ from math import isclose
 from typing import Any
 
 from experiment.cli import ALIASES
-from experiment.compare.run_record import Experiment
+from experiment.compare.runs import Experiment
 
 FIGURES = ("clean", "pgd20", "autoattack")
 IMAGES = 10_000

@@ -1,21 +1,31 @@
-"""What compare.py is given, run folders, folders that hold them, studies and records files, as runs."""
+"""Read what compare.py is given as runs: run folders, folders that hold them, studies, and records files.
 
+A records file keeps finished runs where the run folders are not; tables and figures are the same from either. It is
+JSON with one line per run: what config.json and result.json hold, and metrics.jsonl by column.
+"""
+
+import json
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from experiment import UserError
-from experiment.compare.records import read_records
-from experiment.compare.run_record import PendingRun, RunRecord, read_run
-from experiment.files import MAKE_A_RUN, read_json, read_metrics
-from experiment.records import Config, Settings, checked
+from experiment.compare.runs import PendingRun, RunRecord
+from experiment.files import advice, read_json, read_metrics
+from experiment.records import Config, Evaluation, Result, Row, Settings, checked
 from experiment.study import is_locked, read_study
 
 DEPTH = 3
 """Folders of runs are looked for down to this level: runs/STUDY/RUN."""
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+FORMAT = 1
+"""Of a records file."""
+DIGITS = 6
+"""Significant digits in a records file of what metrics.jsonl holds; the rest is kept whole."""
+PICTURES = {".png": "png", ".svg": "svg+xml"}
+"""Media types of evaluate.py's figures, by the ending of a file."""
 
 
 @dataclass
@@ -28,13 +38,17 @@ class Runs:
 
 
 def read_runs(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
-    """Read every run once, in the order given; `run_dir` holds the runs of studies."""
+    """Read every run once, in the order given; `run_dir` holds the runs of studies.
+
+    Raises:
+        UserError: a source is not of these kinds, or a file in it holds what no run writes.
+    """
     runs, seen = Runs(), set()
     for source in sources:
-        if source.suffix == ".json" and os.path.isfile(source):
-            runs.finished += read_records(source)
-            continue
         planned = {}
+        if source.suffix == ".json" and os.path.isfile(source):
+            runs.finished += _read_records(source)
+            continue
         if source.suffix == ".toml" and os.path.isfile(source):
             planned = {run.folder: run for run in read_study(source, run_dir).all_runs}
             folders = list(planned)
@@ -47,53 +61,116 @@ def read_runs(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
                 continue
             seen.add(place)
             if (folder / "result.json").is_file():
-                runs.finished.append(read_run(folder))
+                runs.finished.append(_read_folder(folder))
             elif (folder / "config.json").is_file():
-                config = read_json(folder / "config.json")
-                made = checked(
-                    Settings, checked(Config, config, folder / "config.json").settings, folder / "config.json"
-                )
-                runs.pending.append(_pending(folder.name, config, config["settings"], _progress(folder, made.epochs)))
+                runs.pending.append(_read_unfinished(folder))
             else:
                 run = planned[folder]
-                runs.pending.append(_pending(run.name, run.recipe, run.settings, run.state()))
+                method, adds = run.recipe["method"], run.recipe.get("adds")
+                runs.pending.append(PendingRun(method, adds, run.settings, run.name, run.state()))
     return runs
 
 
 def _run_folders(source: Path) -> tuple[list[Path], list[Path]]:
     """The runs of the first level that has any, and those below it: another study's, which would not be compared."""
-    # os.path.isdir and isfile answer False where Path's raise, such as for a name that is too long.
-    if os.path.isfile(source):
-        raise UserError(f"{source} is a file; expected a folder, a study (.toml) or records (.json). {MAKE_A_RUN}")
+    # os.path.isdir answers False where Path's raises, such as for a name that is too long.
     if not os.path.isdir(source):
-        raise UserError(f"{source} is not a folder; give folders of runs, or folders that hold them")
-    if os.path.isfile(source / "model.safetensors"):
-        raise UserError(f"{source} is an export, not a run folder. Give the run that it was made from. {MAKE_A_RUN}")
-    levels = (sorted(path.parent for path in source.glob("*/" * level + "config.json")) for level in range(DEPTH))
-    for found in levels:
-        if found:
-            below = (folder for level in levels for folder in level)
-            return found, [folder for folder in below if not set(found) & set(folder.parents)]  # an export is no run
-    if any(path.suffix.lower() in IMAGES for path in source.glob("*/*")):
-        raise UserError(f"{source} is a folder of images, not a run folder. {MAKE_A_RUN} --dataset {source}")
-    raise UserError(f"{source} is not a run folder and holds none: there is no config.json in it. {MAKE_A_RUN}")
+        raise UserError(f"{source} is not a run folder, a folder that holds some, a study or a records file")
+    levels = [
+        [path.parent for path in sorted(source.glob("*/" * level + "config.json")) if not _is_export(path.parent)]
+        for level in range(DEPTH)
+    ]
+    found = next(filter(None, levels), None)
+    if found is None:
+        raise UserError(f"{source} is not a run folder and holds none. {advice(source)}")
+    return found, [folder for level in levels for folder in level if level is not found]
 
 
-def _pending(name: str, recipe: dict[str, Any], settings: dict[str, Any], state: str) -> PendingRun:
-    return PendingRun(
-        method=str(recipe.get("method")),
-        added=str(recipe["adds"]) if recipe.get("adds") else None,
-        teacher=str(settings.get("teacher") or "-"),
-        student=str(settings.get("student")),
-        dataset=str(settings.get("dataset")),
-        seed=settings["seed"],
-        settings=settings,
-        folder=name,
-        state=state,
-    )
+def _is_export(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file()
 
 
-def _progress(folder: Path, epochs: int) -> str:
-    path = folder / "metrics.jsonl"
-    done = len(read_metrics(path)) if path.is_file() else 0
-    return f"{'running' if is_locked(folder / '.lock') else 'unfinished'}, {done} of {epochs} epochs"
+def _read_unfinished(folder: Path) -> PendingRun:
+    path = folder / "config.json"
+    config = checked(Config, read_json(path), path)
+    epochs, metrics = checked(Settings, config.settings, path).epochs, folder / "metrics.jsonl"
+    done = len(read_metrics(metrics)) if metrics.is_file() else 0
+    state = f"{'running' if is_locked(folder / '.lock') else 'unfinished'}, {done} of {epochs} epochs"
+    return PendingRun(config.method, config.adds, config.settings, folder.name, state)
+
+
+def _read_folder(folder: Path) -> RunRecord:
+    """A finished run, with what evaluate.py measured of its final student."""
+    contents = (read_json(folder / name) for name in ("config.json", "result.json"))
+    run = _run(folder, *contents, read_metrics(folder / "metrics.jsonl"))
+    if not (folder / "evaluations").is_dir():
+        return run
+    from experiment.evaluation import records
+
+    # Other checkpoints, such as best.pt, and other data leave their records in the same place.
+    wanted = (run.result.student_sha256, run.config.dataset_sha256)
+    found = [checked(Evaluation, record, Path(record["file"])) for record in records(folder)]
+    found = [record for record in found if (record.student_sha256, record.dataset_sha256) == wanted]
+    if not found:
+        return run
+    pictures = tuple(path for path in sorted((folder / "evaluations").iterdir()) if path.suffix in PICTURES)
+    teacher, result = run.config.teacher_sha256, run.result
+    reports = [
+        record.gradients for record in reversed(found) if record.gradients and teacher in (None, record.teacher_sha256)
+    ]
+    if report := max(reports, key=lambda report: report.examples, default=None):  # of equally many images the newest
+        update = {"scalars": report.scalars, "scalars_examples": report.examples}
+        result = result.model_copy(update={"gradients": (result.gradients or report).model_copy(update=update)})
+    return replace(run, result=result, pictures=pictures)
+
+
+def _run(folder: Path, config: dict[str, Any], result: dict[str, Any], rows: list[dict[str, Any]]) -> RunRecord:
+    """A run from what its files hold; UserError if a file holds what no run writes."""
+    made = checked(Config, config, folder / "config.json")
+    checked(Settings, made.settings, folder / "config.json")
+    ended = checked(Result, result, folder / "result.json")
+    epochs = [checked(Row, row, folder / "metrics.jsonl") for row in rows]
+    return RunRecord(made.method, made.adds, made.settings, folder, made, ended, epochs)
+
+
+def _read_records(path: Path) -> list[RunRecord]:
+    content = read_json(path)
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a records file of this version (compare.py --records writes one)")
+    try:
+        return [
+            _run(Path(record["folder"]), record["config"], record["result"], _by_row(record["metrics"]))
+            for record in content["runs"]
+        ]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: a record is damaged: {type(error).__name__} {error}") from error
+
+
+def records_of(runs: Sequence[RunRecord]) -> str:
+    """The text of a records file."""
+    lines = []
+    for run in runs:
+        config, result = (model.model_dump(exclude_unset=True) for model in (run.config, run.result))
+        for content in (config, result):
+            if "command" in content:  # without the script's folder, which is the machine's own
+                content["command"] = re.sub(r"\S*/(?=\w+\.py(\s|$))", "", content["command"], count=1)
+        metrics = _by_column([row.model_dump(exclude_unset=True) for row in run.rows])
+        record = {"folder": run.folder.as_posix(), "config": config, "result": result, "metrics": metrics}
+        lines.append(json.dumps(record, separators=(",", ":")))
+    return f'{{"format":{FORMAT},"runs":[\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def _by_column(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: [_rounded(row.get(key)) for row in rows] for key in keys}
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def _by_row(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    rows = zip(*columns.values(), strict=True)
+    return [{key: value for key, value in zip(columns, row, strict=True) if value is not None} for row in rows]

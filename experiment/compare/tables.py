@@ -3,11 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from experiment.compare.comparison import Comparison, SeedGroup
 from experiment.compare.published import FIGURES, published_cell
-from experiment.compare.run_record import Experiment, PendingRun
+from experiment.compare.runs import Experiment, PendingRun
 from experiment.text import TEXT_COLUMNS, Table, points, spread
 
 HEADS = {
@@ -78,11 +79,11 @@ def _cell(group: SeedGroup, name: str, comparison: Comparison) -> str:
         "student": run.student_name,
         "dataset": run.dataset_name,
         "seeds": str(len(group.runs)),
-        "images": str(run.attack.get("examples", "-")),
+        "images": str(run.attack.examples) if run.attack else "-",
     }
     if name in what:
         return what[name]
-    version = run.attack.get("version", STANDARD)
+    version = run.attack.version if run.attack else STANDARD
     if name == "few_classes":  # never beside the standard version
         return "-" if version == STANDARD else f"{points(group.values('autoattack'))}, {version}"
     if name == "autoattack" and version != STANDARD:
@@ -95,22 +96,19 @@ def _cell(group: SeedGroup, name: str, comparison: Comparison) -> str:
 def _published_table(comparison: Comparison) -> Table:
     """Our figures (per cent) beside the published ones and the difference (points); a dash for unfinished runs."""
 
-    def what(run: Experiment) -> tuple[str, ...]:
-        return run.name, run.teacher, run.student, run.dataset
-
-    rows: list[tuple[str, Experiment, dict[str, list[float]]]] = [
-        (group.label, group.first, {name: group.values(name) for name in FIGURES}) for group in comparison.groups
+    rows: list[tuple[str, Experiment, SeedGroup | None]] = [
+        (group.label, group.first, group) for group in comparison.groups
     ]
-    finished = {what(group.first) for group in comparison.groups}
-    waiting = {what(run): run for run in comparison.pending}  # seeds of one experiment once
-    rows += [(run.name, run, {}) for key, run in waiting.items() if key not in finished]
+    shown = {(run.name, *run.setting) for _, run, _ in rows}
+    waiting = {(run.name, *run.setting): run for run in comparison.pending}  # seeds of one experiment once
+    rows += [(run.name, run, None) for key, run in waiting.items() if key not in shown]
     table = []
-    for name, run, values in rows:
+    for name, run, group in rows:
         if cell := published_cell(run):
             row = [name, run.teacher_name, run.student_name]
             for figure in FIGURES:
-                ours = values.get(figure, [])
-                difference = [sum(ours) / len(ours) - cell[figure]] if ours else []
+                ours = group.values(figure) if group else []
+                difference = [fmean(ours) - cell[figure]] if ours else []
                 row += [points(ours), points([cell[figure]]), points(difference, "+")]
             table.append(row)
     heads = [f"{HEADS[figure]}{part}" for figure in FIGURES for part in ("", ", published", ", difference")]
@@ -147,8 +145,8 @@ def as_csv(comparison: Comparison) -> str:
             **{name: getattr(run, name) for name in ("teacher", "student", "dataset", "seed")},
             **{name: run.values.get(name) for name in names},
             "gain": gains.get(group, {}).get(run.seed),
-            "test_examples": run.test_examples,
-            "autoattack_examples": run.attack.get("examples"),
+            "test_examples": run.result.test_examples,
+            "autoattack_examples": run.attack and run.attack.examples,
             "run": run.folder,
         }
         for group in comparison.groups
@@ -187,13 +185,10 @@ def _latex_cell(text: str) -> str:
 
 def _best(groups: Sequence[SeedGroup]) -> set[tuple[SeedGroup, str]]:
     """(group, column) of the highest mean accuracy among two or more of one teacher, student and dataset."""
-    rivals = Counter(group.setting for group in groups)
-    best: dict[tuple[str, ...], tuple[float, SeedGroup]] = {}
-    for group in groups:
+    best = set()
+    for setting, number in Counter(group.setting for group in groups).items():
         for name in FIGURES:
-            values, key = group.values(name), (*group.setting, name)
-            if rivals[group.setting] > 1 and values:
-                mean = sum(values) / len(values)
-                if key not in best or mean > best[key][0]:
-                    best[key] = (mean, group)
-    return {(group, key[-1]) for key, (_, group) in best.items()}
+            rivals = [group for group in groups if group.setting == setting and group.values(name)]
+            if number > 1 and rivals:
+                best.add((max(rivals, key=lambda group: fmean(group.values(name))), name))
+    return best
