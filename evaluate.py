@@ -13,9 +13,10 @@ from pathlib import Path
 
 from experiment import UserError, cli
 
-ATTACKS = ("clean", "fgsm", "pgd", "cw", "autoattack", "gradients")
 WHITE_BOX = ("fgsm", "pgd", "cw")
+ATTACKS = ("clean", *WHITE_BOX, "autoattack", "gradients")
 FROM_RUN = ("dataset", "data_dir", "side", "teacher", "teacher_path", "epsilon", "aa_examples", "aa_batch")
+FIGURES = (".png", ".pdf", ".svg")
 
 
 def build_parser():
@@ -25,66 +26,42 @@ def build_parser():
         description="Measure any network.",
         examples=("runs/NAME --attacks clean pgd autoattack", "BDM --attacks clean pgd --examples 1000"),
     )
-    add = parser.add_argument
+    add, count, switch = parser.add_argument, {"type": cli.positive_int}, cli.options("deterministic")
     add("what", metavar="WHAT", help="run folder, checkpoint, RobustBench name, or weights file with --arch")
-    add("--arch", default=None, help="architecture of bare weights: RES-18, ..., or FILE.py:function")
-    add("--weights", default=None, help="weights file of a RobustBench name or of --arch")
-    add("--attacks", nargs="+", choices=ATTACKS, default=None, help="measurements (default: all that apply)")
+    add("--arch", help="architecture of bare weights: RES-18, ..., or FILE.py:function")
+    add("--weights", help="weights file of a RobustBench name or of --arch")
+    add("--attacks", nargs="+", choices=ATTACKS, help="measurements (default: all that apply)")
     add("--epsilon", **cli.options("epsilon"), default=8 / 255)
-    add("--epsilons", type=cli.fraction, nargs="+", default=None, help="several epsilons, for a curve per attack")
-    add(
-        "--steps",
-        type=cli.positive_int,
-        default=None,
-        help="steps of PGD (default 20) and C&W (default 30), of size epsilon / 4",
-    )
-    add(
-        "--restarts",
-        type=cli.positive_int,
-        default=1,
-        help="random starts of PGD and C&W; all must leave an image correct",
-    )
-    add("--examples", type=cli.positive_int, default=None, help="number of test images, the first N (default: all)")
-    add("--teacher", **cli.options("teacher"), default=None)
-    add("--teacher_path", default=None, help="weights file of --teacher: RobustBench's .pt, or bare weights")
-    switch = {"type": cli.switch, "metavar": "{0,1}", "default": 0}
-    add("--per_class", **switch, help="1 prints the accuracy of every class")
-    add("--torchattacks", **switch, help="1 compares FGSM and PGD with torchattacks")
-    add(
-        "--save_adversarial",
-        type=Path,
-        metavar="FILE.npz",
-        default=None,
-        help="save x, x_adv, y and predictions of one attack",
-    )
-    add("--figure", type=Path, metavar="FILE", default=None, help="input gradients as a .png, .pdf or .svg")
+    add("--epsilons", type=cli.fraction, nargs="+", help="several epsilons, for a curve per attack")
+    add("--steps", **count, help="steps of PGD (default 20) and C&W (default 30), of size epsilon / 4")
+    add("--restarts", **count, default=1, help="random starts of PGD and C&W; all must leave an image correct")
+    add("--examples", **count, help="number of test images, the first N (default: all)")
+    add("--teacher", **cli.options("teacher"))
+    add("--teacher_path", help="weights file of --teacher: RobustBench's .pt, or bare weights")
+    add("--per_class", **switch | {"help": "1 prints the accuracy of every class"})
+    add("--torchattacks", **switch | {"help": "1 compares FGSM and PGD with torchattacks"})
+    add("--save_adversarial", type=Path, metavar="FILE.npz", help="save x, x_adv, y and predictions of one attack")
+    add("--figure", type=Path, metavar="FILE", help="input gradients as a .png, .pdf or .svg")
     add("--beside", nargs="+", metavar="WHAT", default=[], help="further students in --figure")
-    add("--curve_figure", type=Path, metavar="FILE", default=None, help="plot accuracy over --epsilons")
-    add(
-        "--out",
-        type=Path,
-        metavar="FILE.json",
-        default=None,
-        help="file of the record (default: evaluations/<time>_<what>.json)",
-    )
+    add("--curve_figure", type=Path, metavar="FILE", help="plot accuracy over --epsilons")
+    add("--out", type=Path, metavar="FILE.json", help="file of the record (default: evaluations/<time>_<what>.json)")
     for name in ("dataset", "data_dir", "side", "aa_examples", "aa_batch", "device", "deterministic"):
         add(f"--{name}", **cli.options(name))
     seeds = "seed of random starts (default 0, as in every run) and of AutoAttack (default: the run's)"
-    add("--seed", type=cli.options("seed")["type"], default=None, help=seeds)
-    add(
-        "--precision",
-        choices=("fp32", "tf32"),
-        default=None,
-        help="precision of float32 products (default: the run's, or tf32)",
-    )
+    add("--seed", type=cli.options("seed")["type"], help=seeds)
+    add("--precision", choices=("fp32", "tf32"), help="precision of float32 products (default: the run's, or tf32)")
     return parser
 
 
 def parse_args(argv=None):
-    """Parse the flags; those of FROM_RUN default to the run's settings (the teacher only for a run folder)."""
+    """Parse the flags; those of FROM_RUN default to the run's settings (the teacher only for a run folder).
+
+    Returns:
+        The flags, and config.json and result.json of the network's run ({} where there is none).
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
-    run = settings_of(args)
+    run, config, result = read_run(args)
     # A file may have been moved away from its teacher, so --teacher has no default then.
     names = [name for name in FROM_RUN if Path(args.what).is_dir() or not name.startswith("teacher")]
     own = {name: run[name] for name in names if run.get(name) is not None}
@@ -93,13 +70,14 @@ def parse_args(argv=None):
     # As text, so that argparse checks a hand-edited value like a flag.
     parser.set_defaults(**{name: str(value) for name, value in own.items()})
     args = parser.parse_args(argv)
-    possible = {"gradients": args.teacher is not None, "autoattack": args.aa_examples > 0}
-    named = args.attacks or []
-    args.attacks = [name for name in args.attacks or ATTACKS if possible.get(name, True)]
-    needs = {"gradients": "give --teacher, whose gradients they are compared with", "autoattack": "give --aa_examples"}
-    for name, need in needs.items():
-        if name in named and not possible[name]:
-            parser.error(f"argument --attacks: {name} cannot be measured: {need}")
+    lacking = {
+        "gradients": args.teacher is None and "--teacher",
+        "autoattack": not args.aa_examples and "--aa_examples",
+    }
+    for name in args.attacks or ():
+        if lacking.get(name):
+            parser.error(f"argument --attacks: {name} cannot be measured without {lacking[name]}")
+    args.attacks = [name for name in args.attacks or ATTACKS if not lacking.get(name)]
     if args.save_adversarial and len(set(args.attacks) & set(WHITE_BOX)) != 1:
         parser.error(f"argument --save_adversarial: saves one attack's images; give --attacks one of {WHITE_BOX}")
     if args.figure and args.teacher is None:
@@ -108,6 +86,9 @@ def parse_args(argv=None):
         parser.error("argument --curve_figure: shows attacks over --epsilons: name some in --attacks")
     if args.beside and not args.figure:
         parser.error("argument --beside: needs --figure, which shows the students")
+    for figure in filter(None, (args.figure, args.curve_figure)):
+        if figure.suffix not in FIGURES:
+            parser.error(f"{figure}: unknown figure format (expected {', '.join(FIGURES)})")
     args.epsilons = sorted(set(args.epsilons or [args.epsilon]))
     args.device = cli.resolve_device(parser, args.device)
     cuda = args.device.startswith("cuda")
@@ -117,36 +98,31 @@ def parse_args(argv=None):
     args.precision = args.precision or ("tf32" if cuda and run.get("precision") != "fp32" else "fp32")
     args.start_seed = args.seed or 0
     args.seed = int(run.get("seed", 0)) if args.seed is None else args.seed
-    for name in ("train_examples", "holdout"):  # not flags here, but the data's hash depends on them
+    for name in ("train_examples", "holdout"):  # not flags of evaluate.py, but the data's hash depends on them
         setattr(args, name, int(run.get(name) or 0) if args.dataset == run.get("dataset") else 0)
     args.compile, args.batch = int(run.get("compile", 0)), int(run.get("batch", 1))
-    return args
+    return args, config, result
 
 
-def settings_of(args):
-    """Return the settings of the network's run, or {} if unknown.
-
-    student.pt contains them; last.pt is next to the run's config.json.
-    """
-    from experiment.files import read_student
+def read_run(args):
+    """Return the settings of the network's run, its config.json and its result.json; {} for what is unknown."""
+    from experiment.files import read_json, read_student
     from experiment.teachers import check_teacher_name
 
     path = Path(args.what)
     if not path.exists():
         check_teacher_name(args.what, args.weights, "--weights")
-    if args.arch or not path.exists():
-        return {}
+        return {}, {}, {}
+    files = [folder_of(args) / name for name in ("config.json", "result.json")]
+    config, result = (read_json(file) if file.is_file() else {} for file in files)
+    if args.arch:
+        return {}, config, result
     try:
-        entry = read_student(path, unfinished=True)
+        info = read_student(path, unfinished=True)["info"]
     except UserError as error:
         raise UserError(f"{error}{'; bare weights are measured with --arch' if path.is_file() else ''}") from error
-    if path.is_file():
-        info = entry["info"] if isinstance(entry["info"], dict) else {}
-        if isinstance(info.get("settings"), dict):
-            return info["settings"]
-        if entry["epoch"] is None:
-            return {}
-    return json_beside(args, "config.json").get("settings", {})
+    of_file = info.get("settings") if path.is_file() and isinstance(info, dict) else None
+    return of_file or config.get("settings", {}), config, result
 
 
 def folder_of(args):
@@ -155,50 +131,31 @@ def folder_of(args):
     return path if path.is_dir() else path.parent if path.exists() else Path()
 
 
-def json_beside(args, name):
-    """Read a JSON file of the network's run; {} if it does not exist."""
-    from experiment.files import read_json
-
-    file = folder_of(args) / name
-    return read_json(file) if Path(args.what).exists() and file.is_file() else {}
-
-
-def check_outputs(args, folder):
-    """Check that the outputs can be written and overwrite nothing."""
-    from experiment import evaluation
-
-    evaluation.check_record_place(folder, args.out)
-    if args.save_adversarial:
-        evaluation.check_output(args.save_adversarial)
-    for figure in (args.figure, args.curve_figure):
-        if figure:
-            evaluation.check_figure_name(figure)
-
-
-def load_networks(args, data, device):
-    """Load the network, those of --beside, and the teacher (None if not needed)."""
+def load_networks(args, data, device, result):
+    """Load the network, those of --beside, and the teacher (None if not needed); also return the network's SHA-256."""
     from experiment import evaluation, files
     from experiment.teachers import load_network, load_teacher
 
-    place = {"num_classes": data.num_classes, "dataset": args.dataset, "device": device}
-    network = load_network(args.what, arch=args.arch, weights=args.weights, **place)
+    options = {"num_classes": data.num_classes, "dataset": args.dataset, "device": device}
+    network = load_network(args.what, arch=args.arch, weights=args.weights, **options)
     digest = files.state_sha256(network.model)
-    claimed = json_beside(args, "result.json").get("student_sha256") if Path(args.what).is_dir() else None
-    if claimed not in (None, digest):
-        said = f"was measured on another student (SHA-256 {claimed}, {network.path.name} has {digest})"
-        raise UserError(f"{folder_of(args) / 'result.json'} {said}")
+    measured = result.get("student_sha256", digest)
+    if Path(args.what).is_dir() and measured != digest:
+        raise UserError(
+            f"{folder_of(args) / 'result.json'} was measured on another student (SHA-256 {measured}, "
+            f"{network.path.name} has {digest})"
+        )
     teacher = None
     if "gradients" in args.attacks or args.figure:
         teacher = load_teacher(args.teacher, data.num_classes, args.teacher_path, args.dataset, device=device)
-    beside = [load_network(what, **place) for what in args.beside]
-    shown = [(each.name, each.model) for each in (network, *beside)]
-    for name, model in [*shown, *([(args.teacher, teacher)] if teacher else [])]:
-        evaluation.check_network(name, model, data.x_test, data.num_classes)
+    beside = [load_network(name, **options) for name in args.beside]
+    for each in (network, *beside, *([teacher] if teacher else [])):
+        evaluation.check_network(each.name, each.model, data.x_test, data.num_classes)
     return network, digest, beside, teacher
 
 
-def measure(args, data, student, fast, teacher, folder):
-    """Run the measurements; return entries of the record, and the predictions on the attacked images.
+def measure(args, data, student, fast, teacher):
+    """Run the measurements; return entries of the record, and the state after the last white-box attack.
 
     Args:
         fast: the accelerated network, for all but AutoAttack.
@@ -206,69 +163,84 @@ def measure(args, data, student, fast, teacher, folder):
     from experiment import evaluation
 
     x, y = data.x_test[: args.examples], data.y_test[: args.examples]
-    found, adversarial = {"accuracies": {}}, None
+    found, attacked, seed = {"accuracies": {}}, None, {"seed": args.start_seed}
     for name in (name for name in ("clean", *WHITE_BOX) if name in args.attacks):
-        epsilons = [0.0] if name == "clean" else args.epsilons
-        options = {"steps": args.steps, "restarts": args.restarts, "seed": args.start_seed, "progress": True}
-        keep = bool(args.save_adversarial) and name != "clean"
-        points, last = evaluation.accuracy_curve(fast, x, y, name, epsilons, keep=keep, **options)
-        found["accuracies"][name], adversarial = points, last if keep else adversarial
+        epsilons, keep = [0.0] if name == "clean" else args.epsilons, bool(args.save_adversarial)
+        options = {"steps": args.steps, "restarts": args.restarts, "keep": keep, **seed}
+        found["accuracies"][name], attacked = evaluation.accuracy_curve(fast, x, y, name, epsilons, **options)
     if "autoattack" in args.attacks:
         x_aa, y_aa = x[: args.aa_examples], y[: args.aa_examples]
         # Separate chunk files, so that a run's AutoAttack is measured again.
-        options = {"folder": folder / "evaluations" / "autoattack", "batch": args.aa_batch, "seed": args.seed}
+        options = {"folder": folder_of(args) / "evaluations" / "autoattack", "batch": args.aa_batch, "seed": args.seed}
         found["accuracies"]["autoattack"] = evaluation.autoattack_curve(student, x_aa, y_aa, args.epsilons, **options)
-    if len(args.epsilons) > 1 or args.restarts > 1:
-        found["reuse"] = evaluation.REUSE
     if args.per_class and found["accuracies"]:
         found["per_class"] = by_class(args, found["accuracies"], y, data)
     if args.torchattacks:
-        options = {"steps": args.steps, "seed": args.start_seed, "progress": True}
-        found["torchattacks"] = evaluation.beside_torchattacks(student, x, y, args.epsilon, **options)
+        found["torchattacks"] = evaluation.beside_torchattacks(student, x, y, args.epsilon, steps=args.steps, **seed)
     if "gradients" in args.attacks:
-        options = {"seed": args.start_seed, "progress": "gradients"}
-        found["gradients"] = evaluation.gradient_report(student, teacher, x, y, args.epsilon, **options)
-    return found, adversarial
+        found["gradients"] = evaluation.gradient_report(student, teacher, x, y, args.epsilon, **seed)
+    return found, attacked
+
+
+def class_names(data):
+    """Return a name per class."""
+    return data.class_names or tuple(map(str, range(data.num_classes)))
 
 
 def by_class(args, accuracies, y, data):
     """Return the accuracy of every class under every attack, at --epsilon or the largest of --epsilons."""
     from experiment import evaluation
 
-    epsilon = args.epsilon if args.epsilon in args.epsilons else args.epsilons[-1]
-    names, rows = data.class_names or tuple(map(str, range(data.num_classes))), {}
+    epsilon, rows = args.epsilon if args.epsilon in args.epsilons else args.epsilons[-1], {}
     for attack, points in accuracies.items():
         (point,) = (point for point in points if point["epsilon"] == (0 if attack == "clean" else epsilon))
-        rows[attack] = evaluation.per_class(point["flags"], y[: point["examples"]], names)
+        rows[attack] = evaluation.per_class(point["flags"], y[: point["examples"]], class_names(data))
     return {"epsilon": epsilon, "attacks": rows}
+
+
+def draw(args, data, networks, teacher, accuracies):
+    """Write the figures of --curve_figure and --figure."""
+    from experiment import evaluation
+
+    if args.curve_figure:
+        curves = {
+            evaluation.attack_label(name, args.steps, args.restarts, points): points
+            for name, points in accuracies.items()
+            if name != "clean"
+        }
+        evaluation.curve_figure(args.curve_figure, curves, f"{args.what} on {args.dataset}")
+    if args.figure:
+        short = [Path(each.name).resolve().name for each in networks]
+        titles = [each.name if short.count(name) > 1 else name for each, name in zip(networks, short, strict=True)]
+        students = {title: each.model for title, each in zip(titles, networks, strict=True)}
+        x, y = data.x_test[: args.examples][:6], data.y_test[: args.examples][:6]
+        evaluation.alignment_figure(args.figure, teacher, students, x, y, args.epsilon, class_names(data))
 
 
 def main():
     """Measure, write the record and print it."""
-    args = parse_args()
+    args, config, result = parse_args()
     from experiment import data, evaluation
     from experiment.engine import Engine
     from experiment.run import provenance
     from experiment.teachers import published_accuracy
 
-    folder = folder_of(args)
-    check_outputs(args, folder)
+    files = [path for path in (args.save_adversarial, args.curve_figure, args.figure) if path]
+    evaluation.check_outputs(folder_of(args), args.out, *files)
     engine = Engine(args)
     images = data.load_data(args.dataset, args.data_dir, engine.device, **data.selection(args))
-    network, digest, beside, teacher = load_networks(args, images, engine.device)
-    student = network.model
+    network, digest, beside, teacher = load_networks(args, images, engine.device, result)
     started = time.perf_counter()
-    found, adversarial = measure(args, images, student, engine.accelerate(student), teacher, folder)
+    found, attacked = measure(args, images, network.model, engine.accelerate(network.model), teacher)
     x, y = images.x_test[: args.examples], images.y_test[: args.examples]
     settings = (*FROM_RUN, "epsilons", "steps", "restarts", "seed", "start_seed", "deterministic")
+    position = {name: network.info[name] for name in ("epoch", "step") if network.info.get(name) is not None}
     record = {
         "network": args.what,
         "weights": str(network.path),
         "weights_sha256": network.sha256,
         "architecture": network.architecture,
-        **{
-            name: network.info[name] for name in ("epoch", "step") if network.info.get(name) is not None
-        },  # of a last.pt
+        **position,  # of a last.pt
         "measured": [*found["accuracies"], *(name for name in ("torchattacks", "gradients") if name in found)],
         "student_sha256": digest,
         "dataset_sha256": images.sha256,
@@ -282,25 +254,14 @@ def main():
         **provenance(Path(__file__)),
         "command": shlex.join(["python", *sys.argv]),
     }
-    run = {name: json_beside(args, f"{name}.json") for name in ("config", "result")}
-    record["differences"] = evaluation.differences(record, **run)
+    record["differences"] = evaluation.differences(record, config, result)
     if not engine.main:
         return
-    written = [evaluation.write_record(folder, record, args.out)]
+    path = evaluation.write_record(folder_of(args), record, args.out)
     if args.save_adversarial:
-        evaluation.save_adversarial(args.save_adversarial, x, y, adversarial)
-    if args.curve_figure:
-        points = {name: points for name, points in found["accuracies"].items() if name != "clean"}
-        curves = {
-            evaluation.attack_label(name, args.steps, args.restarts, points[name]): points[name] for name in points
-        }
-        evaluation.curve_figure(args.curve_figure, curves, f"{args.what} on {args.dataset}")
-    if args.figure:
-        last = [Path(each.name).resolve().name for each in (network, *beside)]
-        named = {s if last.count(s) == 1 else n.name: n.model for s, n in zip(last, (network, *beside), strict=True)}
-        names = images.class_names or tuple(map(str, range(images.num_classes)))
-        evaluation.alignment_figure(args.figure, teacher, named, x[:6], y[:6], args.epsilon, names)
-    state = f" (last.pt: epoch {record['epoch']}, step {record['step']})" if "epoch" in record else ""
+        evaluation.save_adversarial(args.save_adversarial, x, y, attacked)
+    draw(args, images, (network, *beside), teacher, found["accuracies"])
+    state = f" (last.pt: epoch {record['epoch']}, step {record['step']})" if position else ""
     print(f"{args.what}{state}, {network.architecture}: {len(x)} images of {args.dataset}, {args.precision}")
     print(evaluation.record_text(record))
     published = published_accuracy(args.what, args.dataset)
@@ -309,8 +270,7 @@ def main():
         print(f"published by RobustBench: clean {clean}, AutoAttack {robust} (10,000 images, epsilon 8/255)")
     for line in record["differences"]:
         print(f"note: {line}")
-    written += [path for path in (args.save_adversarial, args.curve_figure, args.figure) if path]
-    print(f"written to {', '.join(map(str, written))}")
+    print(f"written to {', '.join(map(str, (path, *files)))}")
 
 
 if __name__ == "__main__":

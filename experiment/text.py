@@ -9,7 +9,7 @@ from typing import Any
 
 ABSENT = "absent"
 
-TEXT_COLUMNS = ("method", "teacher", "student", "dataset", "run", "state")
+TEXT_COLUMNS = ("method", "teacher", "student", "dataset", "run", "state", "attack", "class", "f")
 """Left-aligned columns; others are right-aligned."""
 
 Table = list[list[str]]

@@ -26,9 +26,10 @@ def test_attacked_accuracy_of_a_linear_classifier_is_the_closed_form():
     robust = (margin > lost).double().mean().item()
     assert evaluation.accuracy(network, x, y) == (margin > 0).double().mean().item()
     assert 0 < robust < evaluation.accuracy(network, x, y)
-    for attacked in (evaluation.fgsm_accuracy, evaluation.pgd_accuracy, evaluation.cw_accuracy):
-        assert attacked(network, x, y, EPSILON, batch=64) == robust
-        assert attacked(network, x, y, 0.0) == evaluation.accuracy(network, x, y)
+    assert evaluation.pgd_accuracy(network, x, y, EPSILON, batch=64) == robust
+    for attack in ("fgsm", "pgd", "cw"):
+        points, _ = evaluation.accuracy_curve(network, x, y, attack, [0, EPSILON])
+        assert [point["accuracy"] for point in points] == [evaluation.accuracy(network, x, y), robust]
     # Eight steps of epsilon / 4 reach the corner from any start in the ball; one cannot from every start.
     assert evaluation.pgd_accuracy(network, x, y, EPSILON, steps=8) == robust
     assert evaluation.pgd_accuracy(network, x, y, EPSILON, steps=1) > robust
@@ -39,7 +40,6 @@ def test_bytes_and_floats_and_any_batch_size_give_one_accuracy():
     x, y = labelled(network, 50, 10)
     assert evaluation.accuracy(network, x, y) == 0.8
     assert evaluation.accuracy(network, x, y, batch=7) == evaluation.accuracy(network, x / 255, y) == 0.8
-    assert evaluation.fgsm_accuracy(network, x, y, EPSILON, batch=7) == evaluation.fgsm_accuracy(network, x, y, EPSILON)
 
 
 def test_random_starts_come_from_the_seed_alone():
@@ -71,12 +71,11 @@ def test_the_monitor_measures_the_test_set_and_what_was_held_out():
     assert list(evaluation.monitor(network, images, 0.01)) == ["clean", "pgd20"]
 
 
-def test_the_interval_of_wilson_is_the_one_of_scipy():
-    binomtest = pytest.importorskip("scipy.stats").binomtest
-    for correct, examples in [(0, 5), (5, 5), (3, 7), (2799, 10000)]:
-        theirs = binomtest(correct, examples).proportion_ci(0.95, method="wilson")
-        # z is given with seven digits.
-        assert evaluation.wilson_interval(correct, examples) == pytest.approx((theirs.low, theirs.high), abs=1e-7)
+def test_the_interval_is_wilsons():
+    """In closed form at the ends: 0 to z² / (n + z²)."""
+    share = 1.959964**2 / (5 + 1.959964**2)
+    assert evaluation.wilson_interval(0, 5) == pytest.approx((0, share), abs=1e-7)
+    assert evaluation.wilson_interval(5, 5) == pytest.approx((1 - share, 1), abs=1e-7)
 
 
 class Stateful(nn.Module):
@@ -115,7 +114,7 @@ def test_nothing_is_left_behind(measure, quick_autoattack):
     elif measure == "autoattack":
         evaluation.autoattack(network, x, y, EPSILON, show_progress=False)
     else:
-        getattr(evaluation, f"{measure}_accuracy")(network, x, y, EPSILON)
+        evaluation.accuracy_curve(network, x, y, measure, [EPSILON])
     assert (network.facts(), teacher.facts()) == before[:2]
     assert torch.equal(x, before[2])
     assert torch.is_grad_enabled()

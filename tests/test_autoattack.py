@@ -13,8 +13,6 @@ from torch import nn
 
 import attacks
 from experiment import UserError, compat, evaluation, files
-from experiment.evaluation.autoattack import Progress
-from experiment.evaluation.ranks import SharedWork
 
 ROOT = Path(__file__).parents[1]
 
@@ -235,62 +233,49 @@ dist.destroy_process_group()
 """
 
 
+def two_ranks(tmp_path, script, **names):
+    """Run a script in two processes: what each printed to stdout and stderr."""
+    names |= {"root": str(ROOT), "tests": str(ROOT / "tests"), "shared": tmp_path / "shared"}
+    (tmp_path / "rank.py").write_text(script.format(**names))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([sys.executable, "rank.py", str(rank)], cwd=tmp_path, **pipes) for rank in range(2)]
+    return [process.communicate(timeout=HANGS) for process in ranks]
+
+
 def test_two_ranks_share_the_work_and_agree_with_one(quick_autoattack, tmp_path):
     network = tiny_network()
     x, y = labelled(network, 11, 1)
-    script = tmp_path / "rank.py"
-    names = {"root": str(ROOT), "tests": str(ROOT / "tests"), "shared": tmp_path / "shared"}
-    script.write_text(TWO_RANKS.format(**names, folder=str(tmp_path / "chunks")))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen([sys.executable, str(script), str(rank)], cwd=tmp_path, **pipes) for rank in range(2)]
     expected = (
         f"{evaluation.pgd_accuracy(network, x, y, EPSILON, steps=3, batch=4)}\n{evaluation.accuracy(network, x, y)}\n"
         f"{without_seconds(evaluation.autoattack(network, x, y, EPSILON, batch=3, show_progress=False))}\n"
     )
-    found = [process.communicate(timeout=HANGS) for process in ranks]
+    found = two_ranks(tmp_path, TWO_RANKS, folder=str(tmp_path / "chunks"))
     assert [out for out, _ in found] == [expected, expected], found
-    assert "AutoAttack: 11 of 11 images" in found[0][1]  # all ranks' images, on rank 0 only
+    assert "AutoAttack: 6 of 11 images" in found[0][1]  # those of rank 0
     assert "AutoAttack" not in found[1][1]
     assert len(list((tmp_path / "chunks").iterdir())) == 4
-
-
-def test_the_progress_line_counts_the_images_of_all_ranks(capsys):
-    work = SharedWork([0, 1, 2], None)
-    progress = Progress(12, {}, work, show=True)
-    work.count("images", 6)  # another rank's
-    work.count("robust", 3)
-    progress.finish({"images": 3, "flags": {"square": "100"}})
-    assert capsys.readouterr().err == "AutoAttack: 9 of 12 images, robust 44.44 %\n"
 
 
 SLOW_RANK = """
 import sys, time
 from datetime import timedelta
-from pathlib import Path
 import torch.distributed as dist
-sys.path.insert(0, {root!r})
-from experiment.evaluation.ranks import SharedWork
+sys.path[:0] = [{root!r}, {tests!r}]
+from evaluation_cases import labelled, tiny_network
+from experiment import evaluation
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{shared}", rank=rank, world_size=2)
-dist.barrier()
 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
-work, done = SharedWork([4, 5], Path({folder!r})), []
-for task in work.mine():
-    done.append(task)
-    time.sleep(5 * (task == 5))
-work.wait(lambda: None)
-print(done, list(Path({folder!r}).iterdir()))
+def answer(model, x, y, *_):
+    time.sleep(5 * rank)
+    return {{"images": len(x), "flags": dict.fromkeys(("clean", *evaluation.AUTOATTACK), str(rank)),
+             "seconds": dict.fromkeys(evaluation.AUTOATTACK, 1.0), "warnings": []}}
+sys.modules["experiment.evaluation.autoattack"]._attack_chunk = answer
+print(evaluation.autoattack(tiny_network(), *labelled(tiny_network(), 2), 0.1, batch=1)["flags"]["square"])
 dist.destroy_process_group()
 """
 
 
-def test_a_rank_that_is_done_waits_longer_than_the_groups_timeout(tmp_path):
-    """Whoever is free takes the next chunk; nobody dies at a barrier while another rank is at work."""
-    script, folder = tmp_path / "rank.py", tmp_path / "work"
-    folder.mkdir()
-    script.write_text(SLOW_RANK.format(root=str(ROOT), shared=tmp_path / "shared", folder=str(folder)))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen([sys.executable, str(script), str(rank)], cwd=tmp_path, **pipes) for rank in range(2)]
-    found = [process.communicate(timeout=HANGS) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], found
-    assert sorted(out.partition("]")[0] for out, _ in found) in (["[4", "[5"], ["[", "[4, 5"]), found
+def test_a_finished_rank_waits_longer_than_the_groups_timeout(tmp_path):
+    found = two_ranks(tmp_path, SLOW_RANK)
+    assert [out for out, _ in found] == ["01\n", "01\n"], found

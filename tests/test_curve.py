@@ -79,13 +79,13 @@ def test_kept_images_are_those_with_which_an_image_fell():
 def test_the_curve_of_autoattack_attacks_only_what_withstood(quick_autoattack, tmp_path):
     network = tiny_network()
     x, y = labelled(network, 24, 3)
-    points = evaluation.autoattack_curve(network, x, y, [0, 0.002, 0.01], folder=tmp_path, progress=False)
+    points = evaluation.autoattack_curve(network, x, y, [0, 0.002, 0.01], folder=tmp_path)
     assert points[0]["accuracy"] == 21 / 24
     assert [point["attacked"] for point in points[1:]] == [[21], [points[1]["flags"].count("1")]]
     single = evaluation.autoattack(network, x[:21], y[:21], 0.002, show_progress=False)
     assert points[1]["flags"] == single["flags"]["square"] + "000"
     quick_autoattack.clear()
-    again = evaluation.autoattack_curve(network, x, y, [0, 0.002, 0.01], folder=tmp_path, progress=False)
+    again = evaluation.autoattack_curve(network, x, y, [0, 0.002, 0.01], folder=tmp_path)
     assert [point["flags"] for point in again] == [point["flags"] for point in points]
     assert not quick_autoattack  # read from its chunks
 
@@ -118,7 +118,8 @@ def test_torchattacks_agrees_with_ours():
     fgsm, pgd = evaluation.beside_torchattacks(network, x, y, 0.004, steps=3)
     assert (fgsm["attack"], pgd["attack"], pgd["steps"]) == ("fgsm", "pgd", 3)
     assert 0 < pgd["ours"] < 1
-    assert fgsm["ours"] == fgsm["torchattacks"] == evaluation.fgsm_accuracy(network, x, y, 0.004)
+    ((point,), _) = evaluation.accuracy_curve(network, x, y, "fgsm", [0.004])
+    assert fgsm["ours"] == fgsm["torchattacks"] == point["accuracy"]
     assert pgd["ours"] == evaluation.pgd_accuracy(network, x, y, 0.004, steps=3)
     assert not pgd["beyond_noise"]
 

@@ -54,12 +54,12 @@ def test_evaluate_a_run_folder(quick_autoattack, run_folder, monkeypatch, capsys
     assert (attack["result"]["seed"], attack["examples"], attack["epsilon"]) == (3, 6, 0.1)
     for (point,) in record["accuracies"].values():
         low, high = (100 * end for end in point["interval"])
-        assert f"{100 * point['accuracy']:.2f} %   {low:5.2f} to {high:6.2f} %" in printed
+        assert f"{100 * point['accuracy']:.2f} % {low:.2f} to {high:.2f} %" in " ".join(printed.split())
         assert point["flags"].count("1") == round(point["accuracy"] * point["examples"])
     assert record["gradients"]["definition"] == evaluation.GRADIENT_DEFINITION
     for scalar in record["gradients"]["scalars"].values():
         assert f"f = {scalar['definition']}" in printed
-        assert f"{scalar['gd']:.4f}{scalar['gc']:>9.4f}" in printed
+        assert f"{scalar['gd']:.4f} {scalar['gc']:.4f} " in " ".join(printed.split())
     for name in ("versions", "commit", "code_sha256", "command", "hardware", "dataset_sha256", "teacher_sha256"):
         assert record[name]
 
@@ -98,7 +98,7 @@ def test_evaluate_measures_what_the_run_measured(quick_autoattack, run_folder, m
 
     files.write_json(run_folder / "result.json", {**result, "pgd20": own["pgd20"] + 0.01})
     evaluate_with(monkeypatch, run_folder, "--attacks", "pgd")
-    assert f"note: PGD-20 is {100 * own['pgd20']:.2f} % here and" in capsys.readouterr().out
+    assert f"note: PGD-20 is {100 * own['pgd20']:.2f} % now and" in capsys.readouterr().out
     evaluate_with(monkeypatch, run_folder, "--attacks", "pgd", "--seed", "5")  # asked for: no difference to speak of
     assert "note" not in capsys.readouterr().out
     assert len(by_seed) > 1, "the test needs images that fall to some starts only"
@@ -155,9 +155,6 @@ def test_no_evaluation_overwrites_another(quick_autoattack, run_folder, monkeypa
     records = evaluation.records(run_folder)
     assert len(records) == 3
     assert len({record["student_sha256"] for record in records}) == 2
-    assert {name: evaluation.newest_records(run_folder)[name]["file"] for name in ("autoattack",)} == {
-        "autoattack": records[-1]["file"]
-    }
     assert files.read_json(run_folder / "mine.json")["measured"] == ["clean"]
     with pytest.raises(SystemExit):
         evaluate_with(monkeypatch, run_folder, "--attacks", "clean", "--out", run_folder / "mine.json")
@@ -183,7 +180,6 @@ def test_a_curve_by_class_with_pictures_and_adversarial_images(run_folder, monke
     (record,) = evaluation.records(run_folder)
     points = record["accuracies"]["pgd"]
     assert [point["epsilon"] for point in points] == [0, 0.002, 0.1]
-    assert record["reuse"] == evaluation.REUSE
     assert "PGD-3, 2 starts" in printed
     assert "by class at epsilon 0.1" in printed
     assert sum(row["examples"] for row in record["per_class"]["attacks"]["pgd"]) == 360
@@ -238,7 +234,7 @@ def test_evaluate_bare_weights_and_what_is_no_network(run_folder, monkeypatch, c
         (["--examples", "0"], "'0' is not allowed"),
         (["--precision", "bf16"], "'bf16'"),
         (["--attacks", "autoattack", "--aa_examples", "0"], "autoattack cannot be measured"),
-        (["--figure", "gradients.gif"], ".png, .pdf, .svg"),
+        (["--figure", "gradients.gif"], "expected .png, .pdf, .svg"),
         (["--figure", "nowhere/gradients.png"], "no such folder: nowhere"),
         (["--out", "nowhere/record.json"], "no such folder: nowhere"),
         (["--save_adversarial", "kept.npz"], "give --attacks one of"),
@@ -259,7 +255,7 @@ def test_evaluate_refuses_in_one_line(run_folder, monkeypatch, capsys, arguments
 
 def test_evaluate_refuses_what_does_not_go_together(run_folder, monkeypatch, capsys):
     other = run_folder / "other.pt"
-    files.save_student(other, build_model("RES-8", 7), "RES-8", 7, {})
+    files.save_student(other, build_model("RES-8", 7), "RES-8", 7, {"settings": {"dataset": "digits"}})
     config = json.loads((run_folder / "config.json").read_text())
     config["settings"]["epsilon"] = "lots"
     (run_folder / "config.json").write_text(json.dumps(config))
@@ -269,8 +265,8 @@ def test_evaluate_refuses_what_does_not_go_together(run_folder, monkeypatch, cap
     for arguments, said in [
         ((bare, "--arch", f"{own}:maps", "--dataset", "digits"), "returns (2, 10, 6, 6) for images (2, 3, 8, 8)"),
         ((run_folder.parent,), "holds no student.pt or last.pt"),  # said before anything is downloaded
-        ((other, "--dataset", "digits"), "has 7 classes but the data has 10"),
-        ((other, "--dataset", "digits", "--attacks", "gradients"), "give --teacher"),
+        ((other,), "has 7 classes but the data has 10"),
+        ((other, "--attacks", "gradients"), "without --teacher"),
         ((run_folder,), "'lots' is not allowed"),
         ((run_folder.parent / "nowhere",), "nowhere"),
     ]:
@@ -298,7 +294,7 @@ def test_evaluate_a_file_with_the_settings_of_its_run(run_folder, monkeypatch, t
     files.save(run_folder / "last.pt", {**last, "step": 5})
     for path in (run_folder, run_folder / "last.pt"):
         evaluate_with(monkeypatch, path, *arguments)
-        found = evaluation.newest_records(run_folder)["clean"]
+        found = evaluation.records(run_folder)[-1]
         assert (found["epoch"], found["step"], found["settings"]["epsilon"]) == (2, 5, 0.1)
         assert found["accuracies"]["clean"][0]["flags"] == moved["accuracies"]["clean"][0]["flags"]
         assert found["student_sha256"] == moved["student_sha256"]

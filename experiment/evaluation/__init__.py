@@ -10,19 +10,16 @@ Conventions of every public function here:
     the result does not depend on the number of ranks.
 """
 
-from experiment.evaluation.accuracy import MONITOR_PASSES, accuracy, cw_accuracy, fgsm_accuracy, monitor, pgd_accuracy
+from experiment.evaluation.accuracy import MONITOR_PASSES, accuracy, beside_torchattacks, monitor, pgd_accuracy
 from experiment.evaluation.alignment import GRADIENT_DEFINITION, gradient_alignment, gradient_report
-from experiment.evaluation.autoattack import AUTOATTACK, autoattack, autoattack_label, version_for
+from experiment.evaluation.autoattack import AUTOATTACK, autoattack, autoattack_label
 from experiment.evaluation.batches import check_network, wilson_interval
-from experiment.evaluation.cross_check import beside_torchattacks
-from experiment.evaluation.curve import REUSE, accuracy_curve, autoattack_curve, per_class
-from experiment.evaluation.figures import alignment_figure, check_figure_name, curve_figure
+from experiment.evaluation.curve import accuracy_curve, autoattack_curve, per_class
+from experiment.evaluation.figures import alignment_figure, curve_figure
 from experiment.evaluation.record import (
     attack_label,
-    check_output,
-    check_record_place,
+    check_outputs,
     differences,
-    newest_records,
     record_text,
     records,
     save_adversarial,
@@ -33,7 +30,6 @@ __all__ = [
     "AUTOATTACK",
     "GRADIENT_DEFINITION",
     "MONITOR_PASSES",
-    "REUSE",
     "accuracy",
     "accuracy_curve",
     "alignment_figure",
@@ -42,24 +38,18 @@ __all__ = [
     "autoattack_curve",
     "autoattack_label",
     "beside_torchattacks",
-    "check_figure_name",
     "check_network",
-    "check_output",
-    "check_record_place",
+    "check_outputs",
     "curve_figure",
-    "cw_accuracy",
     "differences",
-    "fgsm_accuracy",
     "gradient_alignment",
     "gradient_report",
     "monitor",
-    "newest_records",
     "per_class",
     "pgd_accuracy",
     "record_text",
     "records",
     "save_adversarial",
-    "version_for",
     "wilson_interval",
     "write_record",
 ]

@@ -1,17 +1,23 @@
-"""Accuracy on clean images and under FGSM, PGD and C&W."""
+"""Accuracy on clean images and under FGSM, PGD and C&W; the same attacks by torchattacks."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import attacks
 from experiment import UserError
 from experiment.data import Data
-from experiment.evaluation.batches import per_image
+from experiment.evaluation.batches import flags_text, per_image
 
 STEPS = {"pgd": 20, "cw": 30}
 """The usual number of steps of an attack that has steps; a step is epsilon / 4 (2/255 at 8/255)."""
+
+Attack = Callable[[Tensor, Tensor], Tensor]
+"""(x, y) -> x_adv on one batch."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,8 @@ class Attacked:
     x_adv: Tensor | None
 
 
-def attack_of(name: str, model: nn.Module, epsilon: float, steps: int | None = None) -> Callable[..., Tensor]:
-    """Return the attack (x, y) -> x_adv called `name`: fgsm, pgd or cw; clean and epsilon 0 return x.
+def attack_of(name: str, model: nn.Module, epsilon: float, steps: int | None = None) -> Attack:
+    """Return the attack called `name`: fgsm, pgd or cw; clean and epsilon 0 return x.
 
     Args:
         steps: steps of pgd and cw; default `STEPS`.
@@ -48,7 +54,7 @@ def attacked(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    attack: Callable[[Tensor, Tensor], Tensor],
+    attack: Attack,
     *,
     batch: int = 512,
     seed: int | str = 0,
@@ -58,7 +64,6 @@ def attacked(
     """Attack every image and classify it.
 
     Args:
-        attack: (x, y) -> x_adv on one batch.
         seed: seed of random starts.
         keep: also return the attacked images.
         progress: name of the progress bar, or None.
@@ -81,12 +86,7 @@ def attacked(
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 512) -> float:
     """Compute the accuracy on clean images."""
-    return _share(attacked(model, x, y, attack_of("clean", model, 0), batch=batch))
-
-
-def fgsm_accuracy(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, batch: int = 512, seed: int = 0) -> float:
-    """Compute the accuracy under FGSM without a random start (Goodfellow et al., ICLR 2015)."""
-    return _share(attacked(model, x, y, attack_of("fgsm", model, epsilon), batch=batch, seed=seed))
+    return pgd_accuracy(model, x, y, 0, batch=batch)
 
 
 def pgd_accuracy(
@@ -96,14 +96,8 @@ def pgd_accuracy(
 
     Source: Madry et al., ICLR 2018, with the settings of the IGDM paper, section 5.
     """
-    return _share(attacked(model, x, y, attack_of("pgd", model, epsilon, steps), batch=batch, seed=seed))
-
-
-def cw_accuracy(
-    model: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, steps: int = 30, batch: int = 512, seed: int = 0
-) -> float:
-    """Compute the accuracy under the L-infinity C&W attack (margin loss, uniform start, step epsilon / 4)."""
-    return _share(attacked(model, x, y, attack_of("cw", model, epsilon, steps), batch=batch, seed=seed))
+    correct = attacked(model, x, y, attack_of("pgd", model, epsilon, steps), batch=batch, seed=seed).correct
+    return int(correct.sum()) / len(correct)
 
 
 MONITOR_PASSES = 42
@@ -125,5 +119,47 @@ def monitor(model: nn.Module, images: Data, epsilon: float) -> dict[str, float]:
     return found
 
 
-def _share(found: Attacked) -> float:
-    return int(found.correct.sum()) / len(found.correct)
+def beside_torchattacks(
+    model: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, steps: int | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Compute accuracy under our FGSM and PGD and torchattacks', with equal budget, step size and steps.
+
+    torchattacks' C&W minimises an L2 distance and has no L-infinity budget, and its AutoAttack is not the standard
+    version, so neither is compared.
+
+    Returns:
+        A row per attack: ``attack``, ``steps`` (None for FGSM), ``epsilon``, ``ours``, ``torchattacks`` (fractions),
+        ``flags`` of both, ``only_ours`` and ``only_theirs`` (images misclassified under one of them only), ``p``
+        (exact McNemar test of these two counts) and ``beyond_noise`` (p below 0.05).
+    """
+    from scipy.stats import binomtest
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # requests 2.25.1, which torchattacks pins, warns about other packages
+        import torchattacks
+
+    steps = steps or STEPS["pgd"]
+    pgd = torchattacks.PGD(model, eps=epsilon, alpha=epsilon / 4, steps=steps, random_start=True)
+    rows = []
+    for name, attack in {"fgsm": torchattacks.FGSM(model, eps=epsilon), "pgd": pgd}.items():
+        options = {"seed": seed, "progress": f"{name}, ours and torchattacks'"}
+        ours = attacked(model, x, y, attack_of(name, model, epsilon, steps), **options).correct
+        theirs = attacked(model, x, y, torch.enable_grad()(attack.__call__), **options).correct
+        only_ours, only_theirs = int((theirs & ~ours).sum()), int((ours & ~theirs).sum())
+        differing = only_ours + only_theirs
+        p = float(binomtest(only_ours, differing).pvalue) if differing else 1.0  # McNemar's exact test
+        rows.append(
+            {
+                "attack": name,
+                "steps": steps if name == "pgd" else None,
+                "epsilon": epsilon,
+                "ours": ours.double().mean().item(),
+                "torchattacks": theirs.double().mean().item(),
+                "flags": {"ours": flags_text(ours), "torchattacks": flags_text(theirs)},
+                "only_ours": only_ours,
+                "only_theirs": only_theirs,
+                "p": p,
+                "beyond_noise": p < 0.05,
+            }
+        )
+    return rows

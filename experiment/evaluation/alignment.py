@@ -18,26 +18,22 @@ _MEASURES = (
 GRADIENT_DEFINITION = f"g = gradient of softmax(logits)[true class] {_MEASURES}"
 """Printed with GD and GC, because the paper does not state of which scalar it takes the gradient."""
 
-SCALARS: dict[str, str] = {
-    "probability": "softmax(logits)[true class]",
-    "cross_entropy": "cross-entropy(logits, true class) = -log of the probability",
-    "logit": "logits[true class]",
+Scalar = Callable[[Tensor, Tensor], Tensor]
+
+SCALARS: dict[str, tuple[str, Scalar]] = {
+    "probability": ("softmax(logits)[true class]", lambda z, y: F.softmax(z, dim=1).gather(1, y[:, None]).squeeze(1)),
+    "cross_entropy": (
+        "cross-entropy(logits, true class) = -log of the probability",
+        lambda z, y: F.cross_entropy(z, y, reduction="none"),
+    ),
+    "logit": ("logits[true class]", lambda z, y: z.gather(1, y[:, None]).squeeze(1)),
 }
-"""The scalars f whose input gradients are compared, with their definitions."""
+"""The scalars f whose input gradients are compared: definition, and f(logits, y) of every image, (N,)."""
 
 REMAINDER_DEFINITION = (
     "remainder = mean |f(x + d) - f(x) - g . d| / mean |f(x + d) - f(x)|: the share of the change under the student's "
     "PGD-20 perturbation d that its first-order term does not explain; 0 for a network that is linear in the ball"
 )
-
-
-def _scalar(name: str, logits: Tensor, y: Tensor) -> Tensor:
-    """Compute one of `SCALARS` for every image, (N,)."""
-    if name == "probability":
-        return F.softmax(logits, dim=1).gather(1, y[:, None]).squeeze(1)
-    if name == "cross_entropy":
-        return F.cross_entropy(logits, y, reduction="none")
-    return logits.gather(1, y[:, None]).squeeze(1)
 
 
 def input_gradients(
@@ -50,7 +46,7 @@ def input_gradients(
     x = x.clone().requires_grad_()
     with torch.enable_grad():
         logits = model(x)
-        values = [_scalar(name, logits, y) for name in scalars]
+        values = [SCALARS[name][1](logits, y) for name in scalars]
         sums = [value.sum() for value in values]
     found = [torch.autograd.grad(total, [x], retain_graph=total is not sums[-1])[0] for total in sums]
     return [value.detach().double() for value in values], [gradient.double() for gradient in found]
@@ -78,15 +74,7 @@ def gradient_alignment(
 
 
 def gradient_report(
-    student: nn.Module,
-    teacher: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    epsilon: float,
-    *,
-    batch: int = 128,
-    seed: int = 0,
-    progress: str | None = None,
+    student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, seed: int = 0
 ) -> dict[str, Any]:
     """Compute GD and GC for each of `SCALARS`, and how far from linear each network is in the ball.
 
@@ -99,7 +87,7 @@ def gradient_report(
         ``alignment_definition``, ``remainder_definition``, ``examples``, ``epsilon``, ``seed``.
     """
     names = tuple(SCALARS)
-    perturb: Callable[..., Tensor] = attack_of("pgd", student, epsilon)
+    perturb = attack_of("pgd", student, epsilon)
 
     def compare(clean: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         x_adv = perturb(clean, labels)
@@ -109,14 +97,14 @@ def gradient_report(
             values, of_model = input_gradients(model, clean, labels, names)
             logits_adv = model(x_adv)
             for name, value, gradient in zip(names, values, of_model, strict=True):
-                change = _scalar(name, logits_adv, labels).double() - value
+                change = SCALARS[name][1](logits_adv, labels).double() - value
                 columns += [(change - (gradient * delta).flatten(1).sum(dim=1)).abs(), change.abs()]
             gradients.append(of_model)
         for of_student, of_teacher in zip(*gradients, strict=True):
             columns += _distance_and_cosine(of_student, of_teacher)
         return (torch.stack(columns, dim=1),)
 
-    (rows,) = per_image(compare, x, y, batch, seed, student, teacher, progress=progress)
+    (rows,) = per_image(compare, x, y, 128, seed, student, teacher, progress="gradients")
     means = iter(rows.mean(dim=0).tolist())
     scalars: dict[str, dict[str, Any]] = {name: {} for name in names}
     for network in ("student", "teacher"):
@@ -124,7 +112,7 @@ def gradient_report(
             unexplained, change = next(means), next(means)
             scalars[name][f"remainder_{network}"] = unexplained / change if change else 0.0
     for name in names:
-        scalars[name] |= {"gd": next(means), "gc": next(means), "definition": SCALARS[name]}
+        scalars[name] |= {"gd": next(means), "gc": next(means), "definition": SCALARS[name][0]}
     return {
         **{name: scalars["probability"][name] for name in ("gd", "gc")},
         "definition": GRADIENT_DEFINITION,

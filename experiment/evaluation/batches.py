@@ -5,7 +5,8 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,31 @@ import attacks
 from experiment import UserError
 from experiment.data import as_float
 from experiment.entry import is_out_of_memory
-from experiment.evaluation.ranks import ranks
+
+Value = TypeVar("Value")
+Batched = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""A function of a batch, (x, y) -> tensors (N, ...)."""
+
+
+def ranks() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def gathered(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
+    """Return every rank's value.
+
+    Raises:
+        UserError: another rank is gone.
+    """
+    _, world = ranks()
+    everyone = [value] * world
+    if world > 1:
+        try:
+            dist.all_gather_object(everyone, value, group=group)
+        except RuntimeError as error:  # a closed connection
+            raise UserError("another rank stopped with an error") from error
+    return everyone
 
 
 def device_of(model: nn.Module, x: Tensor) -> torch.device:
@@ -83,18 +108,12 @@ def measuring(device: torch.device, *models: nn.Module) -> Iterator[None]:
         torch.no_grad(),
     ):
         yield
-        for model in models:
-            assert_eval(model)
-
-
-def assert_eval(model: nn.Module) -> None:
-    """Raise RuntimeError if any submodule is in train mode."""
-    if any(module.training for module in model.modules()):
-        raise RuntimeError("the network switched to train mode during its evaluation")
+        if any(module.training for model in models for module in model.modules()):
+            raise RuntimeError("the network switched to train mode during its evaluation")
 
 
 def per_image(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    function: Batched,
     x: Tensor,
     y: Tensor,
     batch: int,
@@ -107,71 +126,73 @@ def per_image(
     Args:
         seed: seed of the random numbers of all batches.
         models: the networks that the function uses; the first one determines the device.
-        progress: name of the progress bar, or None.
+        progress: name of the progress bar on rank 0, or None.
     """
+    from tqdm import tqdm
+
     check_images(x, y)
     device = device_of(models[0], x)
     rank, world = ranks()
     mine = range(rank, math.ceil(len(x) / batch), world)
-    found = {}
-    with measuring(device, *models), progress_bar(progress, sum(len(y[i * batch :][:batch]) for i in mine)) as bar:
+    found, size = {}, min(batch, len(x))
+    shown = progress is not None and rank == 0 and sys.stderr.isatty()
+    total = sum(len(y[i * batch :][:batch]) for i in mine)
+    with (
+        measuring(device, *models),
+        tqdm(total=total, unit="image", desc=progress, disable=not shown, dynamic_ncols=True, leave=False) as bar,
+    ):
         for i in mine:
             # One random stream per batch, which does not depend on the rank. A hash, because neighbouring seeds would
             # share streams; 32 bits, because the CPU generator ignores higher ones.
             stream = zlib.crc32(f"{seed} {i}".encode())
             rows = slice(i * batch, (i + 1) * batch)
-            x_here, y_here = as_pixels(x[rows].to(device)), y[rows].to(device)
-            found[i] = _in_parts(function, x_here, y_here, stream, device)
-            bar.update(len(x_here))
+            part = partial(_in_parts, function, as_pixels(x[rows].to(device)), y[rows].to(device), stream)
+            found[i], size = within_memory(part, size, "the evaluation")
+            bar.update(len(y[rows]))
     if world > 1:
-        everyone: list[dict[int, tuple[Tensor, ...]]] = [{}] * world
-        dist.all_gather_object(everyone, {i: tuple(rows.cpu() for rows in each) for i, each in found.items()})
-        found = {i: each for part in everyone for i, each in part.items()}
+        on_cpu = {i: tuple(rows.cpu() for rows in each) for i, each in found.items()}
+        found = {i: each for part in gathered(on_cpu) for i, each in part.items()}
     # One transfer at the end: transfers per batch would synchronise.
     return _joined([found[i] for i in sorted(found)], "cpu")
 
 
-def _in_parts(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], x: Tensor, y: Tensor, stream: int, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Apply function(x, y) in as many parts as the device's memory requires; each image keeps its random start."""
-    size = len(x)
-    while True:
-        parts = []
-        try:
-            for first in range(0, len(x), size):
-                torch.default_generator.manual_seed(stream)
-                if device.type == "cuda":
-                    torch.cuda.manual_seed(stream)
-                with attacks.shard_of(first, len(x)):
-                    parts.append(function(x[first : first + size], y[first : first + size]))
-            return _joined(parts)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise UserError("evaluation does not fit in the device's memory, even with single images") from error
-        # Outside the except clause: the exception's traceback would keep the tensors alive.
-        torch.cuda.empty_cache()
-        size = (size + 1) // 2
+def _in_parts(function: Batched, x: Tensor, y: Tensor, stream: int, limit: int) -> tuple[Tensor, ...]:
+    """Apply function(x, y) to at most `limit` images at once; each image keeps its random start."""
+    parts = []
+    for first in range(0, len(x), limit):
+        torch.default_generator.manual_seed(stream)
+        if x.device.type == "cuda":
+            torch.cuda.manual_seed(stream)
+        with attacks.shard_of(first, len(x)):
+            parts.append(function(x[first : first + limit], y[first : first + limit]))
+    return _joined(parts)
 
 
 def _joined(parts: list[tuple[Tensor, ...]], device: str | None = None) -> tuple[Tensor, ...]:
     return tuple(torch.cat(column).to(device) for column in zip(*parts, strict=True))
 
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
+def within_memory(attempt: Callable[[int], Value], limit: int, name: str) -> tuple[Value, int]:
+    """Call attempt(limit), with half the limit of images at once until the device's memory suffices.
 
+    Returns:
+        The value, and the limit that sufficed.
 
-@contextmanager
-def progress_bar(name: str | None, images: int) -> Iterator["tqdm"]:
-    """Show a bar on rank 0; nothing without a name, or if stderr is not a terminal."""
-    from tqdm import tqdm
-
-    shown = name is not None and ranks()[0] == 0 and sys.stderr.isatty()
-    with tqdm(total=images, unit="image", desc=name, disable=not shown, dynamic_ncols=True, leave=False) as bar:
-        yield bar
+    Raises:
+        UserError: not even one image fits.
+    """
+    while True:
+        try:
+            return attempt(limit), limit
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if limit == 1:
+                raise UserError(f"{name} does not fit in the device's memory, even with single images") from error
+        # Outside the except clause: the exception's traceback would keep the tensors alive.
+        torch.cuda.empty_cache()
+        limit //= 2
+        print(f"{name}: out of memory; again with {limit} images at once", file=sys.stderr, flush=True)
 
 
 def flags_text(correct: Tensor) -> str:
@@ -179,15 +200,19 @@ def flags_text(correct: Tensor) -> str:
     return "".join("01"[flag] for flag in correct.tolist())
 
 
+def accuracy_of(flags: str) -> dict[str, Any]:
+    """Return ``accuracy``, its 95 % ``interval``, ``examples`` and ``flags`` of one character per image."""
+    correct, examples = flags.count("1"), len(flags)
+    interval = list(wilson_interval(correct, examples))
+    return {"accuracy": correct / examples, "interval": interval, "examples": examples, "flags": flags}
+
+
 def wilson_interval(correct: int, examples: int) -> tuple[float, float]:
     """95 % Wilson interval of an accuracy, for `correct` of `examples` images drawn at random.
 
-    Unlike the normal approximation it stays within [0, 1] and has a positive width at 0 and 1.
-
     Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.
     """
-    z = 1.959964
-    share, scale = correct / examples, 1 + z**2 / examples
-    middle = (share + z**2 / (2 * examples)) / scale
-    half = z * math.sqrt(share * (1 - share) / examples + z**2 / (4 * examples**2)) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
+    from scipy.stats import binomtest  # takes a second
+
+    interval = binomtest(correct, examples).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

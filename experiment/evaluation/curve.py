@@ -1,4 +1,4 @@
-"""Accuracy under an attack over several epsilons and restarts, with one flag per image."""
+"""Accuracy under an attack over several epsilons and restarts, with one flag per image; accuracy by class."""
 
 import time
 from collections.abc import Sequence
@@ -10,14 +10,8 @@ from torch import Tensor, nn
 
 from experiment.evaluation.accuracy import STEPS, Attacked, attack_of, attacked
 from experiment.evaluation.autoattack import autoattack, data_sha256
-from experiment.evaluation.batches import device_of, flags_text, wilson_interval
+from experiment.evaluation.batches import accuracy_of, device_of, flags_text
 from experiment.files import state_sha256
-
-REUSE = (
-    "an image that fell at a smaller epsilon counts as fallen at every larger one, and one that fell in a restart is "
-    "not attacked again: 'attacked' says how many were, restart by restart"
-)
-"""Stored with a curve."""
 
 
 def accuracy_curve(
@@ -31,7 +25,6 @@ def accuracy_curve(
     restarts: int = 1,
     seed: int = 0,
     keep: bool = False,
-    progress: bool = False,
 ) -> tuple[list[dict[str, Any]], Attacked]:
     """Accuracy under fgsm, pgd or cw, or on clean images, at each epsilon from the smallest to the largest.
 
@@ -40,44 +33,46 @@ def accuracy_curve(
     Args:
         steps: of pgd and cw; by default 20 and 30.
         restarts: random starts of pgd and cw; an image is robust if it is correctly classified under all of them. The
-            first is that of ``pgd_accuracy`` and ``cw_accuracy`` with the same seed.
+            first is that of ``pgd_accuracy`` with the same seed.
         keep: also keep the attacked images of the last epsilon, or the first misclassified ones.
-        progress: show a bar for each pass.
 
     Returns:
         One point per epsilon (plain types): ``epsilon``, ``accuracy``, ``interval``, ``examples``, ``flags``,
         ``attacked`` (images in each restart), ``steps``, ``seconds``; and the state of all images at the last epsilon.
     """
-    found = Attacked(torch.ones(len(y), dtype=torch.bool), y.cpu().clone(), None)
+    correct, predictions, x_adv = torch.ones(len(y), dtype=torch.bool), y.cpu().clone(), None
     points = []
     for epsilon in sorted(set(epsilons)):
         started, counts = time.perf_counter(), []
         for restart in range(restarts if attack in STEPS and epsilon > 0 else 1):
-            index = found.correct.nonzero().squeeze(1)
+            index = correct.nonzero().squeeze(1)
             counts.append(len(index))
             if len(index) == 0:
                 continue
-            of_images = index.to(x.device)
             latest = attacked(
                 model,
-                x[of_images],
+                x[index.to(x.device)],
                 y[index.to(y.device)],
                 attack_of(attack, model, epsilon, steps),
                 seed=f"{seed} restart {restart}" if restart else seed,
                 keep=keep,
-                progress=f"{attack}, epsilon {epsilon:.4f}" if progress else None,
+                progress=f"{attack}, epsilon {epsilon:.4f}",
             )
-            found = _followed_by(found, index, latest)
+            correct[index], predictions[index] = latest.correct, latest.predictions
+            if x_adv is None:
+                x_adv = latest.x_adv
+            else:
+                x_adv[index] = latest.x_adv
         points.append(
             {
                 "epsilon": epsilon,
-                **_accuracy_of(flags_text(found.correct)),
+                **accuracy_of(flags_text(correct)),
                 "attacked": counts,
                 "steps": (steps or STEPS[attack]) if attack in STEPS else None,
                 "seconds": time.perf_counter() - started,
             }
         )
-    return points, found
+    return points, Attacked(correct, predictions, x_adv)
 
 
 def autoattack_curve(
@@ -86,10 +81,9 @@ def autoattack_curve(
     y: Tensor,
     epsilons: Sequence[float],
     *,
-    folder: Path | None = None,
+    folder: Path,
     batch: int = 250,
     seed: int = 0,
-    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """AutoAttack at each epsilon from the smallest to the largest; see ``accuracy_curve`` and ``autoattack``.
 
@@ -107,17 +101,15 @@ def autoattack_curve(
         if len(index):
             x_left, y_left = x[index.to(x.device)], y[index.to(y.device)]
             if epsilon == 0:
-                left = attacked(model, x_left, y_left, attack_of("clean", model, 0)).correct
+                robust[index] = attacked(model, x_left, y_left, attack_of("clean", model, 0)).correct
             else:
-                chunks = folder and folder / _chunks_name(model, x_left, y_left, epsilon, batch, seed)
-                options = {"folder": chunks, "batch": batch, "seed": seed, "show_progress": progress}
-                result = autoattack(model, x_left, y_left, epsilon, **options)
-                left = torch.tensor([flag == "1" for flag in result["flags"]["square"]])
-            robust[index] = left
+                chunks = folder / _chunks_name(model, x_left, y_left, epsilon, batch, seed)
+                result = autoattack(model, x_left, y_left, epsilon, folder=chunks, batch=batch, seed=seed)
+                robust[index] = torch.tensor([flag == "1" for flag in result["flags"]["square"]])
         points.append(
             {
                 "epsilon": epsilon,
-                **_accuracy_of(flags_text(robust)),
+                **accuracy_of(flags_text(robust)),
                 "attacked": [len(index)],
                 "result": result,
                 "seconds": result["seconds"] if result else time.perf_counter() - started,
@@ -133,23 +125,6 @@ def _chunks_name(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, batch: 
     return f"epsilon{epsilon:.6f}_seed{seed}_batch{batch}_network{network}_images{images}{arithmetic}"
 
 
-def _followed_by(before: Attacked, index: Tensor, latest: Attacked) -> Attacked:
-    """Update the state with another attack on the images `index`."""
-    correct, predictions = before.correct.clone(), before.predictions.clone()
-    correct[index], predictions[index] = latest.correct, latest.predictions
-    x_adv = latest.x_adv
-    if x_adv is not None and before.x_adv is not None:
-        x_adv = before.x_adv.clone()
-        x_adv[index] = latest.x_adv
-    return Attacked(correct, predictions, x_adv)
-
-
-def _accuracy_of(flags: str) -> dict[str, Any]:
-    correct, examples = flags.count("1"), len(flags)
-    interval = list(wilson_interval(correct, examples))
-    return {"accuracy": correct / examples, "interval": interval, "examples": examples, "flags": flags}
-
-
 def per_class(flags: str, y: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the accuracy of every class, worst first: ``class``, ``accuracy``, ``interval``, ``examples``.
 
@@ -157,10 +132,10 @@ def per_class(flags: str, y: Tensor, names: Sequence[str]) -> list[dict[str, Any
         flags: one character per image, as in ``accuracy_curve``.
         names: one per label.
     """
-    by_class: dict[int, list[str]] = {}
+    by_class: dict[int, str] = {}
     for flag, label in zip(flags, y.tolist(), strict=True):
-        by_class.setdefault(label, []).append(flag)
-    rows = [{"class": names[label], **_accuracy_of("".join(each))} for label, each in sorted(by_class.items())]
+        by_class[label] = by_class.get(label, "") + flag
+    rows = [{"class": names[label], **accuracy_of(each)} for label, each in sorted(by_class.items())]
     for row in rows:
         del row["flags"]
     return sorted(rows, key=lambda row: row["accuracy"])

@@ -11,12 +11,9 @@ from experiment import UserError
 from experiment.evaluation.accuracy import attack_of
 from experiment.evaluation.alignment import input_gradients
 from experiment.evaluation.batches import as_pixels, device_of, measuring
-from experiment.evaluation.record import check_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def curve_figure(path: Path, curves: dict[str, list[dict[str, Any]]], title: str) -> None:
@@ -49,8 +46,6 @@ def alignment_figure(
     y: Tensor,
     epsilon: float,
     class_names: Sequence[str],
-    *,
-    seed: int = 0,
 ) -> None:
     """Plot images in rows: x, the first student's PGD-20 perturbation, then the input gradient of each network.
 
@@ -67,7 +62,7 @@ def alignment_figure(
     device = device_of(first, x)
     clean, labels = as_pixels(x.to(device)).float(), y.to(device)
     with measuring(device, teacher, *students.values()):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         delta = (attack_of("pgd", first, epsilon)(clean, labels) - clean).cpu()
         gradients = {
             name: input_gradients(model, clean, labels)[1][0].cpu()
@@ -92,13 +87,6 @@ def alignment_figure(
     for axes, name in zip(grid[0], columns, strict=True):
         axes.set_title(name, fontsize=9, wrap=True)
     _save(figure, path)
-
-
-def check_figure_name(path: Path) -> None:
-    """Check that a figure can be written and does not overwrite a file."""
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: unknown figure format (expected {', '.join(SUFFIXES)})")
-    check_output(path)
 
 
 def _save(figure: "Figure", path: Path) -> None:

@@ -13,7 +13,7 @@ from experiment.evaluation.accuracy import STEPS, Attacked
 from experiment.evaluation.autoattack import autoattack_label
 from experiment.evaluation.batches import as_pixels
 from experiment.files import read_json, write_atomically, write_json
-from experiment.text import budget
+from experiment.text import as_text, budget
 
 FOLDER = "evaluations"
 """Folder of the records, in a run folder or next to a checkpoint."""
@@ -21,26 +21,20 @@ FOLDER = "evaluations"
 FORMAT = 2
 
 
-def check_record_place(folder: Path, out: Path | None) -> None:
-    """Check, before the evaluation, that the record can be written.
+def check_outputs(folder: Path, out: Path | None, *others: Path) -> None:
+    """Check, before the evaluation, that its files can be written and overwrite nothing.
 
-    Raises:
-        UserError: `out` exists, or its folder does not; the folder cannot be written to.
+    Args:
+        out: file of the record; None for one in `folder`.
     """
-    if out is not None:
-        check_output(out)
-        return
-    if not os.access(folder, os.W_OK):
+    for path in (*others, *([out] if out else [])):
+        if path.exists():
+            raise UserError(f"{path} exists and is not overwritten. Use another name")
+        # The folder of the records is created later.
+        if not path.parent.is_dir() and not (path.parent.name == FOLDER and path.parent.parent.is_dir()):
+            raise UserError(f"{path}: no such folder: {path.parent}")
+    if out is None and not os.access(folder, os.W_OK):
         raise UserError(f"cannot write to {folder}. Use --out FILE.json")
-
-
-def check_output(path: Path) -> None:
-    """Check that a file does not exist and that its folder does."""
-    if path.exists():
-        raise UserError(f"{path} exists and is not overwritten. Use another name")
-    # The folder of the records is created later.
-    if not path.parent.is_dir() and not (path.parent.name == FOLDER and path.parent.parent.is_dir()):
-        raise UserError(f"{path}: no such folder: {path.parent}")
 
 
 def write_record(folder: Path, record: dict[str, Any], out: Path | None = None) -> Path:
@@ -55,39 +49,19 @@ def write_record(folder: Path, record: dict[str, Any], out: Path | None = None) 
     Raises:
         UserError: it cannot be written.
     """
-    record = {"format": FORMAT, "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), **record}
-    path = out or _unused(Path(folder) / FOLDER, f"{record['time'].replace(':', '-')}_{'-'.join(record['measured'])}")
+    now = datetime.now(UTC)
+    # Two evaluations may end in the same second.
+    name = f"{now:%Y-%m-%dT%H-%M-%S.%fZ}_{'-'.join(record['measured'])}.json"
+    path = out or Path(folder) / FOLDER / name
     path.parent.mkdir(exist_ok=True)
-    write_json(path, record)
+    write_json(path, {"format": FORMAT, "time": f"{now:%Y-%m-%dT%H:%M:%S.%fZ}", **record})
     return path
-
-
-def _unused(folder: Path, name: str) -> Path:
-    """Create an empty file with an unused name: two evaluations may end in the same second."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, again = folder / f"{name}.json", 1
-    while True:
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            again += 1
-            path = folder / f"{name}_{again}.json"
-        else:
-            return path
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
     """Return the records of a folder, oldest first, each with its ``file``; other files are ignored."""
-    found = []
-    for path in sorted((Path(folder) / FOLDER).glob("*.json")):
-        if path.stat().st_size and (record := read_json(path)).get("format") == FORMAT:
-            found.append({**record, "file": str(path)})
-    return sorted(found, key=lambda record: record["time"])
-
-
-def newest_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the newest record of each kind: clean, fgsm, pgd, cw, autoattack, gradients, torchattacks."""
-    return {kind: record for record in records(folder) for kind in record["measured"]}
+    read = [{**read_json(path), "file": str(path)} for path in sorted((Path(folder) / FOLDER).glob("*.json"))]
+    return sorted((record for record in read if record.get("format") == FORMAT), key=lambda record: record["time"])
 
 
 def save_adversarial(path: Path, x: Tensor, y: Tensor, found: Attacked) -> None:
@@ -98,10 +72,10 @@ def save_adversarial(path: Path, x: Tensor, y: Tensor, found: Attacked) -> None:
     """
     import numpy as np
 
-    arrays = {"x": as_pixels(x).float(), "x_adv": found.x_adv, "y": y, "predictions": found.predictions}
+    tensors = {"x": as_pixels(x).float(), "x_adv": found.x_adv, "y": y, "predictions": found.predictions}
     path.parent.mkdir(exist_ok=True)
-    on_cpu = {name: tensor.cpu().contiguous().numpy() for name, tensor in arrays.items()}
-    write_atomically(path, lambda file: np.savez_compressed(file, **on_cpu))
+    arrays = {name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()}
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD", "cw": "C&W", "autoattack": "AutoAttack"}
@@ -128,54 +102,44 @@ def record_text(record: dict[str, Any]) -> str:
         record: as ``evaluate.py`` writes it: ``settings`` with steps and restarts, and any of ``accuracies``,
             ``per_class``, ``torchattacks``, ``gradients``.
     """
-    lines = [*_accuracies(record)]
-    if "per_class" in record:
-        lines += ["", *_per_class(record)]
-    if "torchattacks" in record:
-        lines += ["", *_torchattacks(record["torchattacks"])]
-    if "gradients" in record:
-        lines += ["", *_gradients(record["gradients"])]
-    return "\n".join(lines)
+    settings, accuracies = record["settings"], record["accuracies"]
+    labels = {
+        attack: attack_label(attack, settings["steps"], settings["restarts"], points)
+        for attack, points in accuracies.items()
+    }
+    parts = [
+        _accuracies(accuracies, labels) if accuracies else (),
+        _per_class(record["per_class"], labels) if "per_class" in record else (),
+        _torchattacks(record.get("torchattacks", ())),
+        _gradients(record["gradients"]) if "gradients" in record else (),
+    ]
+    return "\n\n".join(filter(None, map("\n".join, parts)))
 
 
-def _label(attack: str, record: dict[str, Any]) -> str:
-    settings, points = record["settings"], record["accuracies"].get(attack, ())
-    return attack_label(attack, settings["steps"], settings["restarts"], points)
-
-
-def _accuracies(record: dict[str, Any]) -> Iterator[str]:
-    if not record["accuracies"]:
-        return
-    width = max(22, *(len(_label(attack, record)) + 1 for attack in record["accuracies"]))
-    yield f"  {'attack':<{width}}{'epsilon':>9}{'accuracy':>11}   95 % interval    images  attacked"
-    for attack, points in record["accuracies"].items():
+def _accuracies(accuracies: dict[str, list[dict[str, Any]]], labels: dict[str, str]) -> Iterator[str]:
+    table = [["attack", "epsilon", "accuracy", "95 % interval", "images", "attacked"]]
+    for attack, points in accuracies.items():
         for point in points:
             low, high = point["interval"]
-            yield (
-                f"  {_label(attack, record):<{width}}{budget(point['epsilon']):>9}"
-                f"{100 * point['accuracy']:>9.2f} %   {100 * low:5.2f} to {100 * high:6.2f} %{point['examples']:>8}"
-                f"  {' + '.join(map(str, point['attacked']))}"
-            )
+            interval, attacked = f"{100 * low:.2f} to {100 * high:.2f} %", " + ".join(map(str, point["attacked"]))
+            figures = [budget(point["epsilon"]), _per_cent(point), interval, str(point["examples"]), attacked]
+            table.append([labels[attack], *figures])
+    yield as_text(table)
 
 
-def _per_class(record: dict[str, Any]) -> Iterator[str]:
-    per_class = record["per_class"]
-    attacks = per_class["attacks"]
-    strongest = list(attacks)[-1]
-    by_class = {attack: {row["class"]: row for row in rows} for attack, rows in attacks.items()}
-    yield f"by class at epsilon {budget(per_class['epsilon'])}, the worst under {_label(strongest, record)} first"
-    width = max(len(row["class"]) for row in (*attacks[strongest], {"class": "class"})) + 2
-    labels = [_label(attack, record) for attack in attacks]
-    widths = [max(len(label) + 3, 11) for label in labels]
-    yield f"  {'class':<{width}}{'images':>6}" + "".join(map(str.rjust, labels, widths))
-    for row in attacks[strongest]:
-        name = row["class"]
-        cells = (f"{100 * of[name]['accuracy']:.2f} %" if name in of else "-" for of in by_class.values())
-        yield f"  {name:<{width}}{row['examples']:>6}" + "".join(map(str.rjust, cells, widths))
+def _per_class(per_class: dict[str, Any], labels: dict[str, str]) -> Iterator[str]:
+    by_attack = {attack: {row["class"]: row for row in rows} for attack, rows in per_class["attacks"].items()}
+    strongest = list(by_attack)[-1]
+    yield f"by class at epsilon {budget(per_class['epsilon'])}, the worst under {labels[strongest]} first"
+    table = [["class", "images", *(labels[attack] for attack in by_attack)]]
+    for name, row in by_attack[strongest].items():
+        table.append([name, str(row["examples"]), *(_per_cent(rows[name]) for rows in by_attack.values())])
+    yield as_text(table)
 
 
-def _torchattacks(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield "comparison with torchattacks: same images, epsilon, step size and steps (without C&W, an L2 attack there)"
+def _torchattacks(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    if rows:
+        yield "torchattacks: same images, epsilon, step size and steps (without C&W, an L2 attack there)"
     for row in rows:
         verdict = "DIFFERENCE at the 5 % level" if row["beyond_noise"] else "no difference at the 5 % level"
         yield (
@@ -187,16 +151,17 @@ def _torchattacks(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def _gradients(report: dict[str, Any]) -> Iterator[str]:
     yield "input gradients of student and teacher, for each scalar f"
-    yield f"  {'f':<16}{'GD':>12}{'GC':>9}{'remainder: student':>21}{'teacher':>9}"
+    columns = ("gd", "gc", "remainder_student", "remainder_teacher")
+    rows = [[name, *(f"{row[column]:.4f}" for column in columns)] for name, row in report["scalars"].items()]
+    yield as_text([["f", "GD", "GC", "remainder: student", "teacher"], *rows])
     for name, row in report["scalars"].items():
-        yield (
-            f"  {name:<16}{row['gd']:>12.4f}{row['gc']:>9.4f}"
-            f"{row['remainder_student']:>21.4f}{row['remainder_teacher']:>9.4f}"
-        )
-    for name, row in report["scalars"].items():
-        yield f"  {name}: f = {row['definition']}"
-    yield f"  {report['alignment_definition']}"
-    yield f"  {report['remainder_definition']}; at epsilon {budget(report['epsilon'])}"
+        yield f"{name}: f = {row['definition']}"
+    yield report["alignment_definition"]
+    yield f"{report['remainder_definition']}; at epsilon {budget(report['epsilon'])}"
+
+
+def _per_cent(point: dict[str, Any]) -> str:
+    return f"{100 * point['accuracy']:.2f} %"
 
 
 def differences(record: dict[str, Any], config: dict[str, Any], result: dict[str, Any]) -> list[str]:
@@ -207,31 +172,24 @@ def differences(record: dict[str, Any], config: dict[str, Any], result: dict[str
         config, result: the run's config.json and result.json, or {}.
     """
     found = []
-    for name, what in (("dataset_sha256", "data"), ("teacher_sha256", "teacher")):
-        here, there = record[name], config.get(name)
-        if here and there and here != there:
-            found.append(f"the {what} differs from the run's: SHA-256 {here[:12]}..., in config.json {there[:12]}...")
+    for name, title in (("dataset_sha256", "data"), ("teacher_sha256", "teacher")):
+        own, of_run = record[name], config.get(name)
+        if own and of_run and own != of_run:
+            found.append(f"the {title} differs from the run's: SHA-256 {own[:12]}..., in config.json {of_run[:12]}...")
     if result.get("student_sha256") != record["student_sha256"]:
         return found
-    for name, (here, there) in _measured_in_the_same_way(record, config, result).items():
-        if here != there:
-            found.append(f"{name} is {100 * here:.2f} % here and {100 * there:.2f} % in result.json")
-    return found
-
-
-def _measured_in_the_same_way(
-    record: dict[str, Any], config: dict[str, Any], result: dict[str, Any]
-) -> dict[str, tuple[float, float]]:
-    """Pair the accuracies of record and result.json that were measured on the same images with the same settings."""
-    settings, accuracies, same = record["settings"], record["accuracies"], {}
+    settings, accuracies, pairs = record["settings"], record["accuracies"], {}
     if record["test_examples"] == result.get("test_examples"):
         if "clean" in accuracies:
-            same["clean"] = (accuracies["clean"][0]["accuracy"], result["clean"])
+            pairs["clean"] = (accuracies["clean"][0]["accuracy"], result["clean"])
         monitored = {"epsilons": [config.get("settings", {}).get("epsilon")], "restarts": 1, "start_seed": 0}
         usual = settings["steps"] in (None, STEPS["pgd"]) and all(settings[key] == monitored[key] for key in monitored)
         if "pgd" in accuracies and usual:
-            same["PGD-20"] = (accuracies["pgd"][0]["accuracy"], result["pgd20"])
-    attack, own = accuracies.get("autoattack", [{}])[0].get("result"), result.get("autoattack")
-    if attack and own and all(attack[key] == own.get(key) for key in ("examples", "epsilon", "seed", "batch")):
-        same["AutoAttack"] = (attack["accuracy"], own["accuracy"])
-    return same
+            pairs["PGD-20"] = (accuracies["pgd"][0]["accuracy"], result["pgd20"])
+    attack, of_run = accuracies.get("autoattack", [{}])[0].get("result"), result.get("autoattack")
+    if attack and of_run and all(attack[key] == of_run.get(key) for key in ("examples", "epsilon", "seed", "batch")):
+        pairs["AutoAttack"] = (attack["accuracy"], of_run["accuracy"])
+    for name, (own, of_run) in pairs.items():
+        if own != of_run:
+            found.append(f"{name} is {100 * own:.2f} % now and {100 * of_run:.2f} % in result.json")
+    return found
