@@ -36,8 +36,10 @@ from experiment.evaluation.batches import (
     within_memory,
 )
 from experiment.files import read_json, state_sha256, write_json
-from experiment.records import ATTACKS as AUTOATTACK
+from experiment.records import STEPS
 
+AUTOATTACK = STEPS[1:]
+"""The attacks of the standard version in order; each attacks the images that are still robust."""
 STANDARD, TARGETS = "standard", 9
 """The standard version, and the number of target classes per image of its APGD-T and FAB-T."""
 
