@@ -117,9 +117,9 @@ class Comparison:
     @property
     def varying(self) -> list[str]:
         """Those of teacher, student and dataset in which students differ."""
-        settings = [group.setting for group in self.groups if group.is_student]
-        names = zip(("teacher", "student", "dataset"), zip(*settings, strict=True), strict=bool(settings))
-        return [name for name, values in names if len(set(values)) > 1]
+        students = [group.first for group in self.groups if group.is_student]
+        names = ("teacher", "student", "dataset")
+        return [name for name in names if len({getattr(run, name) for run in students}) > 1]
 
 
 def comparison_of(runs: Runs) -> Comparison:

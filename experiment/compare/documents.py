@@ -104,12 +104,13 @@ def _described(comparison: Comparison, columns: Sequence[str]) -> str:
 
 def _picture(comparison: Comparison, document: Path, names: str, name: str) -> str:
     """Draw one figure beside the document; the Markdown that shows it."""
-    from experiment.compare.figures import all_figures, svg  # matplotlib takes a second
+    from experiment.compare.figures import all_figures, rendered  # matplotlib takes a second
 
     figures = all_figures(comparison)
     if name not in figures:
         raise UserError(f"{document}: {names} has no figure {name!r}; it has {', '.join(figures) or 'none'}")
     path = document.parent / FIGURES / f"{names.replace('+', '_')}_{name}.svg"
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, lambda file: file.write(svg(figures[name]).encode()))
+    content = rendered(figures[name], "svg")
+    write_atomically(path, lambda file: file.write(content[content.index(b"<svg") :]))
     return f"![{name}: {names.replace('+', ', ')}]({FIGURES}/{path.name})"

@@ -4,7 +4,7 @@ import textwrap
 import tomllib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -45,27 +45,20 @@ def write_figures(figures: Mapping[str, Any], out: Path) -> list[Path]:
     for name, figure in figures.items():
         for kind in FORMATS:
             paths.append(out / f"{name}.{kind}")
-            write_atomically(paths[-1], _saver(figure, kind))
+            content = rendered(figure, kind)
+            write_atomically(paths[-1], lambda file, content=content: file.write(content))
     return paths
 
 
-def svg(figure: Any) -> str:
-    """A figure as SVG text, for a page or document: text stays text."""
-    output = BytesIO()
-    _saver(figure, "svg")(output)
-    text = output.getvalue().decode()
-    return text[text.index("<svg") :]
-
-
-def _saver(figure: Any, kind: str) -> Callable[[Any], None]:
+def rendered(figure: Any, kind: str) -> bytes:
+    """A figure as a file of one of FORMATS, without a date; in SVG text stays text."""
     import matplotlib
 
-    def save(file: Any) -> None:
-        dated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
-        with matplotlib.rc_context({"svg.hashsalt": "figure", "svg.fonttype": "none"}):
-            figure.savefig(file, format=kind, metadata=dated)
-
-    return save
+    output = BytesIO()
+    dated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
+    with matplotlib.rc_context({"svg.hashsalt": "figure", "svg.fonttype": "none"}):
+        figure.savefig(output, format=kind, metadata=dated)
+    return output.getvalue()
 
 
 def styles_of(comparison: Comparison) -> Styles:
@@ -85,7 +78,7 @@ def styles_of(comparison: Comparison) -> Styles:
         place = (*group.setting, str(counts[key])) if group.is_student else ("",)
         counts[key] += 1
         color = colors.get(run.method) or others[zlib.crc32(run.method.encode()) % len(others)]
-        names = [getattr(run, f"{name}_name") for name in comparison.varying if group.is_student]
+        names = [run.names[name] for name in comparison.varying if group.is_student]
         styles[group] = {
             "color": color,
             "linestyle": "--" if group.is_baseline else "-",

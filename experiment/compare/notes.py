@@ -1,6 +1,5 @@
 """Sentences below the tables: units, attacks, gains with their intervals, alignment, and what differs between rows."""
 
-import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 
@@ -16,6 +15,8 @@ MEASURES = {"GC": ("gc", 1), "GD": ("gd", -1), "logit GC": ("logit_gc", 1), "log
 """By name: the key in a run's values, and the sign of a change that brings the student closer to the teacher."""
 FEWEST = 6
 """With fewer students or pairs nothing is said about alignment and robustness."""
+COMPARED_WITHIN = {"teacher_sha256": "teacher", "attack": "method"}
+"""Settings that are compared only among the rows of one teacher or method."""
 DIGITS = 9
 """Decimals of a value before it is ranked: far more than is printed, far fewer than a float has."""
 
@@ -38,14 +39,12 @@ def verdicts(comparison: Comparison) -> list[str]:
     """Each gain over a baseline in one sentence."""
     sentences = []
     for gain in comparison.gains:
-        change = "gains {:.1f} points AutoAttack over" if gain.mean >= 0 else "loses {:.1f} points AutoAttack against"
-        low, high = sorted(math.copysign(100, gain.mean) * end for end in gain.interval)
-        seeds = f"{len(gain.by_seed)} seeds" if len(gain.by_seed) > 1 else "1 seed"
-        where = [getattr(gain.group.first, f"{name}_name") for name in comparison.varying]
+        where = comma_list(gain.group.first.names[name] for name in comparison.varying)
+        low, high = (100 * end for end in gain.interval)
+        seeds = f"{len(gain.by_seed)} seed{'s' * (len(gain.by_seed) > 1)}"
         sentences.append(
-            f"{gain.group.label} {change.format(100 * abs(gain.mean))} {gain.baseline.label}"
-            f"{f' ({comma_list(where)})' if where else ''}, 95 % interval {low:.1f} to {high:.1f}"
-            f"{', which includes 0' if gain.includes_0 else ''}, {seeds}."
+            f"{gain.group.label} minus {gain.baseline.label}{f' ({where})' if where else ''}, AutoAttack: "
+            f"{100 * gain.mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, {seeds}."
         )
     return sentences
 
@@ -98,13 +97,14 @@ def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
 
 def _notes_on_gain(gain: Gain) -> Iterator[str]:
     first, seeds = gain.group.first, list(gain.by_seed)
+    where = (first.names["teacher"], first.student, first.dataset)
     low, high = (100 * end for end in gain.interval)
     how = "bootstrap over images"
     if len(seeds) > 1:
         how = "the wider of Student's t over seeds and the bootstrap over seeds and images"
     values = (f"{100 * gain.by_seed[seed]:+.2f} (p {_p_value(gain.p_values[seed])})" for seed in seeds)
     yield (
-        f"{gain.group.label} minus {gain.baseline.label} ({first.teacher_name}, {first.student}, {first.dataset}): "
+        f"{gain.group.label} minus {gain.baseline.label} ({comma_list(where)}): "
         f"{100 * gain.mean:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f} ({how}). The interval "
         f"{'includes' if gain.includes_0 else 'excludes'} 0. By seed, with McNemar's exact p: {comma_list(values)}."
     )
@@ -178,28 +178,22 @@ def _correlations(groups: Sequence[Sequence[RunRecord]]) -> str:
     """Spearman's, of each measure that all runs have, with AutoAttack accuracy; in brackets that of what is left of
     both when each group's mean is subtracted, which no difference between methods can bring about.
     """
-    from scipy.stats import spearmanr
+    from pandas import DataFrame
 
+    rows = [{"group": number, **run.values} for number, runs in enumerate(groups) for run in runs]
+    table = DataFrame(rows).set_index("group").dropna(axis="columns")
+    several = table[table.groupby("group").transform("size") > 1]
+    # Rounded, so that float error does not break ties.
+    within = (several - several.groupby("group").transform("mean")).round(DIGITS)
     found = []
     for name, (key, _) in MEASURES.items():
-        if not all(key in run.values for runs in groups for run in runs):
+        if key not in table or 1 in (table[key].nunique(), table["autoattack"].nunique()):
             continue
-        tables = [[(run.values[key], run.values["autoattack"]) for run in runs] for runs in groups]
-        together = [point for table in tables for point in table]
-        if 1 in map(len, map(set, zip(*together, strict=True))):
-            continue
-        text = f"{name} {spearmanr(*zip(*together, strict=True)).statistic:+.2f}"
-        within = [point for table in tables if len(table) > 1 for point in _centred(table)]
+        text = f"{name} {table[key].corr(table['autoattack'], 'spearman'):+.2f}"
         if len(within) >= FEWEST:
-            text += f" ({spearmanr(*zip(*within, strict=True)).statistic:+.2f})"
+            text += f" ({within[key].corr(within['autoattack'], 'spearman'):+.2f})"
         found.append(text)
     return comma_list(found) or "not available"
-
-
-def _centred(table: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Each value minus the mean of its column, rounded so that float error does not break ties."""
-    means = [fmean(values) for values in zip(*table, strict=True)]
-    return [(round(x - means[0], DIGITS), round(y - means[1], DIGITS)) for x, y in table]
 
 
 def _notes_on_settings(groups: Sequence[SeedGroup]) -> Iterator[str]:
@@ -208,26 +202,20 @@ def _notes_on_settings(groups: Sequence[SeedGroup]) -> Iterator[str]:
     A difference between methods counts too: two methods trained for unequal epochs are no fair comparison.
     """
     for dataset in dict.fromkeys(group.first.dataset for group in groups):
-        rows = [group for group in groups if group.first.dataset == dataset]
-        own = {
-            key for group in rows for key in (*group.first.config.added_settings, *group.first.config.outer_settings)
-        }
-        # The inner maximisation is a method's own, so it is compared within a method; the table's columns show theirs.
-        own |= {"attack", "student", "teacher", "teacher_sha256", "dataset", "dataset_sha256", "num_classes"}
-        rows = [group for group in rows if group.is_student]
+        rows = [group.first for group in groups if group.first.dataset == dataset]
+        own = {key for run in rows for key in (*run.config.added_settings, *run.config.outer_settings)}
+        own |= {"teacher", "student"}  # the table's columns show them
+        rows = [group.first for group in groups if group.first.dataset == dataset and group.is_student]
         found = []
-        for key in dict.fromkeys(key for group in rows for key in group.first.conditions if key not in own):
-            users: dict[str, dict[str, None]] = {}
-            for group in rows:
-                users.setdefault(short_text(group.first.conditions.get(key, ABSENT)), {})[group.first.name] = None
-            if len(users) > 1:
-                found.append(f"{key} " + ", ".join(f"{value} ({comma_list(who)})" for value, who in users.items()))
-        for key, column in (("teacher_sha256", "teacher"), ("dataset_sha256", "dataset"), ("attack", "method")):
-            values: dict[str, dict[str, None]] = {}
-            for group in rows:
-                value = short_text(group.first.conditions.get(key, ABSENT))
-                values.setdefault(getattr(group.first, column), {})[value] = None
-            found += [f"{key} {' and '.join(v)} ({name})" for name, v in values.items() if len(v) > 1]
+        for key in dict.fromkeys(key for run in rows for key in run.conditions if key not in own):
+            users_by_scope: dict[str, dict[str, dict[str, None]]] = {}
+            for run in rows:
+                scope = getattr(run, COMPARED_WITHIN[key]) if key in COMPARED_WITHIN else ""
+                value = short_text(run.conditions.get(key, ABSENT))
+                users_by_scope.setdefault(scope, {}).setdefault(value, {})[run.name] = None
+            for users in users_by_scope.values():
+                if len(users) > 1:
+                    found.append(f"{key} " + ", ".join(f"{value} ({comma_list(who)})" for value, who in users.items()))
         if found:
             yield f"These rows differ in settings that are not their method's own: {'; '.join(found)}."
 
@@ -252,7 +240,7 @@ def _notes_on_published_figures(groups: Sequence[SeedGroup]) -> Iterator[str]:
 def _notes_on_missing(comparison: Comparison) -> Iterator[str]:
     baselines = {group.pair for group in comparison.groups if group.is_baseline}
     alone = {
-        (run.name, run.teacher_name, run.student, run.dataset): run
+        (run.name, run.names["teacher"], run.student, run.dataset): run
         for run in (group.first for group in comparison.groups if group.pair not in baselines)
     }
     for (name, *where), run in alone.items():  # once for all variants

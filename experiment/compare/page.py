@@ -6,7 +6,7 @@ from importlib import resources
 from typing import Any
 
 from experiment.compare.comparison import Comparison
-from experiment.compare.figures import svg
+from experiment.compare.figures import rendered
 from experiment.compare.notes import verdicts
 from experiment.compare.read import PICTURES
 from experiment.text import TEXT_COLUMNS, Table
@@ -28,7 +28,7 @@ def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str], 
     template = resources.files("experiment.compare").joinpath("page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     runs = [(group.label, run) for group in comparison.groups for run in group.runs]
-    pictures = [(ABOUT[name], "svg+xml", svg(figure).encode()) for name, figure in figures.items()]
+    pictures = [(ABOUT[name], "svg+xml", rendered(figure, "svg")) for name, figure in figures.items()]
     pictures += [
         (f"evaluate.py, {label}, seed {run.seed}: {path.stem}", PICTURES[path.suffix], path.read_bytes())
         for label, run in runs

@@ -53,19 +53,10 @@ class Experiment:
         return self.teacher, self.student, self.dataset
 
     @property
-    def teacher_name(self) -> str:
-        """The teacher's name; of a path its last part."""
-        return short_name(self.teacher)
-
-    @property
-    def student_name(self) -> str:
-        """As `teacher_name`."""
-        return short_name(self.student)
-
-    @property
-    def dataset_name(self) -> str:
-        """The data set's name; of a path its last part, with the file type."""
-        return Path(self.dataset).name
+    def names(self) -> dict[str, str]:
+        """As `setting`, by these words; of a path the last part."""
+        short = {"teacher": short_name(self.teacher), "student": short_name(self.student)}
+        return {**short, "dataset": Path(self.dataset).name}
 
 
 @dataclass(frozen=True, eq=False)

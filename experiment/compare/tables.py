@@ -75,9 +75,7 @@ def _cell(group: SeedGroup, name: str, comparison: Comparison) -> str:
         return f"{100 * gain.mean:+.2f} ({low:+.2f} to {high:+.2f})" if gain else "-"
     what = {
         "method": group.label,
-        "teacher": run.teacher_name,
-        "student": run.student_name,
-        "dataset": run.dataset_name,
+        **run.names,
         "seeds": str(len(group.runs)),
         "images": str(run.attack.examples) if run.attack else "-",
     }
@@ -105,7 +103,7 @@ def _published_table(comparison: Comparison) -> Table:
     table = []
     for name, run, group in rows:
         if cell := published_cell(run):
-            row = [name, run.teacher_name, run.student_name]
+            row = [name, run.names["teacher"], run.names["student"]]
             for figure in FIGURES:
                 ours = group.values(figure) if group else []
                 difference = [fmean(ours) - cell[figure]] if ours else []
@@ -116,8 +114,9 @@ def _published_table(comparison: Comparison) -> Table:
 
 
 def _pending_table(pending: Sequence[PendingRun]) -> Table:
-    rows = [[run.folder, run.name, run.teacher_name, run.student_name, str(run.seed), run.state] for run in pending]
-    return [["run", "method", "teacher", "student", "seed", "state"], *rows] if rows else []
+    names = ("teacher", "student")
+    rows = [[run.folder, run.name, *(run.names[name] for name in names), str(run.seed), run.state] for run in pending]
+    return [["run", "method", *names, "seed", "state"], *rows] if rows else []
 
 
 def as_markdown(table: Table) -> str:
