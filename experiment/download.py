@@ -1,10 +1,11 @@
-"""Downloads of data sets and teachers: one attempt that cannot hang, and a reason in one line where it fails."""
+"""Downloads of data sets and teachers by torch.hub, with a timeout and a reason in one line where they fail."""
 
 import http.client
-import os
-import urllib.error
-import urllib.request
+import socket
+import sys
 from pathlib import Path
+
+import torch
 
 from experiment import UserError
 
@@ -13,35 +14,18 @@ SECONDS_OF_SILENCE = 30
 
 
 def download(url: str, file: Path) -> None:
-    """Download a URL into a new file, of which the caller checks the content and removes what is left after an error.
+    """Download a URL into a new file, whose content the caller checks.
 
     Raises:
-        UserError: no connection, no answer in time, an HTTP error, a web page, fewer bytes than announced, a full disk.
+        UserError: no connection, no answer in time, an HTTP error, a full disk.
     """
-    from tqdm import tqdm  # only downloads need it
-
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})  # some hosts reject urllib's own
+    default = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SECONDS_OF_SILENCE)
     try:
-        # The file is opened first: a folder that cannot be written to is an error before the network is waited for.
-        with open(file, "wb") as content, urllib.request.urlopen(request, timeout=SECONDS_OF_SILENCE) as response:
-            if response.headers.get_content_type() == "text/html":
-                raise UserError("the answer is a web page (HTML), often about a download quota")
-            total = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=total or None, unit="B", unit_scale=True, disable=None) as bar:
-                while block := response.read(1 << 20):
-                    content.write(block)
-                    bar.update(len(block))
-            content.flush()
-            os.fsync(content.fileno())
-            if total and content.tell() != total:
-                raise UserError(f"the connection ended after {content.tell():,} of {total:,} bytes")
-    except UserError:
-        raise
-    except urllib.error.HTTPError as error:
-        error.close()  # it holds the connection
-        raise UserError(str(error)) from error
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a malformed header
+        torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
+    except (OSError, http.client.HTTPException) as error:
         wrapped = getattr(error, "reason", None)  # URLError wraps the OSError that has the reason
-        cause = wrapped if isinstance(wrapped, OSError) else error
-        reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+        reason = str(wrapped if isinstance(wrapped, OSError) else error) or type(error).__name__
         raise UserError(" ".join(reason.split())) from error
+    finally:
+        socket.setdefaulttimeout(default)

@@ -380,14 +380,6 @@ def test_unreadable_files_are_an_error_and_run_no_code(case, tmp_path, monkeypat
     assert not (tmp_path / "burst").exists()
 
 
-def test_a_zip_bomb_is_an_error_before_it_is_unpacked(tmp_path):
-    path = npz(tmp_path, arrays())
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("padding.npy", b"")
-        archive.infolist()[0].file_size = 2**45  # what the directory declares
-    assert "would unpack to 32768 GiB; expected at most 16" in refusal(path)
-
-
 @pytest.mark.parametrize(
     "name", ["cifar", "CIFAR100", "", "images.npy", "digits ", "absent.npz", "folder.npz", "x" * 999]
 )
@@ -492,10 +484,9 @@ def served(source, monkeypatch, answer):
         server.server_close()
 
 
-def reply(handler, body, length=None, kind="application/gzip"):
+def reply(handler, body):
     handler.send_response(200)
-    handler.send_header("Content-Type", kind)
-    handler.send_header("Content-Length", str(len(body) if length is None else length))
+    handler.send_header("Content-Length", str(len(body)))
     handler.end_headers()
     handler.wfile.write(body)
 
@@ -541,9 +532,7 @@ def failed_download(source, folder):
 
 
 ANSWERS = {
-    "web page (HTML)": lambda handler: reply(handler, b"<!DOCTYPE html><html>Quota</html>", kind="text/html"),
-    "MD5 of the download": lambda handler: reply(handler, b""),
-    "ended after 50,000 of 100,000 bytes": lambda handler: reply(handler, bytes(50_000), length=100_000),
+    "MD5 of the download": lambda handler: reply(handler, b"<!DOCTYPE html><html>Quota</html>"),
     "404": lambda handler: handler.send_error(404),
     "SSH": lambda handler: handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n"),
     "IncompleteRead": lambda handler: handler.wfile.write(

@@ -1,5 +1,6 @@
 """Teachers: RobustBench architectures with random weights, our own checkpoints, and every way a file can be bad."""
 
+import gc
 import http.server
 import os
 import pickle
@@ -387,6 +388,8 @@ def test_download(server, small, small_bytes, tmp_path, capsys, x):
     assert capsys.readouterr().out == ""
 
 
+# torch.hub leaves the socket of a failed download to the garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 def test_failed_downloads_leave_nothing_and_say_what_to_do(server, small, small_bytes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     target = tmp_path / "models" / "cifar100" / "Linf" / f"{SMALL}.pt"
@@ -401,8 +404,8 @@ def test_failed_downloads_leave_nothing_and_say_what_to_do(server, small, small_
         return message
 
     answers = [
-        ("web page", ("text/html; charset=utf-8", None, b"<html>virus scan</html>")),
-        (f"ended after {size // 2:,} of {size:,} bytes", (binary, size, small_bytes[: size // 2])),
+        ("HTML page", ("text/html; charset=utf-8", None, b"<html>virus scan</html>")),
+        ("truncated", (binary, size, small_bytes[: size // 2])),
         ("404", (binary, 0, b"")),
         *((word, (binary, None, content)) for content, word in bad_files(small, small_bytes).values() if content),
         ("timed out", None),
@@ -422,6 +425,7 @@ def test_failed_downloads_leave_nothing_and_say_what_to_do(server, small, small_
     monkeypatch.setattr(zoo, "DOWNLOAD_URL", "http://127.0.0.1:1/{}")
     assert "Connection refused" in failure()
     assert not (tmp_path / "code_was_run").exists()
+    gc.collect()  # within the filter of warnings
 
 
 def test_model_dir_that_cannot_be_made(tmp_path):

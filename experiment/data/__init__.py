@@ -1,6 +1,5 @@
 """Data sets: load_data loads one onto the training device as a Data, whose batches are augmented there."""
 
-from experiment.data.augmentation import as_float, augment
-from experiment.data.sets import Data, check_dataset, load_data, selection
+from experiment.data.sets import Data, as_float, augment, check_dataset, load_data, selection
 
 __all__ = ["Data", "as_float", "augment", "check_dataset", "load_data", "selection"]

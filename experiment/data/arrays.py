@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,6 @@ class Arrays:
     x_test: np.ndarray
     y_test: np.ndarray
     class_names: tuple[str, ...] | None = None
-    x_holdout: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
-    y_holdout: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
 
     @property
     def num_classes(self) -> int:
@@ -101,37 +99,25 @@ def reduce_side(arrays: Arrays, side: int) -> Arrays:
     return replace(arrays, x_train=means(arrays.x_train), x_test=means(arrays.x_test))
 
 
-def draw_training(arrays: Arrays, count: int) -> Arrays:
-    """Keep a fixed random subset of `count` training images."""
-    drawn, _ = _draw(arrays.y_train, count)
-    if count > len(arrays.y_train) or _classes_lost(arrays.y_train, drawn):
-        raise UserError(
-            f"--train_examples {count} is not possible with {len(arrays.y_train)} training images; expected at most as "
-            "many, with at least one of each class"
-        )
-    return replace(arrays, x_train=arrays.x_train[drawn], y_train=arrays.y_train[drawn])
+def draw(labels: np.ndarray, count: int, flag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Draw `count` images in proportion to their classes: their indices, and those of the rest, both ascending.
 
-
-def hold_out(arrays: Arrays, count: int) -> Arrays:
-    """Move a fixed random subset of `count` training images to the holdout set."""
-    x, y = arrays.x_train, arrays.y_train
-    drawn, rest = _draw(y, count)
-    if _classes_lost(y, rest):
-        raise UserError(f"--holdout {count} is not possible with {len(y)} training images; each class must keep one")
-    return replace(arrays, x_train=x[rest], y_train=y[rest], x_holdout=x[drawn], y_holdout=y[drawn])
-
-
-def _draw(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of `count` images drawn in proportion to their classes, and of the rest, both ascending."""
+    Raises:
+        UserError: a class would be lost among the training images, which --train_examples draws, --holdout leaves.
+    """
+    labels = labels.astype(np.int64)
     sizes = np.bincount(labels)
     shares = count * sizes / sizes.sum()
     quotas = np.floor(shares).astype(int)
     # The images lost by rounding down go to the largest remainders, of equal ones to the first class.
     quotas[np.argsort(quotas - shares, kind="stable")[: count - quotas.sum()]] += 1
     order = np.random.RandomState(SEED).permutation(len(labels))
-    drawn = np.concatenate([order[labels[order] == label][:quota] for label, quota in enumerate(quotas)])
-    return np.sort(drawn), np.setdiff1d(np.arange(len(labels)), drawn)
-
-
-def _classes_lost(labels: np.ndarray, kept: np.ndarray) -> bool:
-    return len(np.unique(labels[kept])) < len(np.unique(labels))
+    by_class = [order[labels[order] == label][:quota] for label, quota in enumerate(quotas)]
+    drawn = np.sort(np.concatenate(by_class))
+    rest = np.setdiff1d(np.arange(len(labels)), drawn)
+    kept = drawn if flag == "train_examples" else rest
+    if count > len(labels) or len(np.unique(labels[kept])) < len(np.unique(labels)):
+        raise UserError(
+            f"--{flag} {count} is not possible with {len(labels)} training images; one of each class must be kept"
+        )
+    return drawn, rest

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from experiment import UserError
-from experiment.data.arrays import Arrays, draw_training, hold_out, reduce_side, shuffle_test
-from experiment.data.augmentation import as_float, augment
-from experiment.data.image_folder import check_image_folder, read_image_folder
-from experiment.data.npz import read_npz
+from experiment.data.arrays import Arrays, draw, reduce_side, shuffle_test
+from experiment.data.own_files import check_image_folder, read_image_folder, read_npz
 from experiment.data.torchvision_sets import SETS, read_torchvision
 
 
@@ -65,9 +64,8 @@ class Data:
             its first image in the global batch; the size of the global batch.
         """
         count, device, pad = len(self.x_train), self.x_train.device, self.pad
-        generator = torch.Generator().manual_seed(
-            int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:7])
-        )
+        digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         order = torch.randperm(count, generator=generator).to(device)
         shift = torch.randint(2 * pad + 1, (2, count), generator=generator).to(device)
         mirror = torch.randint(2, (count,), generator=generator).to(device) if self.flip else None
@@ -136,16 +134,18 @@ def load_data(
         arrays = shuffle_test(arrays)
     if side:
         arrays = reduce_side(arrays, side)
+    x, y = arrays.x_train, arrays.y_train
     if train_examples:
-        arrays = draw_training(arrays, train_examples)
-    if holdout:
-        arrays = hold_out(arrays, holdout)
+        drawn, _ = draw(y, train_examples, "train_examples")
+        x, y = x[drawn], y[drawn]
+    held, rest = draw(y, holdout, "holdout")
+    parts = {"train": (x[rest], y[rest]), "test": (arrays.x_test, arrays.y_test), "holdout": (x[held], y[held])}
     digest, tensors = hashlib.sha256(), {}
-    for name in ("x_train", "y_train", "x_test", "y_test", "x_holdout", "y_holdout"):
-        array = np.ascontiguousarray(getattr(arrays, name))
-        digest.update(array)
-        array = array.transpose(0, 3, 1, 2) if array.ndim == 4 else array.astype(np.int64)
-        tensors[name] = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    for name, (x, y) in parts.items():
+        digest.update(np.ascontiguousarray(x))
+        digest.update(np.ascontiguousarray(y))
+        tensors[f"x_{name}"] = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).to(device)
+        tensors[f"y_{name}"] = torch.from_numpy(y.astype(np.int64)).to(device)
     return Data(
         **tensors,
         name=dataset,
@@ -171,3 +171,29 @@ def _digits() -> Arrays:
         images, digits.target, test_size=360, random_state=0, stratify=digits.target
     )
     return Arrays(x_train, y_train, x_test, y_test, tuple("0123456789"))
+
+
+def as_float(images: Tensor) -> Tensor:
+    """Convert uint8 images to float32 in [0, 1]; dividing by 255 gives exactly the values of torchvision's ToTensor."""
+    return images.float().div_(255)
+
+
+def augment(images: Tensor, pad: int, shift: Tensor, mirror: Tensor | None) -> Tensor:
+    """Crop every image out of its zero-padded self, then mirror it where asked; one gather, no loop or GPU sync.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        pad: pixels of zero padding on each side.
+        shift: (2, N) row and column offsets in [0, 2 pad].
+        mirror: (N,) 0 or 1, or None for no mirroring.
+    """
+    n, channels, height, width = images.shape
+    rows = torch.arange(height, device=images.device) + shift[0, :, None]
+    columns = torch.arange(width, device=images.device).expand(n, width)
+    if mirror is not None:
+        columns = torch.where(mirror[:, None].bool(), width - 1 - columns, columns)
+    columns = columns + shift[1, :, None]
+    padded = F.pad(images, (pad, pad, pad, pad)) if pad else images
+    index = torch.arange(n, device=images.device)[:, None, None, None]
+    plane = torch.arange(channels, device=images.device)[None, :, None, None]
+    return padded[index, plane, rows[:, None, :, None], columns[:, None, None, :]]

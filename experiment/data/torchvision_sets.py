@@ -3,8 +3,6 @@
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,38 +35,31 @@ def read_torchvision(dataset: str, folder: Path) -> Arrays:
     try:
         parts = read()
     except RuntimeError:  # a file is missing or has another MD5
-        with _locked(folder, dataset) as aside:
-            try:
-                parts = read()  # another process may have downloaded it while this one waited
-            except RuntimeError:
-                _complete(kind, datasets.utils, folder, aside)
-                parts = read()
+        from filelock import FileLock  # only downloads need it
+
+        aside = folder / f".{dataset}.part"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / f".{dataset}.lock"):
+                try:
+                    parts = read()  # another process may have downloaded it while this one waited
+                except RuntimeError:
+                    shutil.rmtree(aside, ignore_errors=True)  # a killed process may have left it
+                    aside.mkdir()
+                    _complete(kind, datasets.utils, folder, aside)
+                    parts = read()
+                finally:
+                    shutil.rmtree(aside, ignore_errors=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write to {folder}: {reason}; choose another --data_dir") from error
     x = [part.data.transpose(0, 2, 3, 1) if dataset == "svhn" else part.data for part in parts]
     y = [np.asarray(getattr(part, labels)) for part in parts]
     return Arrays(x[0], y[0], x[1], y[1], tuple(getattr(parts[0], "classes", "0123456789")))
 
 
-@contextmanager
-def _locked(folder: Path, dataset: str) -> Iterator[Path]:
-    """An empty folder in `folder`, for one process at a time; what a killed process left in it is removed."""
-    from filelock import FileLock  # only downloads need it
-
-    aside = folder / f".{dataset}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{dataset}.lock"):
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            try:
-                yield aside
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another --data_dir") from error
-
-
 def _complete(kind: Any, utils: ModuleType, folder: Path, aside: Path) -> None:
-    """Download the files that are missing; CIFAR's archive is then unpacked."""
+    """Download the files that are missing; CIFAR's archive is then unpacked. Each appears in `folder` as a whole."""
     if not hasattr(kind, "base_folder"):
         for split in ("train", "test"):
             _fetch(*kind.split_list[split], utils, folder, aside)

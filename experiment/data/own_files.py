@@ -1,4 +1,4 @@
-"""A folder of images as a data set: train/ and test/ or val/ with a folder per class, or Tiny-ImageNet's layout."""
+"""Data sets of the user's own: an .npz file, or a folder of images in folders of their classes."""
 
 from pathlib import Path
 
@@ -7,8 +7,33 @@ import numpy as np
 from experiment import UserError
 from experiment.data.arrays import Arrays, check_arrays
 
+KEYS = ("x_train", "y_train", "x_test", "y_test")
 SUFFIXES = (".png", ".jpg", ".jpeg")
 ANNOTATIONS = "val_annotations.txt"
+
+
+def read_npz(path: Path) -> Arrays:
+    """The four arrays of an .npz, and its class_names if it has any."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
+            missing = [key for key in KEYS if key not in content]
+            if missing:
+                raise UserError(f"{path} has no {', '.join(missing)}; expected the arrays {', '.join(KEYS)}")
+            found = {key: content[key] for key in (*KEYS, "class_names") if key in content}
+        if not all(isinstance(array, np.ndarray) for array in found.values()):
+            raise ValueError("a member is not an array")  # numpy returns its bytes
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy's header parser each raise types of their own
+        raise UserError(
+            f"{path} is not a readable .npz of plain arrays: {' '.join(str(error).split())[:120]}"
+        ) from error
+    names = found.pop("class_names", None)
+    if names is not None:
+        if names.ndim != 1:
+            raise UserError(f"{path}: class_names has shape {names.shape}; expected a name per class")
+        names = tuple(names.astype(str).tolist())
+    return check_arrays(Arrays(**found, class_names=names), path)
 
 
 def check_image_folder(folder: Path) -> None:
@@ -18,8 +43,10 @@ def check_image_folder(folder: Path) -> None:
 
 
 def read_image_folder(folder: Path) -> Arrays:
-    """All images, grey ones repeated to three channels; classes are the folders of train/ in alphabetical order."""
-    check_image_folder(folder)
+    """All images, grey ones repeated to three channels; classes are the folders of train/ in alphabetical order.
+
+    The test images are in test/ or val/: a folder per class, or a table in val/ as in Tiny-ImageNet.
+    """
     splits = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
     # Tiny-ImageNet has a test/ too, without labels.
     test = next((split for split in splits if (split / ANNOTATIONS).is_file()), splits[0])
@@ -60,12 +87,12 @@ def _annotated(table: Path) -> list[tuple[Path, str]]:
 
 
 def _read(file: Path) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError  # only this kind of data set needs it
+    from PIL import Image  # only this kind of data set needs it
 
     try:
         with Image.open(file) as image:
             mode, pixels = image.mode, np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(f"{file} cannot be read as an image ({reason})") from error
     if mode.startswith(("I", "F")):  # the conversion would clip them at 255
