@@ -177,13 +177,13 @@ def test_seeds_become_mean_and_sample_deviation(tmp_path):
         "(the wider of Student's t over seeds and the bootstrap over seeds and images). The interval includes 0"
         in printed
     )
-    assert "Seeds needed to find a gain of so many points" in printed
+    assert "Seeds needed to detect a gain, by its size in points" in printed
 
 
 def test_only_seeds_that_both_have_are_subtracted(tmp_path):
     printed = compare(*seeds_of(tmp_path, {0: 0.2, 1: 0.3, 2: 0.9}, {1: 0.4, 0: 0.3}))
     assert cells(printed, "AdaAD+IGDM")[7].startswith("+10.00 (")
-    assert "Without a partner: 2." in printed
+    assert "Seeds of one alone: 2." in printed
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_alignment_and_robustness_are_counted_and_correlated(tmp_path):
     printed = compare(tmp_path / "runs")
     assert cells(printed, "AdaAD")[8:12] == ["0.1975 ± 0.0019", "0.503 ± 0.002", "1.000 ± 0.000", "0.325 ± 0.019"]
     assert (
-        "over 12 students, and in brackets with the mean of each method subtracted: GC +1.00 (+1.00), GD -1.00"
+        "over 12 students, in brackets within methods (each method's mean subtracted): GC +1.00 (+1.00), GD -1.00"
         in printed
     )
     pairs = (
@@ -403,7 +403,7 @@ def test_differences_between_methods_are_subtracted(tmp_path):
             robust = 0.3 + 0.2 * bool(adds) + slope * seed
             folder = tmp_path / "runs" / f"{adds}{seed}"
             make_run(folder, adds, seed=seed, robust=robust, examples=1000, result={"gradients": gradients})
-    assert "subtracted: GC +0.51 (-1.00)." in compare(tmp_path / "runs")
+    assert "subtracted): GC +0.51 (-1.00)." in compare(tmp_path / "runs")
 
 
 def test_a_column_that_some_seeds_lack_is_none_of_theirs(tmp_path):
@@ -439,7 +439,7 @@ def test_a_part_of_the_data_is_nobodys_published_experiment(tmp_path):
     whole = make_run(tmp_path / "whole", robust=0.29, **names)
     part = make_run(tmp_path / "part", method="RSLAD", train_examples=4000, **names)
     printed = compare(whole, part)
-    assert "AutoAttack: ours on 100 images, the published on 10000." in printed
+    assert "AutoAttack on 100 images here, on 10000 published." in printed
     assert "RSLAD" in printed[: printed.index("published")]
     assert "RSLAD" not in printed[printed.index("published") :].split("\n\n")[0]
 

@@ -70,7 +70,7 @@ def test_the_page_shows_all_that_was_measured(outline):
     kinds = [attributes["src"].partition(";")[0] for attributes in pictures]
     figures, of_evaluate = ["data:image/svg+xml"] * 3, ["data:image/png", "data:image/svg+xml"] * 4
     assert kinds == [*figures, *of_evaluate]
-    text = " ".join(outline.text)
+    text = " ".join(" ".join(outline.text).split())
     verdict = "<b>A&B</b>+IGDM minus <b>A&B</b>, AutoAttack: +4.2 points, 95 % interval +2.0 to +6.8, 2 seeds."
     assert text.index(verdict) < text.index("n seeds"), "the gain comes first"
     for part in ("<b>A&B</b>+IGDM", "g = something", "bootstrap over seeds and images"):

@@ -14,7 +14,7 @@ GAINS_TO_FIND = (0.01, 0.02, 0.03)
 MEASURES = {"GC": ("gc", 1), "GD": ("gd", -1), "logit GC": ("logit_gc", 1), "logit GD": ("logit_gd", -1)}
 """By name: the key in a run's values, and the sign of a change that brings the student closer to the teacher."""
 FEWEST = 6
-"""With fewer students or pairs nothing is said about alignment and robustness."""
+"""Students or pairs needed for a note on alignment and robustness."""
 COMPARED_WITHIN = {"teacher_sha256": "teacher", "attack": "method"}
 """Settings that are compared only among the rows of one teacher or method."""
 DIGITS = 9
@@ -85,7 +85,7 @@ def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
     if peaks := [group for group in groups if group.is_student and group.all_values("peak_minus_last")]:
         each = comma_list(f"{group.label} {points(group.values('peak_minus_last'))}" for group in peaks)
         yield (
-            "Robust overfitting, at most: PGD-20 of the best epoch (which the test images choose) minus that of the "
+            "Robust overfitting, upper bound: PGD-20 of the epoch that is best on the test images minus that of the "
             f"last: {each}."
         )
     if images := sorted({measured.scalars_examples for measured in gradients if measured.scalars}):
@@ -112,13 +112,13 @@ def _notes_on_gain(gain: Gain) -> Iterator[str]:
         deviation = stdev(gain.by_seed.values())
         needed = (f"{100 * size:g}: {seeds_needed(size, deviation) or 'over 1000'}" for size in GAINS_TO_FIND)
         yield (
-            f"The standard deviation of this gain over seeds is {100 * deviation:.2f} points. Seeds needed to find a "
-            f"gain of so many points (paired t test at 5 %, power 80 %): {comma_list(needed)}."
+            f"The standard deviation of this gain over seeds is {100 * deviation:.2f} points. Seeds needed to detect a "
+            f"gain, by its size in points (paired t test at 5 %, power 80 %): {comma_list(needed)}."
         )
     else:
         yield "One seed: the interval does not cover the variation between seeds."
     if unpaired := sorted({*gain.group.seeds, *gain.baseline.seeds} - set(seeds)):
-        yield f"Only seeds that both have are subtracted. Without a partner: {comma_list(unpaired)}."
+        yield f"Only seeds that both have are subtracted. Seeds of one alone: {comma_list(unpaired)}."
     runs = (*gain.baseline.runs, *gain.group.runs)
     changed = []
     for key in dict.fromkeys(key for run in runs for key in run.environment):
@@ -152,10 +152,10 @@ def _notes_on_alignment(comparison: Comparison) -> Iterator[str]:
         where = f"Alignment and robustness ({comma_list([short_name(setting[0]), *setting[1:]])})"
         if len(runs) >= FEWEST and len({run.name for run in runs}) > 1:
             found = _correlations(groups)
-            aside = ", and in brackets with the mean of each method subtracted" if "(" in found else ""
+            aside = ", in brackets within methods (each method's mean subtracted)" if "(" in found else ""
             yield (
-                f"{where}, rank correlation with AutoAttack accuracy over {len(runs)} students{aside}: {found}. (It "
-                "describes and does not test: students of one method, or of one seed, are not independent.)"
+                f"{where}, rank correlation with AutoAttack accuracy over {len(runs)} students{aside}: {found}. "
+                "This is no test: students of one method or of one seed are not independent."
             )
         if len(pairs) >= FEWEST:
             counts = [f"AutoAttack rose in {sum(_change(pair, 'autoattack') > 0 for pair in pairs)}"]
@@ -175,8 +175,8 @@ def _change(pair: tuple[RunRecord, RunRecord], key: str) -> float:
 
 
 def _correlations(groups: Sequence[Sequence[RunRecord]]) -> str:
-    """Spearman's, of each measure that all runs have, with AutoAttack accuracy; in brackets that of what is left of
-    both when each group's mean is subtracted, which no difference between methods can bring about.
+    """Spearman's correlation of each measure that all runs have with AutoAttack accuracy; in brackets the correlation
+    after each group's mean is subtracted from both, which differences between methods do not affect.
     """
     from pandas import DataFrame
 
@@ -199,7 +199,7 @@ def _correlations(groups: Sequence[Sequence[RunRecord]]) -> str:
 def _notes_on_settings(groups: Sequence[SeedGroup]) -> Iterator[str]:
     """Per dataset every setting in which rows differ, though it is not their method's own.
 
-    A difference between methods counts too: two methods trained for unequal epochs are no fair comparison.
+    A difference between methods counts too: methods trained for different numbers of epochs are not comparable.
     """
     for dataset in dict.fromkeys(group.first.dataset for group in groups):
         rows = [group.first for group in groups if group.first.dataset == dataset]
@@ -229,12 +229,12 @@ def _notes_on_published_figures(groups: Sequence[SeedGroup]) -> Iterator[str]:
         "information."
     )
     if images := sorted({run.attack.examples for run in shown if run.attack} - {IMAGES}):
-        yield f"AutoAttack: ours on {comma_list(images)} images, the published on {IMAGES}."
+        yield f"AutoAttack on {comma_list(images)} images here, on {IMAGES} published."
     for method in dict.fromkeys(run.method for run in shown):
         published = source()["epochs"].get(method)
         ours = sorted({run.settings["epochs"] for run in shown if run.method == method})
         if published and ours != [published]:
-            yield f"{method}: ours were trained for {comma_list(ours)} epochs, the published for {published}."
+            yield f"{method}: {comma_list(ours)} epochs here, {published} published."
 
 
 def _notes_on_missing(comparison: Comparison) -> Iterator[str]:
