@@ -1,98 +1,93 @@
-"""Faults put into a running script from outside: at a place, when it is reached for the n-th time."""
+"""Faults put into a running script from outside when a place is reached for the n-th time."""
 
 import errno
-import importlib
 import io
 import os
+import pkgutil
 import random
 import signal
 import time
 from pathlib import Path
 
+PLACES = {
+    "start": "experiment.run.Run.start",
+    "start of run": "experiment.run.Run.start",
+    "step": "torch.optim.SGD.step",
+    "attack": "attacks.project",
+    "loss": "rslad_loss.adaad",
+    "evaluation": "experiment.evaluation.accuracy.pgd_accuracy",
+    "autoattack": "experiment.evaluation.autoattack._check_adversarial",
+    "replace": "os.replace",
+    "fsync": "os.fsync",
+}
+AFTER = ("", "kill after", "nan", "nan weights", "constant", "one class")
+"""Actions after the function has run; all others come before it. "" leaves the run once it has been admitted."""
+
 
 def sabotage(point: str, n: int, action: str) -> None:
-    """Do `action` when `point` is reached for the n-th time (from 1); "write:FILE": n bytes of FILE were written."""
-    import torch
+    """Do `action` when `point` is reached for the n-th time (from 1).
 
-    import attacks
-    import rslad_loss
-    from experiment import UserError, files, run
+    "write:FILE" is reached when n bytes of FILE are written; "replace:FILE" counts the renames to FILE.
+    """
+    from experiment import files
 
     point, _, name = point.partition(":")
     if point == "clock":
         real = time.time
         time.time = lambda: real() + random.Random(n).uniform(-1e9, 1e9)
-    elif point == "start":
-        start = run.Run.start
-
-        def admitted(self, *args):
-            start(self, *args)
-            raise UserError("admitted")
-
-        run.Run.start = admitted
-    elif point == "write":
+        return
+    if point == "write":
         files.open = lambda path, mode: _Watched(path, mode, n, action, name)
-    elif point in ("replace", "fsync"):
-        real = getattr(os, point)
-        calls = iter(range(1, 1 << 30))
+        return
+    owner, _, function = PLACES[point].rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    original, count = getattr(owner, function), 0
 
-        def watched(*args):
-            if not (name and Path(args[-1]).name != name) and next(calls) == n:
-                if action == "kill after":
-                    real(*args)
-                _act(action)
-            return real(*args)
+    def reached(*args, **kwargs):
+        nonlocal count
+        counts = not name or Path(args[-1]).name == name
+        count += counts
+        due = counts and count == n
+        if due and action not in AFTER:
+            _act(action)
+        value = original(*args, **kwargs)
+        return _act_after(action, args, value) if due and action in AFTER else value
 
-        setattr(os, point, watched)
-    else:
-        module, function = {
-            "attack": (attacks, "project"),
-            "step": (torch.optim.SGD, "step"),
-            "evaluation": (importlib.import_module("experiment.evaluation.accuracy"), "pgd_accuracy"),
-            "autoattack": (importlib.import_module("experiment.evaluation.autoattack"), "_check_adversarial"),
-            "loss": (rslad_loss, "adaad"),
-            "start of run": (run.Run, "start"),
-        }[point]
-        original, calls = getattr(module, function), iter(range(1, 1 << 30))
-
-        def reached(*args, **kwargs):
-            due = next(calls) == n
-            if due and action not in ("nan", "nan weights", "constant", "one class"):
-                _act(action)
-            value = original(*args, **kwargs)
-            if due and action == "nan":
-                return value * float("nan")
-            if due and action in ("nan weights", "constant", "one class"):
-                _spoil(args[0].param_groups[0]["params"][-2:], action)
-            return value
-
-        setattr(module, function, reached)
+    setattr(owner, function, reached)
 
 
-def _spoil(last_layer: list, action: str) -> None:
+def _act_after(action: str, args: tuple, value: object) -> object:
     import torch
 
-    weight, bias = last_layer
+    from experiment import UserError
+
+    if action == "":
+        raise UserError("admitted")
+    if action == "kill after":
+        _act("kill")
+    if action == "nan":
+        return value * float("nan")
+    weight, bias = args[0].param_groups[0]["params"][-2:]  # the last layer of SGD's network
     with torch.no_grad():
         if action == "one class":
             bias[3] += 1e4
         else:
             weight.fill_(float("nan") if action == "nan weights" else 0)
+    return value
 
 
 def _act(action: str) -> None:
     import torch
 
-    if action in ("kill", "kill after"):
+    if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action.startswith("SIG"):
         for _ in range(2 if action.endswith(" twice") else 1):
             os.kill(os.getpid(), getattr(signal, action.partition(" ")[0]))
             time.sleep(0.01)
-    elif action == "full":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    elif action == "broken":
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    elif action in ("ENOSPC", "EIO"):
+        number = getattr(errno, action)
+        raise OSError(number, os.strerror(number))
     elif action == "memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1")
     elif action.startswith("fill "):
@@ -107,11 +102,11 @@ def _act(action: str) -> None:
 
 
 class _Watched(io.FileIO):
-    """A file in which something happens after so many bytes."""
+    """A file in which something happens after n bytes."""
 
     def __init__(self, path: Path, mode: str, n: int, action: str, name: str) -> None:
         super().__init__(path, mode)
-        self._left = n if not name or f".{name}." in Path(path).name else 1 << 60
+        self._left = n if f".{name}." in Path(path).name else 1 << 60
         self._action = action
 
     def write(self, data) -> int:

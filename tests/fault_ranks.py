@@ -1,4 +1,4 @@
-"""Two processes under torchrun, stopped in every way in which people and schedulers do it, killed, and resumed."""
+"""Faults of two processes under torchrun: signals to the agent, the workers or one rank; kills; resuming."""
 
 import os
 import random
@@ -13,28 +13,30 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from fault_server import ROOT, SCRIPTS, SMALL, result_of
+from fault_kills import RESUMED
+from fault_server import ROOT, SCRIPTS, SECONDS, SMALL, result_of
 
 FLAGS = [*SMALL, "--batch", "128", "--steps", "4"]
 """24 steps in two epochs, some seconds of training."""
-SECONDS = 180
 
-PATTERNS = {
-    "SIGTERM to the agent only": (signal.SIGTERM, "agent"),
-    "SIGTERM to agent and workers": (signal.SIGTERM, "agent, workers"),
-    "SIGINT to agent and workers": (signal.SIGINT, "agent, workers"),
-    "SIGHUP to agent and workers": (signal.SIGHUP, "agent, workers"),
-    "SIGTERM to rank 0 only": (signal.SIGTERM, "rank 0"),
-    "SIGTERM to rank 1 only": (signal.SIGTERM, "rank 1"),
-    "SIGUSR1 to the workers": (signal.SIGUSR1, "workers"),
-    "SIGUSR1 to agent and workers": (signal.SIGUSR1, "agent, workers"),
-}
+SIGNALS = (
+    ("SIGTERM", "to the agent only"),
+    ("SIGTERM", "to agent and workers"),
+    ("SIGINT", "to agent and workers"),
+    ("SIGHUP", "to agent and workers"),
+    ("SIGTERM", "to rank 0 only"),
+    ("SIGTERM", "to rank 1 only"),
+    ("SIGUSR1", "to the workers"),
+    ("SIGUSR1", "to agent and workers"),
+    ("SIGKILL", "to agent and workers"),
+    ("SIGKILL", "to rank 1 only"),
+)
 
 
 class Torchrun:
-    """One torchrun with two workers; what each rank says goes to a file of its own."""
+    """torchrun with two workers; the output of each rank goes to a file of its own."""
 
-    def __init__(self, script: str, flags: list[str], home: Path) -> None:
+    def __init__(self, flags: list[str], home: Path) -> None:
         self.logs = home / "logs"
         shutil.rmtree(self.logs, ignore_errors=True)
         with socket.socket() as free:
@@ -43,7 +45,7 @@ class Torchrun:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
         launcher += [f"--master_port={port}", "--redirects=3", f"--log-dir={self.logs}"]
         self.agent = subprocess.Popen(
-            [sys.executable, *launcher, str(ROOT / f"{script}.py"), *map(str, flags)],
+            [sys.executable, *launcher, str(ROOT / f"{SCRIPTS[1]}.py"), *map(str, flags)],
             cwd=home,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
@@ -62,33 +64,30 @@ class Torchrun:
         return found
 
     def wait_for_header(self) -> None:
-        """Wait until rank 0 says what it is about to do: from there on, signals are the run's on every rank."""
+        """Wait until rank 0 prints its settings: from there on, the run handles signals on every rank."""
         while not any("attack   epsilon" in path.read_text() for path in self.logs.glob("**/0/stdout.log")):
-            assert self.agent.poll() is None, self.said(0) + self.said(1)
+            assert self.agent.poll() is None, self.errors()
             time.sleep(0.05)
 
-    def send(self, number: int, whom: str) -> None:
-        """Signal the agent, both workers, or one of them."""
-        workers = self.workers()
-        pids = [self.agent.pid] if "agent" in whom else []
-        pids += workers.values() if "workers" in whom else []
-        pids += [workers[int(whom.split()[1])]] if "rank" in whom else []
+    def send(self, number: int, recipients: str, workers: dict[int, int]) -> None:
+        pids = [self.agent.pid] if "agent" in recipients else []
+        pids += workers.values() if "workers" in recipients else []
+        pids += [pid for rank, pid in workers.items() if f"rank {rank}" in recipients]
         for pid in pids:
             os.kill(pid, number)
 
-    def wait(self, workers: dict[int, int] | None = None) -> int:
+    def wait(self, workers: dict[int, int]) -> int:
         """Wait for the agent and for workers that outlive it; the agent's exit status."""
-        workers = self.workers() if workers is None else workers
         status = self.agent.wait(SECONDS)
         end = time.monotonic() + SECONDS
-        while any(_alive(pid) for pid in workers.values()) and time.monotonic() < end:
+        while any(_alive(pid) for pid in workers.values()):
+            assert time.monotonic() < end, "a worker outlived its agent"
             time.sleep(0.1)
-        assert not any(_alive(pid) for pid in workers.values()), "a worker outlived its agent"
         return status
 
-    def said(self, rank: int) -> str:
-        """A rank's stderr."""
-        return "".join(path.read_text() for path in self.logs.glob(f"**/{rank}/stderr.log"))
+    def errors(self) -> str:
+        """Stderr of both ranks."""
+        return "".join(path.read_text() for path in self.logs.glob("**/[01]/stderr.log"))
 
 
 def _alive(pid: int) -> bool:
@@ -98,79 +97,57 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def finished(script: str, flags: list[str], home: Path) -> None:
-    """Run two ranks to their end."""
-    run = Torchrun(script, flags, home)
-    assert run.wait() == 0, run.said(0) + run.said(1)
+def finish(flags: list[str], home: Path) -> None:
+    """Let two ranks run to their end."""
+    run = Torchrun(flags, home)
+    assert run.wait(run.workers()) == 0, run.errors()
 
 
-def stop(script: str, flags: list[str], home: Path, folder: Path, number: int, whom: str, seconds: float) -> bool:
-    """Signal a run so many seconds after its start; hold what it leaves against what it says. False: it was over."""
+def stop(flags: list[str], home: Path, folder: Path, name: str, recipients: str, seconds: float) -> bool:
+    """Signal a run after some seconds, and compare its message with what it saved. False: it had finished."""
     import torch
 
-    run = Torchrun(script, flags, home)
+    run = Torchrun(flags, home)
     run.wait_for_header()
     time.sleep(seconds)
-    if (folder / "result.json").exists():
-        run.wait()
-        return False
     workers = run.workers()
-    run.send(number, whom)
+    with suppress(ProcessLookupError):  # it has just ended
+        run.send(signal.Signals[name], recipients, workers)
     run.wait(workers)
     if (folder / "result.json").exists():
         return False
-    errors = run.said(0) + run.said(1)
+    if name == "SIGKILL":
+        return True
+    errors = run.errors()
     assert "Traceback" not in errors, errors
-    (line,) = re.findall(r"stopped by (\w+) (.*?);", errors)
-    assert line[0] == signal.Signals(number).name, errors
+    ((stopped_by, position),) = re.findall(r"stopped by (\w+) (.*?);", errors)
+    assert stopped_by == name, errors
     if (folder / "last.pt").exists():
         saved = torch.load(folder / "last.pt", weights_only=True)
-        place = re.match(r"in epoch (\d+) after step (\d+)", line[1])
-        there = (int(place[1]) - 1, int(place[2])) if place else (int(re.search(r"after epoch (\d+)", line[1])[1]), 0)
-        assert (saved["epoch"], saved["step"]) == there, errors
+        expected = f"after epoch {saved['epoch']} of 2"
+        if saved["step"]:
+            expected = f"in epoch {saved['epoch'] + 1} after step {saved['step']} of 12"
     else:
-        assert line[1] == "before the first step", errors
+        expected = "before the first step"
+    assert position == expected, errors
     return True
 
 
-def kill(script: str, flags: list[str], home: Path, folder: Path, whom: str, seconds: float) -> bool:
-    """SIGKILL the agent and both workers, or one worker, after so many seconds. False: it was over."""
-    run = Torchrun(script, flags, home)
-    run.wait_for_header()
-    time.sleep(seconds)
-    if (folder / "result.json").exists():
-        run.wait()
-        return False
-    workers = run.workers()
-    run.send(signal.SIGKILL, whom)
-    run.wait(workers)
-    return not (folder / "result.json").exists()
-
-
-def stopped_ranks(home: Path, times: int, seed: int = 6) -> Iterator[tuple[str, int, str]]:
-    """Every pattern of signals so many times, and as many kills; yields (fault, how often, what happened)."""
-    rng, script = random.Random(seed), SCRIPTS[1]
-    finished(script, [*FLAGS, "--run_name", "ranks_whole"], home)
-    expected = result_of(home / "runs" / "ranks_whole")
-    for kind, (number, whom) in {
-        **PATTERNS,
-        "SIGKILL to agent and workers": (signal.SIGKILL, "agent, workers"),
-        "SIGKILL to rank 1 only": (signal.SIGKILL, "rank 1"),
-    }.items():
-        done = 0
+def stopped_ranks(home: Path, times: int) -> Iterator[tuple[str, int, str]]:
+    """Every signal so many times; a run is signalled until it finishes, and then compared with an undisturbed one."""
+    rng = random.Random(6)
+    finish([*FLAGS, "--run_name", "ranks_whole"], home)
+    expected, folder = result_of(home / "runs" / "ranks_whole"), home / "runs" / "ranks"
+    for name, recipients in SIGNALS:
+        # A killed run resumes from its last checkpoint; a signalled one saves because of the signal.
+        minutes = "1e-9" if name == "SIGKILL" else "1440"
+        flags, done = [*FLAGS, "--checkpoint_minutes", minutes, "--run_name", "ranks"], 0
         while done < times:
-            folder = home / "runs" / "ranks"
-            # A checkpoint a day: what is saved is saved because of the signal. Killed, it must have been before.
-            minutes = "1e-9" if number == signal.SIGKILL else "1440"
-            flags = [*FLAGS, "--checkpoint_minutes", minutes, "--run_name", "ranks"]
             while not (folder / "result.json").exists() and done < times:
-                if number == signal.SIGKILL:
-                    done += kill(script, flags, home, folder, whom, rng.uniform(0.2, 5))
-                else:
-                    done += stop(script, flags, home, folder, number, whom, rng.uniform(0.2, 5))
+                done += stop(flags, home, folder, name, recipients, rng.uniform(0.2, 5))
             if not (folder / "result.json").exists():
-                finished(script, flags, home)
-            assert result_of(folder) == expected, kind
+                finish(flags, home)
+            assert result_of(folder) == expected, (name, recipients)
             shutil.rmtree(folder)
-        end = "killed" if number == signal.SIGKILL else "all ranks stopped after the same step, one line, saved"
-        yield f"torchrun, two ranks: {kind}", times, f"{end}; resumed, bit-identical"
+        end = "killed" if name == "SIGKILL" else "all ranks stopped after the same step, one line, saved"
+        yield f"torchrun, two ranks: {name} {recipients}", times, f"{end}; {RESUMED}"
