@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,11 @@ STUDENT_FORMAT = "robust-distillation/student/1"
 MOST_CLASSES = 10_000
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that `path` always has the whole old or the whole new content, also after a power cut.
+def write_atomically(path: Path, write: Callable[[BinaryIO], None], previous: Path | None = None) -> None:
+    """Write a file so that it always has the whole old or the whole new content, also after a power cut.
+
+    Args:
+        previous: new name of the old file. For a moment, only this one exists.
 
     Raises:
         UserError: the disk is full or the folder cannot be written to; the old file is unchanged.
@@ -32,6 +34,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(aside, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -82,22 +86,11 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
 
 
 def save(path: Path, value: dict[str, Any], previous: Path | None = None) -> None:
-    """torch.save tensors and plain types atomically; the old file at `path` is kept as `previous`, also on an error."""
-    if previous and path.exists():
-        aside = previous.with_name(f".{previous.name}.tmp")
-        try:
-            aside.unlink(missing_ok=True)
-            try:
-                os.link(path, aside)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, aside)
-            os.replace(aside, previous)
-        except OSError as error:
-            raise UserError(f"cannot write {previous}: {error.strerror}") from error
+    """torch.save tensors and plain types atomically; the old file is kept as `previous`."""
     # Via memory: torch's writer reports a full disk as one of several RuntimeErrors.
     content = io.BytesIO()
     torch.save(value, content)
-    write_atomically(path, lambda file: file.write(content.getbuffer()))
+    write_atomically(path, lambda file: file.write(content.getbuffer()), previous)
 
 
 def load(path: Path) -> Any:

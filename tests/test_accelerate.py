@@ -187,15 +187,13 @@ def test_no_pass_runs_twice(method, networks, batches):
 def test_a_changed_tensor_or_weight_is_no_repetition():
     model = settled("RES-8").eval()
     fast, x = accelerated(model), torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    fast.begin_step()
-    with torch.no_grad():
+    with fast.step(), torch.no_grad():
         first = fast(x)
         assert fast(x) is first
         x.mul_(0.5)
         torch.testing.assert_close(fast(x), model(x), **CLOSE)
         model.linear.weight.mul_(2)
         torch.testing.assert_close(fast(x), model(x), **CLOSE)
-    fast.end_step()
     with torch.no_grad():
         assert fast(x) is not fast(x)
 
@@ -210,15 +208,14 @@ def test_a_train_pass_between_two_eval_passes_is_seen_by_the_second(replayed):
     """Statistics move without a trace in any version, also where the train pass is only repeated from its record."""
     model = settled("RES-8").train()
     fast, x = accelerated(model), torch.rand(4, 3, 8, 8, dtype=torch.float64)
-    fast.begin_step()
-    if replayed:
+    with fast.step():
+        if replayed:
+            fast(x)
+        before = frozen_logits(fast, x)
         fast(x)
-    before = frozen_logits(fast, x)
-    fast(x)
-    after = frozen_logits(fast, x)
-    assert not torch.equal(after, before)
-    torch.testing.assert_close(after, frozen_logits(model, x), **CLOSE)
-    fast.end_step()
+        after = frozen_logits(fast, x)
+        assert not torch.equal(after, before)
+        torch.testing.assert_close(after, frozen_logits(model, x), **CLOSE)
     torch.testing.assert_close(frozen_logits(fast, x), frozen_logits(model, x), **CLOSE)
 
 

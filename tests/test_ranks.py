@@ -21,7 +21,6 @@ import adaad_IGDM_cifar100 as script
 from experiment import data, files, optim
 from experiment.cli import parse_args
 from experiment.engine import Engine
-from experiment.engine.requests import StepRequests
 
 ROOT = Path(__file__).parent.parent
 
@@ -227,23 +226,3 @@ def test_a_finished_run_ends_every_rank(finished):
     first, second = launch(2, *command(folder.parent))
     assert "is a finished run" in first
     assert second == ""
-
-
-def test_requests_reach_all_ranks_after_the_same_step():
-    """Two ranks' sums by hand: what one asks for is agreed until it is met, then no more."""
-    ranks = [StepRequests(torch.device("cpu"), 2) for _ in range(2)]
-
-    def step():
-        total = ranks[0].outgoing() + ranks[1].outgoing()
-        for rank in ranks:
-            rank.incoming(0.5 * total)  # shares of a batch scale them
-        return [rank.agreed() for rank in ranks]
-
-    assert step() == [set(), set()]
-    ranks[1].ask("save")
-    assert step() == [{"save"}] * 2
-    ranks[0].ask("stop")
-    assert step() == [{"save", "stop"}] * 2
-    for rank in ranks:
-        rank.forget("save")
-    assert step() == [{"stop"}] * 2

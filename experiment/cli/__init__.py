@@ -1,8 +1,8 @@
 """The command line: one table of flags for all scripts, with the defaults of each script's RECIPE."""
 
+from experiment.cli.defaults import by_teacher_and_student
 from experiment.cli.flags import ALIASES, LATER_SETTINGS, Role, options, settings_with
 from experiment.cli.parser import Parser, parse_args, resolve_device
-from experiment.cli.presets import by_teacher_and_student
 from experiment.cli.values import fraction, number, positive_int, switch, whole
 from experiment.entry import guard
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from experiment import UserError
+from experiment.cli.defaults import PAPER, default_run_name, defaults_of, fill
 from experiment.cli.flags import FLAGS, GROUPS, Role, settings_with
-from experiment.cli.presets import PAPER, default, defaults_of, fill
-from experiment.cli.run_name import default_run_name
 from experiment.cli.values import flag_like
 from experiment.entry import batch_of_script
 from experiment.text import budget, started_as
@@ -66,6 +65,7 @@ def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
     *module, name = started_as(script)
     program = f"python -m {name}" if module else Path(name).name
     defaults = defaults_of(recipe, "default")
+    shown = {name: None if callable(value) else value for name, value in defaults.items()}  # None if computed
     distils = "teacher" in defaults
     title = f"{recipe['method']}{'+' + recipe['adds'] if 'adds' in recipe else ''} on CIFAR-100 and other data sets"
     networks = "--teacher BDM --student RES-18" if distils else "--student RES-18"
@@ -80,17 +80,12 @@ def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
             elif name in defaults:
                 # Without a teacher, as in train_teacher.py: --model is another name of --student.
                 alias = ["--model"] if name == "student" and not distils else []
-                options = flag.options | {"default": _shown(defaults[name])}
+                options = flag.options | {"default": shown[name]}
                 groups[heading].add_argument(*alias, f"--{name}", dest=name, **options)
     for name in (name for name in defaults if name not in FLAGS):
-        options = {"type": flag_like(defaults[name]), "default": _shown(defaults[name])}
+        options = {"type": flag_like(defaults[name]), "default": shown[name]}
         groups["method"].add_argument(f"--{name}", help="this script's own: see RECIPE and training_loss", **options)
     return parser
-
-
-def _shown(default: Any) -> Any:
-    """The default that --help shows: none if it is computed from other flags."""
-    return None if callable(default) else default
 
 
 def parse_args(
@@ -117,10 +112,9 @@ def parse_args(
     given = {name for name, value in vars(marked).items() if value is not unset}
     defaults = defaults_of(recipe, getattr(args, "preset", "default"))
     try:
-        fill(args, given, defaults)
+        changed = fill(args, given, defaults)
     except UserError as error:
         parser.error(str(error))
-    _settle_wandb(parser, args, given)
     _check(parser, args, given, defaults.get("attack"))
     args.device = resolve_device(parser, args.device, elsewhere=elsewhere)
     precision = "tf32" if args.device.startswith("cuda") else "fp32"
@@ -130,46 +124,30 @@ def parse_args(
     if args.run_name is None:
         usual = {name: FLAGS[name].options.get("default") for name in settings_with(Role.NAMED)}
         usual["precision"] = precision
-        in_name = [name for name in defaults if name in given - {"teacher", "student"}]
-        changed = [name for name in in_name if _differs(args, name, defaults)]
-        changed += [name for name, value in usual.items() if getattr(args, name) != value]
-        args.run_name = default_run_name(script, args, changed)
+        named = [name for name in changed if name not in ("teacher", "student")]
+        named += [name for name, value in usual.items() if getattr(args, name) != value]
+        args.run_name = default_run_name(script, args, named)
     batch_of_script.set(args.batch)
     return args
 
 
-def _differs(args: argparse.Namespace, name: str, defaults: dict[str, Any]) -> bool:
-    """Whether the value of a given flag is not its default."""
-    try:
-        return getattr(args, name) != default(defaults, name, args)
-    except UserError:  # the preset has no default
-        return True
-
-
-def _settle_wandb(parser: Parser, args: argparse.Namespace, given: set[str]) -> None:
-    """Replace --wandb by --nowand, which is what a run's settings have."""
+def _check(parser: Parser, args: argparse.Namespace, given: set[str], recipe_attack: str | None) -> None:
+    """Replace --wandb by --nowand, which a run's settings have; exit with an error if flags contradict each other."""
     if "wandb" in given:
         if "nowand" in given and args.nowand == args.wandb:
             parser.error(f"argument --wandb: {args.wandb} contradicts --nowand {args.nowand}; give one of the two")
         args.nowand = 1 - args.wandb
     del args.wandb
-
-
-def _check(parser: Parser, args: argparse.Namespace, given: set[str], recipe_attack: str | None) -> None:
-    """Exit with an error if flags contradict each other."""
     if "lr_milestones" in given and sorted(set(args.lr_milestones)) != args.lr_milestones:
         parser.error(f"argument --lr_milestones: {args.lr_milestones} is not allowed; expected epochs in rising order")
     if getattr(args, "teacher_every", 1) > 1 and args.attack != recipe_attack:
-        parser.error(
-            f"argument --teacher_every: {args.teacher_every} is not allowed with --attack {args.attack} (expected "
-            f"--attack {recipe_attack})"
-        )
+        allowed = f"is not allowed with --attack {args.attack} (expected --attack {recipe_attack})"
+        parser.error(f"argument --teacher_every: {args.teacher_every} {allowed}")
     if args.aa_best and not args.holdout:
         parser.error("argument --aa_best: 1 is not allowed without --holdout, which selects the best epoch")
     if args.swa_after >= args.epochs:
-        parser.error(
-            f"argument --swa_after: {args.swa_after} is not allowed; expected less than --epochs {args.epochs}"
-        )
+        expected = f"expected less than --epochs {args.epochs}"
+        parser.error(f"argument --swa_after: {args.swa_after} is not allowed; {expected}")
     if args.wandb_artifact and args.nowand:
         parser.error("argument --wandb_artifact: 1 is not allowed without --wandb 1")
 

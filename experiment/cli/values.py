@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 from cifar100_models import check_model_name
@@ -15,14 +16,10 @@ def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> 
 
     def parse(text: str) -> float:
         try:
-            numerator, slash, denominator = text.partition("/")
-            parts = float(numerator), float(denominator if slash else 1)
-            value = parts[0] / parts[1]
-        except (ValueError, ZeroDivisionError):
-            parts, value = (), math.nan
-        # isascii: float() also reads the digits of other scripts, and underscores.
-        plain = text.isascii() and "_" not in text and all(map(math.isfinite, (*parts, value)))
-        if not plain or not low <= value <= high or (above and value == low):
+            value = float(Fraction(text))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            value = math.nan
+        if not low <= value <= high or (above and value == low):
             raise _not_allowed(text, f"a number{limits}, or a fraction such as 8/255")
         return value
 
@@ -33,7 +30,7 @@ def whole(low: int) -> Callable[[str], int]:
     """A parser of whole numbers of at least `low` (and below 2**31)."""
 
     def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) <= 10 and low <= int(text) < 2**31):
+        if not (text.isdecimal() and len(text) <= 10 and low <= int(text) < 2**31):
             raise _not_allowed(text, f"a whole number from {low}")
         return int(text)
 

@@ -12,30 +12,14 @@ tests/test_accelerate.py compares with the plain networks in float64; ``python -
 the speedup.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
 
 import attacks
 from experiment.engine.folding import FoldedConv, folded_view
-
-
-@dataclass
-class RememberedPass:
-    """A forward pass of this step, kept for reuse."""
-
-    x: Tensor
-    version: int
-    train: bool
-    grad: bool
-    weights: int
-    logits: Tensor
-    statistics_added: Tensor | None
-
-    def is_of(self, x: Tensor, train: bool, grad: bool, weights: int) -> bool:
-        """Return whether a pass of x in this mode, with weights of this version, is the same pass."""
-        return self.x is x and (self.version, self.train, self.grad, self.weights) == (x._version, train, grad, weights)
 
 
 class View:
@@ -85,16 +69,18 @@ class Accelerated(nn.Module):
         norms = self._norms if self._replays else []
         keep = [torch.full_like(statistic, 1 - norm.momentum) for norm in norms for statistic in _running(norm)]
         self._keep = torch.cat(keep) if keep else None
-        self._passes: list[RememberedPass] | None = None
+        # Passes of this step: by kind, x, and the logits and the statistics' added part. None outside a step.
+        self._passes: dict[tuple, tuple[Tensor, Tensor, Tensor | None]] | None = None
         self._compiled = (torch.compile(model, dynamic=False) if compiled else model,)  # in a tuple: no submodule
 
-    def begin_step(self) -> None:
-        """Start to remember passes, and forget those of the previous step."""
-        self._passes = []
-
-    def end_step(self) -> None:
-        """Stop to remember passes, and forget them so that their activations can be freed."""
-        self._passes = None
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Remember passes; forget them at the end, so that their activations can be freed."""
+        self._passes = {}
+        try:
+            yield
+        finally:
+            self._passes = None
 
     def weights_moved(self) -> None:
         """Forget results that depend on the weights, after a change that tensor versions do not show.
@@ -104,7 +90,7 @@ class Accelerated(nn.Module):
         if self.view is not None:
             self.view.forget()
         if self._passes is not None:
-            self._passes = []
+            self._passes.clear()
 
     def compiled_error(self, x: Tensor) -> float:
         """Largest difference between compiled and eager logits of x, relative to the range of the eager ones.
@@ -137,17 +123,17 @@ class Accelerated(nn.Module):
         if self._passes is None or (grad and not train) or (train and not self._replays):
             # Attack steps, whose x is always new, and everything outside a training step.
             return self._run(x)
-        weights = sum(p._version for p in self._weights)
-        for earlier in self._passes:
-            if earlier.is_of(x, train, grad, weights):
-                if earlier.statistics_added is not None:
-                    self._repeat_statistics(earlier.statistics_added)
-                return earlier.logits
+        kind = (train, grad, id(x), x._version, sum(p._version for p in self._weights))
+        if kind in self._passes:
+            _, logits, added = self._passes[kind]
+            if added is not None:
+                self._repeat_statistics(added)
+            return logits
         moving = train and self._keep is not None
         before = self._statistics() if moving else None
         logits = self._run(x)
         added = self._statistics() - self._keep * before if moving else None
-        self._passes.append(RememberedPass(x, x._version, train, grad, weights, logits, added))
+        self._passes[kind] = (x, logits, added)  # with x, so that its id stays unique
         return logits
 
     def _run(self, x: Tensor) -> Tensor:
@@ -170,7 +156,7 @@ class Accelerated(nn.Module):
         if self.view is not None:
             self.view.forget()
         if self._passes is not None:
-            self._passes = [earlier for earlier in self._passes if earlier.train]
+            self._passes = {kind: earlier for kind, earlier in self._passes.items() if kind[0]}
 
     def _statistics(self) -> Tensor:
         return torch.cat([statistic for norm in self._norms for statistic in _running(norm)])

@@ -4,7 +4,7 @@ import argparse
 import atexit
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ import attacks
 from experiment import UserError
 from experiment.engine.accelerated import Accelerated
 from experiment.engine.attack_step import GraphedStep
-from experiment.engine.requests import StepRequests
 
 COMPILED_TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 1e-1}
 """Allowed difference between compiled and eager logits, relative to their range.
@@ -32,7 +31,6 @@ class Engine:
         device: torch.device of this process.
         rank, world: this process and the number of processes (0 and 1 without torchrun).
         local_batch: this rank's number of images of the global batch.
-        requests: requests between ranks at step boundaries.
         store: the key-value store of the ranks; None for a single process.
     """
 
@@ -50,7 +48,6 @@ class Engine:
         self.device = self._own_device(args.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.requests = StepRequests(self.device, self.world)
         self.store: dist.Store | None = None
         if self.world > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -65,19 +62,15 @@ class Engine:
         torch.manual_seed(args.seed)
 
     def _own_device(self, device: str) -> torch.device:
-        """Return this rank's device.
-
-        Raises:
-            UserError: all ranks would use one GPU, or this machine has fewer GPUs than ranks.
-        """
+        """Return this rank's device."""
         if not device.startswith("cuda"):
             return torch.device(device)
         if self.world > 1:
-            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+            ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
             if device != "cuda":
                 raise UserError(f"--device {device} with {self.world} processes: use --device cuda, one GPU for each")
-            if here > gpus:
-                raise UserError(f"torchrun started {here} processes, but torch sees {gpus} GPU(s): each needs its own")
+            if ranks > gpus:
+                raise UserError(f"torchrun started {ranks} processes, but torch sees {gpus} GPU(s): each needs its own")
         # set_device needs a number.
         return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
 
@@ -107,9 +100,17 @@ class Engine:
         if self.world > 1:
             dist.barrier()
 
+    def highest(self, value: int) -> int:
+        """Maximum of a number over the ranks."""
+        if self.world == 1:
+            return value
+        values = torch.tensor(value, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values.item())
+
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; the same result on all ranks."""
-        return flag if self.world == 1 else bool(self.highest(torch.tensor(int(flag), device=self.device)).item())
+        """Whether the flag is set on any rank."""
+        return bool(self.highest(int(flag)))
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over the ranks."""
@@ -117,42 +118,33 @@ class Engine:
             dist.all_reduce(values)
         return values
 
-    def highest(self, value: torch.Tensor) -> torch.Tensor:
-        """Maximum of a tensor over the ranks."""
-        if self.world > 1:
-            dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, of plain types."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value, of plain types, on every rank."""
-        if self.world == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, device=self.device)
-        return values[0]
+        return self.gather(value)[0]
 
-    def first_fault(self, fault: str | None) -> str | None:
-        """Return the error message of the first rank that has one, on every rank."""
-        if self.world == 1:
-            return fault
-        faults: list[str | None] = [None] * self.world
-        dist.all_gather_object(faults, fault)
-        return next((fault for fault in faults if fault is not None), None)
-
-    def check_on_all_ranks(self, check: Callable[[], None]) -> None:
-        """Run a check on every rank, and raise the first rank's error on every rank.
+    def on_all_ranks(self, work: Callable[[], Any]) -> Any:
+        """Do the work on every rank and return its value; raise the first rank's error on every rank.
 
         Raises:
-            UserError: the check failed on some rank.
+            UserError: the work failed on some rank.
         """
-        fault = None
+        value = fault = None
         try:
-            check()
+            value = work()
         except UserError as error:
             fault = str(error)
-        fault = self.first_fault(fault)
-        if fault is not None:
-            raise UserError(fault)
+        faults = [each for each in self.gather(fault) if each is not None]
+        if faults:
+            raise UserError(faults[0])
+        return value
 
     def begin_batch(self, first: int, local_batch: int, total: int) -> None:
         """Set this rank's rows of the global batch of `total` images."""
@@ -198,8 +190,7 @@ class Engine:
         """
         with ExitStack() as stack:
             for fast in self._fast:
-                fast.begin_step()
-                stack.callback(fast.end_step)
+                stack.enter_context(fast.step())
             if self.world > 1:
                 stack.enter_context(attacks.shard_of(self._first, self._total))
             if self.precision == "bf16":
@@ -228,11 +219,9 @@ class Engine:
         def average(*_: object) -> None:
             share = self.local_batch / self._total
             tensors = [p.grad for p in parameters if p.grad is not None] + statistics
-            requests = self.requests.outgoing()
-            flat = torch.cat([*(t.detach().reshape(-1) for t in tensors), requests]).mul_(share)
+            flat = torch.cat([t.detach().reshape(-1) for t in tensors]).mul_(share)
             dist.all_reduce(flat)
-            *parts, requests = flat.split([*(t.numel() for t in tensors), len(requests)])
-            self.requests.incoming(requests)
+            parts = flat.split([t.numel() for t in tensors])
             with torch.no_grad():
                 for tensor, part in zip(tensors, parts, strict=True):
                     tensor.copy_(part.view(tensor.shape))
@@ -242,10 +231,7 @@ class Engine:
 
 def cpu_name() -> str:
     """Name of the CPU and number of threads."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    name = names[0] if names else "CPU"
+    name = "CPU"
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} threads"

@@ -11,26 +11,26 @@ from attacks import frozen
 from experiment import RunStopped, UserError, data, evaluation, files, teachers
 from experiment.compat import import_autoattack
 
+SETTLED_STEPS = 200
+"""Optimizer steps after which a student that predicts a single class counts as collapsed. Before, its BatchNorm
+statistics may not have converged."""
+
+PROBE_IMAGES = 256
+"""Number of test images for the check of collapse."""
+
 
 def check_names(args: argparse.Namespace) -> None:
-    """Check the data set and the teacher before the folder is created.
+    """Check the data set, the teacher and AutoAttack before the folder is created.
 
     Raises:
-        UserError: the data set or the teacher does not exist; AutoAttack cannot run.
+        UserError: the data set or the teacher does not exist; AutoAttack's package is missing, or --epsilon is not
+            above 0.
     """
     data.check_dataset(args.dataset)
     if hasattr(args, "teacher"):
         teachers.check_teacher_name(args.teacher, args.teacher_path)
-    if args.aa_examples:
-        check_autoattack(args)
-
-
-def check_autoattack(args: argparse.Namespace) -> None:
-    """Check what AutoAttack needs after training.
-
-    Raises:
-        UserError: its package is missing, or --epsilon is not above 0.
-    """
+    if not args.aa_examples:
+        return
     if not 0 < args.epsilon <= 1:
         raise UserError(
             f"--epsilon {args.epsilon:g} is out of range for AutoAttack (expected 0 < epsilon <= 1, or --aa_examples 0)"
@@ -83,7 +83,7 @@ def check_teacher(name: str, teacher: nn.Module, images: data.Data) -> None:
         RunStopped: they are not finite, or the same for every image.
     """
     with torch.no_grad():
-        fault = fault_of(teacher(data.as_float(images.x_test[:64])))
+        fault = _fault_of(teacher(data.as_float(images.x_test[:64])))
     if fault:
         raise RunStopped(f"teacher {name}: its logits are {fault} on {images.name}", RunStopped.DIVERGED)
 
@@ -95,35 +95,20 @@ def check_finished_student(folder: Path, student: nn.Module, *, trained: bool) -
         UserError: it has not.
     """
     path = folder / "result.json"
-    if not path.exists():
-        return
-    if not trained or files.state_sha256(student) != files.read_json(path).get("student_sha256"):
+    if path.exists() and not (trained and files.state_sha256(student) == files.read_json(path).get("student_sha256")):
         raise UserError(
             f"{folder} is finished, but its last.pt does not contain the student of its result.json. Attack its "
             "student.pt with evaluate.py --attacks autoattack"
         )
 
 
-SETTLED_STEPS = 200
-"""Optimizer steps after which a student that predicts a single class counts as collapsed. Before, its BatchNorm
-statistics may not have converged."""
-
-PROBE_IMAGES = 256
-"""Number of test images for the check of collapse."""
-
-
-def fault_of(logits: Tensor) -> str | None:
+def _fault_of(logits: Tensor) -> str | None:
     """Return what is wrong with logits (N, C) of different images, or None."""
     if not logits.isfinite().all():
         return "not finite"
     # Equal up to rounding: kernels may sum the first and the last rows of a batch in a different order.
     spread = (logits.amax(dim=0) - logits.amin(dim=0)).max()
     return "the same for every image" if spread <= 1e-6 * logits.abs().max() else None
-
-
-def predicts_one_class(logits: Tensor, y: Tensor) -> bool:
-    """Whether logits (N, C) predict the same class for all images although their labels (N,) differ."""
-    return len(y.unique()) > 1 and len(logits.argmax(dim=1).unique()) == 1
 
 
 def collapse_of(student: nn.Module, images: data.Data, *, one_class: bool) -> str | None:
@@ -135,9 +120,9 @@ def collapse_of(student: nn.Module, images: data.Data, *, one_class: bool) -> st
     sample = slice(None, None, -(-len(images.x_test) // PROBE_IMAGES))  # spread over the whole set
     with torch.no_grad(), frozen(student):
         logits = student(data.as_float(images.x_test[sample]))
-    if fault := fault_of(logits):
+    if fault := _fault_of(logits):
         return f"the student's logits are {fault}"
-    if one_class and predicts_one_class(logits, images.y_test[sample]):
+    if one_class and len(images.y_test[sample].unique()) > 1 and len(logits.argmax(dim=1).unique()) == 1:
         return (
             "the student predicts one class for every image (allowed with --stop_on_collapse 0, for very unequal "
             "classes)"
@@ -145,29 +130,8 @@ def collapse_of(student: nn.Module, images: data.Data, *, one_class: bool) -> st
     return None
 
 
-def earliest_bad_step(bad_step: Tensor, term: Tensor, step: int) -> Tensor:
-    """Return `bad_step`, or `step` if it is earlier and the loss term is not finite; does not synchronise."""
-    return torch.minimum(bad_step, torch.where(term.isfinite(), torch.inf, float(step)))
-
-
 def is_finite(model: nn.Module) -> bool:
     """Whether all weights and statistics are finite."""
     floats = [value for value in model.state_dict().values() if value.is_floating_point()]
     # A sum is not finite if a value is not; one transfer to the host.
     return bool(torch.stack([value.double().sum() for value in floats]).sum().isfinite())
-
-
-def diverged(fact: str, means: dict[str, float], lr: float, saved: Path | None) -> RunStopped:
-    """Return the exception of a diverged run: what happened, the losses, and the last checkpoint.
-
-    Args:
-        means: the epoch's means so far, loss terms as ``loss_<name>``.
-        saved: the previous checkpoint, if any.
-    """
-    terms = ", ".join(f"{name.removeprefix('loss_')} {value:g}" for name, value in means.items() if "loss_" in name)
-    back = f"{saved} is the state before" if saved else "no checkpoint was written yet"
-    return RunStopped(
-        f"{fact} (means so far: {terms}; lr {lr:g}). The diverged state is not saved; {back}. Try a new run with a "
-        "smaller --lr or with --precision fp32",
-        RunStopped.DIVERGED,
-    )

@@ -3,7 +3,6 @@
 import argparse
 import atexit
 import re
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from experiment import UserError, data, files
 from experiment.cli import LATER_SETTINGS, Role, settings_with
 from experiment.engine import Engine
 from experiment.run.provenance import provenance
+from experiment.text import ABSENT, short_text
 
 FORMAT = 1
 
@@ -73,9 +73,8 @@ def find_run(folder: Path, script: str, args: argparse.Namespace) -> tuple[dict[
             raise UserError(f"{folder} is not a run folder (it contains {foreign[0]}). Use another --run_name")
         return {}, None
     config = files.read_json(folder / "config.json")
-    strings = all(isinstance(config.get(name), str) for name in ("id", "script", "command", "device"))
-    kinds = isinstance(config.get("settings"), dict) and isinstance(config.get("changed", []), list)
-    if config.get("format") != FORMAT or not strings or not kinds:
+    texts = all(isinstance(config.get(name), str) for name in ("id", "script", "command", "device"))
+    if config.get("format") != FORMAT or not texts or not isinstance(config.get("settings"), dict):
         raise UserError(f"{folder}/config.json was not written by this version. Use another --run_name")
     result = files.read_json(folder / "result.json") if "result.json" in entries else None
     trained = {"student.pt", "last.pt"} <= entries  # without last.pt, the run would train again
@@ -92,37 +91,25 @@ def find_run(folder: Path, script: str, args: argparse.Namespace) -> tuple[dict[
     return config, None if unattacked else result
 
 
+def _differing(config: dict[str, Any], current: dict[str, Any], free: tuple[str, ...]) -> list[str]:
+    """Describe each setting that differs and is not free."""
+    later = {name: value for name, value in LATER_SETTINGS.items() if name in current}
+    stored = {**later, "script": config["script"], **config["settings"]}
+    for settings in (stored, current):  # cuda:0 and cuda:1 are equivalent
+        settings["device"] = str(settings.get("device")).partition(":")[0]
+    pairs = {name: (stored.get(name, ABSENT), current.get(name, ABSENT)) for name in {**stored, **current}}
+    return [
+        f"{name[:40]} was {short_text(before)}, is now {short_text(now)}"
+        for name, (before, now) in pairs.items()
+        if before != now and name not in free
+    ]
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of a killed process."""
     for path in (*folder.glob(".*"), *folder.glob("autoattack*/.*")):
         if LEFTOVER.fullmatch(path.name):
             path.unlink()
-
-
-def new_id() -> str:
-    """Return a unique id."""
-    return uuid.uuid4().hex[:12]
-
-
-def _differing(config: dict[str, Any], current: dict[str, Any], free: tuple[str, ...]) -> list[str]:
-    later = {name: value for name, value in LATER_SETTINGS.items() if name in current}
-    stored = {**later, "script": config["script"], **config["settings"]}
-    names = [name for name in {**stored, **current} if name not in free]
-    return [
-        f"{name[:40]} was {_setting(name, stored)}, is now {_setting(name, current)}"
-        for name in names
-        if (name in stored) != (name in current) or not _same(name, stored[name], current[name])
-    ]
-
-
-def _setting(name: str, settings: dict[str, Any]) -> str:
-    return f"{settings[name]!r:.80}" if name in settings else "absent"
-
-
-def _same(name: str, stored: Any, current: Any) -> bool:
-    if name == "device":  # cuda:0 and cuda:1 are equivalent
-        return str(stored).partition(":")[0] == str(current).partition(":")[0]
-    return stored == current
 
 
 CHANGES = {
@@ -168,7 +155,7 @@ def check_same_inputs(folder: Path, stored: dict[str, Any], current: dict[str, A
     Raises:
         UserError: the number of classes or a hash differs.
     """
-    for name in ("num_classes", "dataset_sha256", "teacher_sha256"):
+    for name in ("num_classes", "dataset_sha256", "teacher_sha256") if stored else ():
         if stored.get(name) != current[name]:
             raise UserError(
                 f"{folder}: {name} was {stored.get(name)!r:.80} and is now {current[name]}. Use the same data and "
@@ -181,19 +168,11 @@ def changes(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
     return [said for name, said in CHANGES.items() if stored.get(name, current[name]) != current[name]]
 
 
-def resumed_config(stored: dict[str, Any], current: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return the config of a resumed run, and the config.json to write with its result, or None if it is unchanged.
-
-    A trained run may be attacked with other AutoAttack settings. config.json then changes together with result.json.
-    """
-    config = {**current, "device": stored["device"], "processes": stored.get("processes", current["processes"])}
+def merged_config(stored: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a resumed run: as it began, but a trained run may be attacked with other settings."""
     attack = {name: current["settings"][name] for name in settings_with(Role.AUTOATTACK)}
-    before = {**LATER_SETTINGS, **stored["settings"]}
-    if all(before[name] == value for name, value in attack.items()):
-        return {**config, "command": stored["command"]}, None
-    return config, {**stored, "settings": {**stored["settings"], **attack}, "command": current["command"]}
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write config.json."""
-    files.write_json(folder / "config.json", config)
+    before = {**current["settings"], **stored.get("settings", {})}
+    config = {**current, **stored, "settings": {**before, **attack}}
+    if any(before[name] != value for name, value in attack.items()):
+        config["command"] = current["command"]
+    return config

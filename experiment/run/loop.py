@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,15 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from experiment import data, files
+from experiment import RunStopped, data, files
 from experiment.engine import Engine
 from experiment.run import checks, folder
-from experiment.run.checkpoints import Checkpoints
-from experiment.run.progress import Estimate, Progress, epoch_line, header, summary
-from experiment.run.result import StudentWriter, measure
-from experiment.run.state import Networks, State, generators
+from experiment.run.progress import Progress, epoch_line, header, remaining, summary
+from experiment.run.result import Measurement
+from experiment.run.state import Checkpoints, Networks, State, generators
 from experiment.run.stopping import Stopping
-from experiment.run.trackers import Trackers
+from experiment.run.trackers import open_trackers
 
 
 class Run:
@@ -64,11 +65,9 @@ class Run:
             folder.remove_leftovers(self.folder)
         self.engine = Engine(args)
         self.device = self.engine.device
-        self._id = self.engine.from_main(self._stored.get("id") or folder.new_id())
-        self._trackers = Trackers(args, self._id, self.folder, enabled=main)
-        self._checkpoints = Checkpoints(self.folder, self._id, args, self.engine)
+        self._id = self.engine.from_main(self._stored.get("id") or uuid.uuid4().hex[:12])
+        self._trackers = open_trackers(args, self._id, self.folder) if main else []
         self._state, self._steps = State(), 0
-        self._bad_step = torch.full((), torch.inf, device=self.device)
         self._saved_at, self._saved = time.monotonic(), (0, 0)
         self._trained: dict[str, Any] | None = None  # generator states after an epoch, during its evaluation
         self._stopping = Stopping(self.engine, self._save_trained, self._stop_line)
@@ -93,36 +92,36 @@ class Run:
         args = self.args
         self._images, self._steps = images, images.steps(args.batch)
         self._networks = Networks(student, optimizer, teacher, AveragedModel(student) if args.swa_after else None)
+        self._checkpoints = Checkpoints(self.folder, self._id, args, self.engine, self._steps)
         current = folder.describe(args, self.script, self.recipe, self._id, self.engine, images, teacher)
-        self._config, self._config_at_end = current, None
-        self.engine.check_on_all_ranks(
-            lambda: checks.check_feasible(args, images, student, teacher, self.folder, self.engine.world)
-        )
+
+        def check() -> None:
+            checks.check_feasible(args, images, student, teacher, self.folder, self.engine.world)
+            folder.check_same_inputs(self.folder, self._stored, current)
+
+        self.engine.on_all_ranks(check)
         if teacher is not None:
             checks.check_teacher(args.teacher, teacher, images)
-        changed = folder.changes(self._stored, current) if self._stored else []
-        if self._stored:
-            self.engine.check_on_all_ranks(lambda: folder.check_same_inputs(self.folder, self._stored, current))
-            self._config, self._config_at_end = folder.resumed_config(self._stored, current)
-            if changed and self.engine.main:
-                print(f"warning: {' and '.join(changed)} changed since the run began: results may not be bit-identical")
-        elif self.engine.main:
-            folder.write_config(self.folder, current)
+        changed = folder.changes(self._stored, current)
+        if changed and self.engine.main:
+            print(f"warning: {' and '.join(changed)} changed since the run began: results may not be bit-identical")
         self.engine.distribute(student, optimizer)
         resumed = self._restore(changed)
         trained = self._state.epoch == args.epochs
-        self.engine.check_on_all_ranks(lambda: checks.check_finished_student(self.folder, student, trained=trained))
+        self.engine.on_all_ranks(lambda: checks.check_finished_student(self.folder, student, trained=trained))
+        self._config = folder.merged_config(self._stored, current)
         if self.engine.main:
-            where = self._trackers.start(self._config, self._state.rows)
-            print(header(self._config, str(self.folder), resumed, images, student, teacher, where), flush=True)
+            if self._config != self._stored:
+                files.write_json(self.folder / "config.json", self._config)
+            rows = [tracker.start(self._config, self._state.rows) for tracker in self._trackers]
+            print(header(self._config, str(self.folder), resumed, images, student, teacher, rows), flush=True)
         done = self._state.epoch * self._steps + self._state.step
         self._bar = Progress(args.epochs * self._steps, done, show=self.engine.main)
-        self._estimate = Estimate(args, images, steps=self._steps)
         self._saved_at = time.monotonic()
 
     def _restore(self, changed: list[str]) -> str:
-        """Restore the last checkpoint, if any; return the line for the header."""
-        state, note = self._checkpoints.restore(self._networks, self._steps)
+        """Restore the last checkpoint, if any; return its position for the header."""
+        state, note = self._checkpoints.restore(self._networks)
         if state is None:
             self._state.changed = changed
             return ""
@@ -130,13 +129,11 @@ class Run:
         state.changed = [said for said in folder.CHANGES.values() if said in (*state.changed, *changed)]
         self._state, self._saved = state, (state.epoch, state.step)
         self._write_metrics()
-        return f"\n  resumed  {state.position(self.args.epochs, self._steps)}{note}"
+        return f"{state.position(self.args.epochs, self._steps)}{note}"
 
     def _save(self) -> None:
-        """Write last.pt, unless a loss or weight is not finite."""
-        self._refuse_divergence(weights=True)
+        """Write last.pt."""
         self._saved_at, self._saved = time.monotonic(), (self._state.epoch, self._state.step)
-        self.engine.requests.forget("save")
         random = self._trained or generators(self.device)
         self._checkpoints.save(self._state, self._networks, self._images.num_classes, random)
 
@@ -157,7 +154,7 @@ class Run:
         if todo and self.args.compile:
             engine, args = self.engine, self.args
             x, *_ = next(self._images.batches(args.batch, args.seed, todo[0], 0, engine.rank, engine.world))
-            engine.check_on_all_ranks(lambda: engine.check_compiled(x))
+            engine.on_all_ranks(lambda: engine.check_compiled(x))
         yield from todo
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -175,71 +172,61 @@ class Run:
             state.step, state.seen = state.step + 1, state.seen + total
             state.epoch_seconds = time.monotonic() - began
             self._show_step(epoch)
-            if engine.main and time.monotonic() - self._saved_at > 60 * args.checkpoint_minutes:
-                engine.requests.ask("save")
-            agreed = engine.requests.agreed()
-            if agreed:
+            stop = self._stopping.agreed()
+            if stop or engine.any_rank(time.monotonic() - self._saved_at > 60 * args.checkpoint_minutes):
                 self._gather()
                 self._save()
-            if "stop" in agreed:
+            if stop:
                 self._stopping.leave_together()
-        self._gather()
-        self._row = state.means()  # synchronises, so that the time below includes all work
+        self._gather()  # synchronises, so that the time below includes all work
         state.epoch_seconds = time.monotonic() - began
-        self._refuse_divergence(weights=True)
-        self._refuse_collapse()
+        self._row = state.means()
+        self._stop_if_collapsed()
         self._trained, self._trained_at = generators(self.device), time.monotonic()
         if engine.world > 1:
             self._save_trained()  # during evaluation, a rank may have to exit without the others
-        if engine.any_rank(self._stopping.requested()):
-            self._save_trained()
-            self._stopping.leave_together()
         self._may_stop_anywhere()
 
     def _show_step(self, epoch: int) -> None:
-        self._bar.step()
-        if self.engine.main and self._bar.due():
-            means, alone = self._state.means(), self.engine.world == 1
-            if not alone:  # the sums are over this rank's share
+        if self._bar.step():
+            means = self._state.means()
+            if self.engine.world == 1:
+                self._stop_if_diverged()
+            else:  # the sums are over this rank's share
                 means = {"images_per_second": means["images_per_second"]}
             self._bar.figures(epoch, self.args.epochs, means)
-            if alone:
-                self._refuse_divergence()
-        line = self._estimate.after_step(self._state)
-        if line:
-            self._bar.line(line)
 
     def _may_stop_anywhere(self) -> None:
         """From here on, handle signals at once, beginning with a pending one."""
         self._stopping.busy = False
-        if self._stopping.requested():
+        if self._stopping.number:
             self._stopping.leave()
 
     def count(self, terms: dict[str, Tensor]) -> None:
         """Add a step's loss terms to the epoch's sums, on the device and without synchronising."""
         sums, images = self._state.sums, self.engine.local_batch
         for name, term in terms.items():
-            value = term.detach().double()
-            self._bad_step = checks.earliest_bad_step(self._bad_step, value, self._state.step + 1)
-            sums[name] = sums[name] + images * value if name in sums else images * value
+            value = images * term.detach().double()
+            sums[name] = sums[name] + value if name in sums else value
 
     def _gather(self) -> None:
-        """Replace the sums of each rank by their total on rank 0 (and 0 elsewhere)."""
+        """Replace the sums of each rank by their total on rank 0 (and 0 elsewhere); stop a run that has diverged."""
         if self.engine.world > 1:
             for name, value in self._state.sums.items():
                 total = self.engine.total(value)
                 self._state.sums[name] = total if self.engine.main else torch.zeros_like(total)
-            self._bad_step = -self.engine.highest(-self._bad_step)
+        self._stop_if_diverged()
 
-    def _refuse_divergence(self, *, weights: bool = False) -> None:
-        """Stop the run if a loss term since its start, or with `weights` a weight or statistic, is not finite."""
-        epoch = self._state.epoch + 1
-        if self._bad_step.isfinite():
-            self._diverged(f"the loss is not finite in epoch {epoch}, step {int(self._bad_step)}")
-        if weights and not checks.is_finite(self._networks.student):
-            self._diverged(f"the student's weights are not finite in epoch {epoch}, step {self._state.step}")
+    def _stop_if_diverged(self) -> None:
+        """Stop the run if a loss since the start of the epoch, or a weight or statistic, is not finite."""
+        state = self._state
+        at = f"in epoch {state.epoch + 1}, step {state.step}"
+        if self.engine.any_rank(not math.isfinite(state.means()["loss"])):
+            self._diverged(f"the loss is not finite {at} or before")
+        if not checks.is_finite(self._networks.student):
+            self._diverged(f"the student's weights are not finite {at}")
 
-    def _refuse_collapse(self) -> None:
+    def _stop_if_collapsed(self) -> None:
         """Stop the run if the student's output no longer depends on the image."""
         epoch = self._state.epoch + 1
         settled = epoch * self._steps >= checks.SETTLED_STEPS
@@ -248,8 +235,15 @@ class Run:
             self._diverged(f"after epoch {epoch} {fact}")
 
     def _diverged(self, fact: str) -> NoReturn:
-        saved = self.folder / "last.pt" if self._checkpoints.exist() else None
-        raise checks.diverged(fact, self._state.means(), self._networks.optimizer.param_groups[0]["lr"], saved)
+        means, lr = self._state.means(), self._networks.optimizer.param_groups[0]["lr"]
+        terms = ", ".join(f"{name.removeprefix('loss_')} {means[name]:g}" for name in means if "loss_" in name)
+        last = self.folder / "last.pt"
+        back = f"{last} is the state before" if last.exists() else "no checkpoint was written yet"
+        raise RunStopped(
+            f"{fact} (means so far: {terms}; lr {lr:g}). The diverged state is not saved; {back}. Try a new run with a "
+            "smaller --lr or with --precision fp32",
+            RunStopped.DIVERGED,
+        )
 
     def end_epoch(self, accuracies: dict[str, float]) -> None:
         """End an epoch: write its row in metrics.jsonl and its checkpoint, and print its line.
@@ -273,15 +267,11 @@ class Run:
         self._trained = None
         self._save()
         self._write_metrics()
-        if is_best and self.engine.main:
-            self._writer().write("best.pt", self._networks.student, state.best)
-        if self.engine.any_rank(self._stopping.requested()):
-            self._stopping.leave_together()
-        if self.engine.main:
-            self._trackers.log(row)
-            self._bar.line(epoch_line(row, args.epochs, *self._estimate.left(state)))
-        if epoch == args.epochs:
-            self._may_stop_anywhere()
+        if is_best:
+            self._write_student("best.pt", self._networks.student, state.best)
+        for tracker in self._trackers:
+            tracker.log(row)
+        self._bar.line(epoch_line(row, args.epochs, *remaining(args, self._images, state)))
 
     def _is_best(self, epoch: int, accuracies: dict[str, float]) -> bool:
         """Return whether this epoch is the best on the held-out images (first of equals); if so, keep its weights."""
@@ -308,24 +298,26 @@ class Run:
         """
         self._bar.close()
         self._may_stop_anywhere()  # all state is saved
-        result = measure(
-            self.args, self._config, self._images, self._networks, self._state, self.engine, self._writer(), autoattack
-        )
+        parts = (self.args, self._config, self._images, self._networks, self._state, self.engine)
+        result = Measurement(*parts, self.folder, self._write_student, autoattack).result()
         if not self.engine.main:
             return
-        if self._config_at_end:
-            folder.write_config(self.folder, self._config_at_end)
         files.write_json(self.folder / "result.json", result)
-        self._trackers.finish(result, self.folder / "student.pt")
+        for tracker in self._trackers:
+            tracker.finish(result, self.folder / "student.pt")
         print(summary(result, str(self.folder)), flush=True)
 
-    def _writer(self) -> StudentWriter:
-        return StudentWriter(self.folder, self.args, self.recipe["method"], self._images.num_classes)
+    def _write_student(self, name: str, model: nn.Module, more: dict[str, Any]) -> None:
+        """Write a network to a file of the run folder that is loadable without the run."""
+        if self.engine.main:
+            settings = json.loads(json.dumps(vars(self.args)))  # plain types only
+            info = {"method": self.recipe["method"], "run": self.folder.name, "settings": settings, **more}
+            files.save_student(self.folder / name, model, self.args.student, self._images.num_classes, info)
 
     def _stop_line(self, signal_name: str) -> str:
         """Return the line that a stopped run prints."""
-        go_on = f"resumes from the last checkpoint in {self.folder}"
-        ahead = go_on if self._checkpoints.exist() else "starts from the beginning: no checkpoint was written yet"
-        return (
-            f"stopped by {signal_name} {self._state.position(self.args.epochs, self._steps)}; the same command {ahead}"
-        )
+        saved = (self.folder / "last.pt").exists()
+        resumes = f"resumes from the last checkpoint in {self.folder}"
+        ahead = resumes if saved else "starts from the beginning: no checkpoint was written yet"
+        position = self._state.position(self.args.epochs, self._steps)
+        return f"stopped by {signal_name} {position}; the same command {ahead}"

@@ -15,6 +15,10 @@ from experiment.run.state import State
 ACCURACIES = {"clean": "clean", "pgd20": "PGD-20", "holdout_pgd10": "held-out PGD-10"}
 """Keys of accuracies in metrics.jsonl, and how they are printed."""
 
+FALLEN_PASSES, ROBUST_PASSES = 200, 8000
+"""Passes of standard AutoAttack per image, a forward and a backward counted once each: of an image misclassified by the
+first attack (100 steps of APGD), and of a robust one (900 of APGD-T, 900 of FAB-T, 5,000 forward passes of Square)."""
+
 
 class Progress:
     """One bar over all steps of a run: epoch, step, loss terms, images/s and the time left.
@@ -29,15 +33,12 @@ class Progress:
         form = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
         shown = show and sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=done, disable=not shown, dynamic_ncols=True, bar_format=form)
-        self._show, self._shown, self._next = show, shown, 0.0
+        self._show, self._next = show, 0.0
 
-    def due(self) -> bool:
-        """Whether a second has passed since the last update of the figures."""
-        return time.monotonic() >= self._next
-
-    def step(self) -> None:
-        """Count one step."""
+    def step(self) -> bool:
+        """Count one step; return whether a second has passed since the last update of the figures."""
         self._bar.update()
+        return self._show and time.monotonic() >= self._next
 
     def figures(self, epoch: int, epochs: int, row: dict[str, Any]) -> None:
         """Show the running means of the loss terms and the speed."""
@@ -67,89 +68,33 @@ def speed(row: dict[str, Any]) -> str:
     return f"{row['images_per_second']:.{0 if row['images_per_second'] >= 10 else 2}f}"
 
 
-def epoch_line(row: dict[str, Any], epochs: int, left: float, attack: float) -> str:
-    """Format a row of metrics.jsonl as the line of an epoch.
+def remaining(args: argparse.Namespace, images: Data, state: State) -> tuple[float, float]:
+    """Estimate the remaining seconds of training and evaluation, and those of AutoAttack, after an epoch."""
+    rows, test = state.rows, len(images.x_test)
+    epoch = sum(row["seconds"] for row in rows) / len(rows)
+    evaluated = [row for row in rows if "pgd20" in row]
+    if evaluated:
+        evaluation = state.seconds["evaluation"] / len(evaluated)
+    else:  # assume that a training image takes the attack's passes and four more
+        evaluation = epoch / len(images.x_train) / (2 * args.steps + 4) * MONITOR_PASSES * test
+    left = range(state.epoch + 1, args.epochs + 1)
+    evaluations = sum(number > args.eval_after or number == args.epochs for number in left)
+    robust = evaluated[-1]["pgd20"] if evaluated else 0.5
+    passes = FALLEN_PASSES + robust * (ROBUST_PASSES - FALLEN_PASSES)
+    attack = evaluation / (MONITOR_PASSES * test) * passes * min(args.aa_examples, test)
+    return len(left) * epoch + evaluations * evaluation, attack
 
-    Args:
-        left: estimated remaining seconds of training and evaluation.
-        attack: estimated seconds of AutoAttack at the end.
-    """
+
+def epoch_line(row: dict[str, Any], epochs: int, left: float, attack: float) -> str:
+    """Format a row of metrics.jsonl as the line of an epoch; the seconds are those of `remaining`."""
+    from tqdm import tqdm
+
     accuracies = "".join(f"  {label} {100 * row[key]:.2f} %" for key, label in ACCURACIES.items() if key in row)
-    attacking = f", of it AutoAttack {duration(attack)}" if attack else ""
+    attacking = f", of it AutoAttack {tqdm.format_interval(attack)}" if attack else ""
     return (
         f"epoch {row['epoch']}/{epochs}  {loss_terms(row)}  lr {row['lr']:g}{accuracies}  {row['seconds']:.1f} s  "
-        f"{speed(row)} images/s  about {duration(left + attack)} left{attacking}"
+        f"{speed(row)} images/s  about {tqdm.format_interval(left + attack)} left{attacking}"
     )
-
-
-FIRST_SECONDS = 5.0
-"""Seconds of steps before the first estimate, after WARM_STEPS steps of compilation and warm-up."""
-WARM_STEPS = 2
-
-FALLEN_PASSES, ROBUST_PASSES = 200, 8000
-"""Passes of standard AutoAttack per image, a forward and a backward counted once each: of an image misclassified by the
-first attack (100 steps of APGD), and of a robust one (900 of APGD-T, 900 of FAB-T, 5,000 forward passes of Square)."""
-
-
-class Estimate:
-    """Measures steps and estimates durations."""
-
-    def __init__(self, args: argparse.Namespace, images: Data, *, steps: int) -> None:
-        """Args:
-        steps: optimizer steps of an epoch.
-        """
-        self._args, self._steps = args, steps
-        self._train, self._test = len(images.x_train), len(images.x_test)
-        self._first: tuple[int, int, float] | None = None
-        self._printed = False
-
-    def after_step(self, state: State) -> str | None:
-        """Return the estimate of the whole run, once, when enough steps have been measured; otherwise None."""
-        if self._printed:
-            return None
-        if self._first is None or self._first[0] != state.epoch:
-            self._first = (state.epoch, state.step + WARM_STEPS, 0.0)
-        epoch, first, seconds = self._first
-        if state.step <= first:
-            self._first = (epoch, first, state.epoch_seconds)
-            return None
-        if state.epoch_seconds - seconds < FIRST_SECONDS:
-            return None
-        self._printed = True
-        step = (state.epoch_seconds - seconds) / (state.step - first)
-        total = step * self._steps * self._args.epochs
-        return (
-            f"measured {step:.3g} s a step: {duration(step * self._steps)} an epoch, {duration(total)} for "
-            f"{self._args.epochs} epochs of training"
-        )
-
-    def left(self, state: State) -> tuple[float, float]:
-        """Return the remaining seconds of training and evaluation, and those of AutoAttack, after an epoch."""
-        args, rows = self._args, state.rows
-        epoch = sum(row["seconds"] for row in rows) / len(rows)
-        evaluated = [row for row in rows if "pgd20" in row]
-        if evaluated:
-            evaluation = state.seconds["evaluation"] / len(evaluated)
-        else:  # assume that a training image takes the attack's passes and four more
-            evaluation = epoch / self._train / (2 * args.steps + 4) * MONITOR_PASSES * self._test
-        remaining = range(state.epoch + 1, args.epochs + 1)
-        evaluations = sum(number > args.eval_after or number == args.epochs for number in remaining)
-        robust = evaluated[-1]["pgd20"] if evaluated else 0.5
-        passes = FALLEN_PASSES + robust * (ROBUST_PASSES - FALLEN_PASSES)
-        attack = evaluation / (MONITOR_PASSES * self._test) * passes * min(args.aa_examples, self._test)
-        return len(remaining) * epoch + evaluations * evaluation, attack
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as 42 s, 3:07 min, 5:20 h or 2 d 4 h."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60}:{seconds % 60:02d} min"
-    if seconds < 86400:
-        return f"{seconds // 3600}:{seconds % 3600 // 60:02d} h"
-    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
 
 
 def header(
@@ -164,6 +109,7 @@ def header(
     """Return the header of a run: networks, data, settings, position of a resumed run, and trackers.
 
     Args:
+        resumed: the position of a resumed run, or empty.
         trackers: a line for each tracker.
     """
 
@@ -171,75 +117,73 @@ def header(
         return f"{sum(p.numel() for p in model.parameters()):,} parameters"
 
     settings = config["settings"]
-    lines = [
-        f"{config['method']}{'+' + config['adds'] if config['adds'] else ''}: {folder}{resumed}",
-        f"  student  {settings['student']}, {size(student)}, {images.num_classes} classes",
-        f"  data     {images.name}: {len(images.x_train)} training and {len(images.x_test)} test images "
-        f"({images.test_order})",
-        f"  schedule {settings['epochs']} epochs, lr {settings['lr']:g}{_drops(settings['lr_milestones'])}",
-        f"  device   {config['device']}, {settings['precision']}, torch {torch.__version__}",
+    milestones, epochs, epsilon = settings["lr_milestones"], settings["epochs"], settings["epsilon"]
+    drops = f"divided by 10 after {', '.join(map(str, milestones))}" if milestones else "not lowered"
+    rows = [("resumed", resumed)] if resumed else []
+    if teacher is not None:
+        rows.append(
+            ("teacher", f"{settings['teacher']}, {size(teacher)}, SHA-256 {str(config['teacher_sha256'])[:12]}")
+        )
+    sizes = f"{len(images.x_train)} training and {len(images.x_test)} test images"
+    rows += [
+        ("student", f"{settings['student']}, {size(student)}, {images.num_classes} classes"),
+        ("data", f"{images.name}: {sizes} ({images.test_order})"),
+        ("schedule", f"{epochs} epochs, lr {settings['lr']:g}, {drops}"),
+        ("device", f"{config['device']}, {settings['precision']}, torch {torch.__version__}"),
+        ("attack", f"epsilon {epsilon:.4g}, {settings['steps']} steps of {settings['step_size']:.4g}"),
     ]
     reach = settings["steps"] * settings["step_size"]
-    lines.append(
-        f"  attack   epsilon {settings['epsilon']:.4g}, {settings['steps']} steps of {settings['step_size']:.4g}"
-    )
-    if reach < settings["epsilon"]:
-        lines.append(
-            f"  warning  the attack's steps reach {reach:.4g} of epsilon {settings['epsilon']:.4g}: see --step_size"
-        )
-    ramp, epochs = settings.get("ramp_epochs", 0), settings["epochs"]
+    if reach < epsilon:
+        rows.append(("warning", f"the attack's steps reach {reach:.4g} of epsilon {epsilon:.4g}: see --step_size"))
+    ramp = settings.get("ramp_epochs", 0)
     if ramp > epochs:
-        reached, alpha = settings["alpha"] * epochs / ramp, settings["alpha"]
-        lines.append(
-            f"  warning  the largest weight of the {config['adds']} term is {reached:g}, not alpha {alpha:g}: "
-            f"the run has {epochs} of {ramp} ramp epochs. Use --ramp_epochs {epochs} to reach alpha."
-        )
-    # The method's own settings.
-    own = {name: settings[name] for name in (*config["outer_settings"], *config["added_settings"])}
-    if own:
-        lines.append(f"  method   {', '.join(f'{name} {_short(value)}' for name, value in own.items())}")
-    if teacher is not None:
-        digest = str(config["teacher_sha256"])[:12]
-        lines.insert(1, f"  teacher  {settings['teacher']}, {size(teacher)}, SHA-256 {digest}")
-    lines += [f"  rows     {where}" for where in trackers]
-    return "\n".join(lines)
-
-
-def _drops(milestones: list[int]) -> str:
-    return f", divided by 10 after {', '.join(map(str, milestones))}" if milestones else ", not lowered"
+        alpha = settings["alpha"]
+        warning = f"the largest weight of the {config['adds']} term is {alpha * epochs / ramp:g}, not alpha {alpha:g}: "
+        warning += f"the run has {epochs} of {ramp} ramp epochs. Use --ramp_epochs {epochs} to reach alpha."
+        rows.append(("warning", warning))
+    if own := [*config["outer_settings"], *config["added_settings"]]:
+        rows.append(("method", ", ".join(f"{name} {_short(settings[name])}" for name in own)))
+    rows += [("rows", line) for line in trackers]
+    return "\n".join([f"{_method(config)}: {folder}", *(f"  {name:<8} {text}" for name, text in rows)])
 
 
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def per_cent(accuracy: float | None) -> str:
-    """Format a fraction as per cent with two decimals; None as a dash."""
-    return "-" if accuracy is None else f"{100 * accuracy:.2f}"
+def _method(record: dict[str, Any]) -> str:
+    return f"{record['method']}+{record['adds']}" if record["adds"] else record["method"]
 
 
 def summary(result: dict[str, Any], folder: str) -> str:
     """Return the summary of a finished run: settings, accuracies, times and files."""
+
+    def accuracies(found: dict[str, Any]) -> str:
+        attack = found["autoattack"]
+        attacked = f", {autoattack_label(attack['version'])} {100 * attack['accuracy']:.2f} %" if attack else ""
+        return f"clean {100 * found['clean']:.2f} %, PGD-20 {100 * found['pgd20']:.2f} %{attacked}"
+
     attack = result["autoattack"]
     rows = [
-        ("method", result["method"] + (f"+{result['adds']}" if result["adds"] else "")),
+        ("method", _method(result)),
         ("teacher", result["teacher"] or "-"),
         ("student", f"{result['student']} on {result['dataset']}, seed {result['seed']}, {result['epochs']} epochs"),
-        ("clean", f"{per_cent(result['clean'])} % of {result['test_examples']} test images"),
-        ("PGD-20", f"{per_cent(result['pgd20'])} %"),
-        (
-            autoattack_label(attack["version"]) if attack else "AutoAttack",
-            f"{per_cent(attack['accuracy'])} % of {attack['examples']} test images" if attack else "not run",
-        ),
+        ("clean", f"{100 * result['clean']:.2f} % of {result['test_examples']} test images"),
+        ("PGD-20", f"{100 * result['pgd20']:.2f} %"),
     ]
+    if attack:
+        text = f"{100 * attack['accuracy']:.2f} % of {attack['examples']} test images"
+        rows.append((autoattack_label(attack["version"]), text))
+    else:
+        rows.append(("AutoAttack", "not run"))
     gradients, best, mean = (result.get(name) for name in ("gradients", "best", "swa"))
     if gradients:
         rows.append(("GD, GC", f"{gradients['gd']:.4f}, {gradients['gc']:.4f} on {gradients['examples']} test images"))
         rows.append(("", gradients["definition"]))
     if best:
-        rows.append(("best", f"epoch {best['epoch']} by PGD-10 on held-out images: {_accuracies(best)}"))
+        rows.append(("best", f"epoch {best['epoch']} by PGD-10 on held-out images: {accuracies(best)}"))
     if mean:
-        rows.append(("mean weights", f"of the last {mean['epochs']} epochs: {_accuracies(mean)}"))
+        rows.append(("mean weights", f"of the last {mean['epochs']} epochs: {accuracies(mean)}"))
     rows += [
         ("time", "  ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())),
         ("hardware", result["hardware"]),
@@ -247,9 +191,3 @@ def summary(result: dict[str, Any], folder: str) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
-
-
-def _accuracies(found: dict[str, Any]) -> str:
-    attack = found["autoattack"]
-    attacked = f", {autoattack_label(attack['version'])} {per_cent(attack['accuracy'])} %" if attack else ""
-    return f"clean {per_cent(found['clean'])} %, PGD-20 {per_cent(found['pgd20'])} %{attacked}"

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "pyautoattack")
 def provenance(script: Path) -> dict[str, Any]:
     """Return command, number of processes, versions, commit and a hash of the code, for config.json."""
     return {
-        "command": command(),
+        "command": _command(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
         "commit": _commit(script),
@@ -28,16 +28,14 @@ def provenance(script: Path) -> dict[str, Any]:
     }
 
 
-def command() -> str:
+def _command() -> str:
     """Return the command line, with torchrun and its number of processes if torchrun started it."""
     words = [*started_as(sys.argv[0]), *sys.argv[1:]]
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = [f"--nnodes={processes // here}"] if processes > here else []
-        return shlex.join(["torchrun", *nodes, f"--nproc_per_node={here}", *words])
-    several = [f"WORLD_SIZE={processes}"] if processes > 1 else []
-    return shlex.join([*several, "python", *words])
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return shlex.join(["python", *words])
+    processes, of_node = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes = [f"--nnodes={processes // of_node}"] if processes > of_node else []
+    return shlex.join(["torchrun", *nodes, f"--nproc_per_node={of_node}", *words])
 
 
 def _code_sha256(script: Path) -> str:

@@ -1,11 +1,18 @@
-"""Contents of last.pt: progress, networks and random generators."""
+"""Progress of a run and its checkpoints, last.pt and previous.pt."""
 
+import argparse
+import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+from experiment import UserError, files
+from experiment.engine import Engine
+from experiment.run.folder import FORMAT
 
 
 @dataclass
@@ -55,10 +62,6 @@ class State:
         return {"loss": sum(terms.values()), **terms, "images_per_second": speed}
 
 
-LATER_FIELDS = {"changed": [], "best": None, "best_weights": None}
-"""Fields that a last.pt of an earlier version may lack, with their values."""
-
-
 @dataclass
 class Networks:
     """Student, optimizer, teacher, and with --swa_after the averaged weights."""
@@ -75,44 +78,97 @@ def generators(device: torch.device) -> dict[str, Tensor | None]:
     return {"rng": torch.get_rng_state(), "rng_cuda": cuda}
 
 
-def to_checkpoint(state: State, networks: Networks, random: dict[str, Tensor | None]) -> dict[str, Any]:
-    """Return tensors and plain types from which ``from_checkpoint`` restores the run bit for bit."""
-    content = {item.name: getattr(state, item.name) for item in fields(State)}
-    content["sums"] = {name: float(value) for name, value in state.sums.items()}
-    if networks.averaged is not None:
-        content["averaged"] = {
-            "model": networks.averaged.module.state_dict(),
-            "count": int(networks.averaged.n_averaged),
+class Checkpoints:
+    """Writes (on rank 0) and reads last.pt: tensors and plain types that restore a run bit for bit."""
+
+    def __init__(self, folder: Path, identity: str, args: argparse.Namespace, engine: Engine, steps: int) -> None:
+        """Args:
+        identity: the run's id, which its files contain.
+        steps: optimizer steps of an epoch.
+        """
+        self._last, self._previous = folder / "last.pt", folder / "previous.pt"
+        self._identity, self._args, self._engine, self._steps = identity, args, engine, steps
+
+    def save(self, state: State, networks: Networks, num_classes: int, random: dict[str, Tensor | None]) -> None:
+        """Write last.pt and keep the one before as previous.pt."""
+        if not self._engine.main:
+            return
+        content = {
+            "format": FORMAT,
+            "id": self._identity,
+            "architecture": self._args.student,
+            "num_classes": num_classes,
+            **files.source_file(networks.student),
+            # The learning rate of an epoch follows from these; the schedule has no other state.
+            "schedule": {"lr": self._args.lr, "lr_milestones": self._args.lr_milestones},
+            "model": networks.student.state_dict(),
+            "optimizer": networks.optimizer.state_dict(),
+            **random,
+            **{item.name: getattr(state, item.name) for item in fields(State)},
+            "sums": {name: float(value) for name, value in state.sums.items()},
         }
-    return {"model": networks.student.state_dict(), "optimizer": networks.optimizer.state_dict(), **random, **content}
+        if networks.averaged is not None:
+            count = int(networks.averaged.n_averaged)
+            content["averaged"] = {"model": networks.averaged.module.state_dict(), "count": count}
+        files.save(self._last, content, previous=self._previous)
 
+    def restore(self, networks: Networks) -> tuple[State | None, str]:
+        """Load last.pt, or previous.pt if any rank cannot use last.pt.
 
-def from_checkpoint(
-    content: dict[str, Any], networks: Networks, device: torch.device, epochs: int, steps: int
-) -> State:
-    """Restore networks, optimizer and generators, and return the state of the run.
+        Returns:
+            The state of the run, or None if there is no checkpoint; and a note about a damaged file.
 
-    Args:
-        epochs, steps: epochs of the run and steps of one epoch, to check the position.
+        Raises:
+            UserError: both are unusable.
+        """
+        engine, faults = self._engine, []
+        for path in engine.from_main([path for path in (self._last, self._previous) if path.exists()]):
+            try:
+                state = engine.on_all_ranks(lambda path=path: self._load(path, networks))
+                break
+            except UserError as error:
+                faults.append(str(error))
+        else:
+            if faults:
+                folder = self._last.parent
+                raise UserError(f"{'; '.join(faults)}; no other checkpoint is left: delete {folder} to start again")
+            return None, ""
+        if faults and engine.main:
+            os.replace(self._last, self._last.with_name("last.damaged.pt"))
+        if not engine.main:  # the sums are over all ranks, so rank 0 keeps them
+            state.sums = {name: torch.zeros_like(value) for name, value in state.sums.items()}
+        return state, f" of {path.name} ({faults[0]}; renamed to last.damaged.pt)" if faults else ""
 
-    Raises:
-        KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError: the content does not fit.
-    """
-    state = State(**{item.name: {**LATER_FIELDS, **content}[item.name] for item in fields(State)})
-    if not (0 <= state.epoch <= epochs and 0 <= state.step <= steps):
-        raise ValueError(f"there is no epoch {state.epoch}, step {state.step}")
-    if [row["epoch"] for row in state.rows] != list(range(1, state.epoch + 1)):
-        raise ValueError("its rows are not those of its epochs")
-    source = getattr(networks.student, "source_file", None)  # of a network from the user's own file
-    if source and source["sha256"] != content["source_file"]["sha256"]:
-        raise ValueError(f"{source['path']} has changed since: restore its content")
-    networks.student.load_state_dict(content["model"])
-    networks.optimizer.load_state_dict(content["optimizer"])
-    if networks.averaged is not None:
-        networks.averaged.module.load_state_dict(content["averaged"]["model"])
-        networks.averaged.n_averaged.fill_(content["averaged"]["count"])
-    torch.set_rng_state(content["rng"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(content["rng_cuda"], device)
-    state.sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state.sums.items()}
-    return state
+    def _load(self, path: Path, networks: Networks) -> State:
+        content = files.load(path)
+        try:
+            if content["id"] != self._identity:
+                raise ValueError(f"it belongs to a run with id {content['id']!r:.40}")
+            return self._restored(content, networks)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"{path} does not fit this run: {reason}") from error
+
+    def _restored(self, content: dict[str, Any], networks: Networks) -> State:
+        """Restore networks, optimizer and generators; return the state."""
+        device = self._engine.device
+        # A checkpoint of an earlier version may lack a field.
+        state = State(**{item.name: content[item.name] for item in fields(State) if item.name in content})
+        if not (0 <= state.epoch <= self._args.epochs and 0 <= state.step <= self._steps):
+            raise ValueError(f"there is no epoch {state.epoch}, step {state.step}")
+        if [row["epoch"] for row in state.rows] != list(range(1, state.epoch + 1)):
+            raise ValueError("its rows are not those of its epochs")
+        source = getattr(networks.student, "source_file", None)  # of a network from the user's own file
+        if source and source["sha256"] != content["source_file"]["sha256"]:
+            raise ValueError(f"{source['path']} has changed since: restore its content")
+        networks.student.load_state_dict(content["model"])
+        networks.optimizer.load_state_dict(content["optimizer"])
+        if networks.averaged is not None:
+            networks.averaged.module.load_state_dict(content["averaged"]["model"])
+            networks.averaged.n_averaged.fill_(content["averaged"]["count"])
+        torch.set_rng_state(content["rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(content["rng_cuda"], device)
+        for name, value in state.sums.items():
+            state.sums[name] = torch.tensor(value, dtype=torch.float64, device=device)
+        return state

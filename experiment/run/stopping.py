@@ -5,9 +5,9 @@ the whole job also signals the workers, so the signal arrives twice. torchrun fo
 only with ``--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1``. Without this flag SIGUSR1 kills the agent, and the
 workers stop in order if the scheduler signals them too. Every worker exits with status 75, torchrun with 1.
 
-During training, all ranks stop after the same step (``engine.requests``). During evaluation, ranks are at different
-places and all state is saved. A rank that receives a signal then notifies the others through the store, waits until all
-have read the message, and exits; the others exit at once, also from a collective that will never end.
+During training, all ranks stop after the same step. During evaluation, ranks are at different places and all state is
+saved. A rank that receives a signal then notifies the others through the store, waits until all have read the message,
+and exits; the others exit at once, also from a collective that will never end.
 """
 
 import atexit
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 from experiment import RunStopped
@@ -26,8 +27,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 REPEAT_SECONDS = 3.0
 """Seconds within which a second signal counts as a repetition: both a shell and a study forward Ctrl-C."""
-AGENT_SECONDS = 30.0
-"""The same under torchrun, whose agent kills its workers this long after the first signal."""
 HEARD_SECONDS = 5.0
 """Seconds to wait for the other ranks to read the message."""
 BLOCKED_SECONDS = 10
@@ -43,7 +42,7 @@ class Stopping:
 
     Attributes:
         busy: whether the loop handles signals at the next step boundary; otherwise the run stops at once.
-        number: the signal received, or None.
+        number: the signal received, 0 for none.
     """
 
     def __init__(self, engine: Engine, save: Callable[[], None], describe: Callable[[str], str]) -> None:
@@ -53,10 +52,9 @@ class Stopping:
             save: called before an immediate stop; saves unsaved state.
             describe: maps the signal's name to the line that the run prints.
         """
-        self.busy, self.number = False, None
+        self.busy, self.number = False, 0
         self._engine, self._save, self._describe = engine, save, describe
         self._since, self._other_left = 0.0, False
-        self._repeat = AGENT_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else REPEAT_SECONDS
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
@@ -70,18 +68,19 @@ class Stopping:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._other_left:
             self.leave()
-        elif self.number is None:
+        elif not self.number:
             self.number, self._since = number, time.monotonic()
             if not self.busy:
                 self.leave()
-            self._tell("signal")
-            self._engine.requests.ask("stop")
-        elif time.monotonic() - self._since > self._repeat:
+        elif self._engine.world == 1 and time.monotonic() - self._since > REPEAT_SECONDS:
             self._stop()  # a later second signal: do not wait for the step
 
-    def requested(self) -> bool:
-        """Whether this rank has received a signal."""
-        return self.number is not None
+    def agreed(self) -> bool:
+        """Whether any rank has received a signal; all ranks must call."""
+        number = self._engine.highest(self.number)
+        if number:  # do not overwrite a signal that has just arrived
+            self.number = number
+        return number > 0
 
     def leave(self) -> None:
         """Stop at once, after saving unsaved state.
@@ -92,10 +91,11 @@ class Stopping:
         self._ignore_signals()
         self._save()
         if self._engine.world > 1 and not self._other_left:
-            self._tell("leaving")
-            end = time.monotonic() + HEARD_SECONDS
-            while self._count_heard() < self._engine.world and time.monotonic() < end:
-                time.sleep(0.05)
+            with suppress(RuntimeError):  # the store has ended with torchrun's agent
+                store, end = self._engine.store, time.monotonic() + HEARD_SECONDS
+                store.set("leaving", str(int(self.number)))
+                while store.add("heard", 0) < self._engine.world and time.monotonic() < end:
+                    time.sleep(0.05)
         self._stop()
 
     def leave_together(self) -> None:
@@ -110,19 +110,10 @@ class Stopping:
 
     def _stop(self) -> None:
         self._ignore_signals()
-        main = self._engine.main  # rank 0 prints the line
-        raise RunStopped(self._describe(self._name()) if main else "", RunStopped.INTERRUPTED)
+        raise RunStopped(self._line() if self._engine.main else "", RunStopped.INTERRUPTED)
 
-    def _name(self) -> str:
-        if self.number is None:
-            try:
-                sent = self._engine.store.check(["signal"])
-                self.number = int(self._engine.store.get("signal")) if sent else None
-            except RuntimeError:  # the store has gone with the agent
-                pass
-        if self.number is None:
-            return "a signal to another process"
-        return signal.Signals(self.number).name
+    def _line(self) -> str:
+        return self._describe(signal.Signals(self.number).name)
 
     @staticmethod
     def _ignore_signals() -> None:
@@ -133,23 +124,6 @@ class Stopping:
             signal.signal(number, _do_nothing)
             atexit.register(signal.signal, number, signal.SIG_IGN)
 
-    # -- the other ranks ----------------------------------------------------------------------------------------------
-
-    def _tell(self, key: str) -> None:
-        if self._engine.store is None:
-            return
-        try:
-            self._engine.store.set("signal", str(int(self.number)))
-            self._engine.store.set(key, str(int(self.number)))
-        except RuntimeError:  # the store ended with the agent; the request is also sent with the gradients
-            pass
-
-    def _count_heard(self) -> int:
-        try:
-            return self._engine.store.add("heard", 0)
-        except RuntimeError:
-            return self._engine.world
-
     def _watch(self) -> None:
         """In a thread: wait until a rank exits, confirm that the message was read, and make the main thread exit."""
         store = self._engine.store
@@ -157,7 +131,7 @@ class Stopping:
             while not store.check(["leaving"]):
                 if self._over.wait(0.5):
                     return
-            self._other_left = True
+            self.number, self._other_left = int(store.get("leaving")), True
             os.kill(os.getpid(), signal.SIGTERM)
             store.add("heard", 1)
         except RuntimeError:  # the store ended: no further messages
@@ -165,7 +139,7 @@ class Stopping:
         if self._over.wait(BLOCKED_SECONDS):
             return
         if self._engine.main:
-            print(self._describe(self._name()), file=sys.stderr, flush=True)
+            print(self._line(), file=sys.stderr, flush=True)
         os._exit(RunStopped.INTERRUPTED)
 
     def _end_watch(self) -> None:

@@ -20,8 +20,7 @@ def named_metrics(row: dict[str, Any]) -> dict[str, float]:
 def named_results(result: dict[str, Any]) -> dict[str, float]:
     """Rename the figures of result.json for trackers: result/..., best/..., swa/..., time/...."""
     found = {}
-    for group in ("result", "best", "swa"):
-        figures = result if group == "result" else result.get(group)
+    for group, figures in (("result", result), ("best", result.get("best")), ("swa", result.get("swa"))):
         if figures:
             found |= {f"{group}/{name}": figures[name] for name in ("clean", "pgd20")}
             if figures["autoattack"]:
@@ -31,49 +30,11 @@ def named_results(result: dict[str, Any]) -> dict[str, float]:
     return found | {f"time/{name}": seconds for name, seconds in result["seconds"].items()}
 
 
-class Trackers:
-    """The trackers that a run writes to."""
-
-    def __init__(self, args: argparse.Namespace, identity: str, folder: Path, *, enabled: bool) -> None:
-        """Open the trackers of --wandb 1 and --tensorboard 1.
-
-        Args:
-            identity: id of the run; a resumed run continues under it.
-            enabled: whether this process writes.
-
-        Raises:
-            UserError: a package is missing; W&B is not logged in or does not answer within 20 s.
-        """
-        self._trackers: list[Wandb | TensorBoard] = []
-        if enabled and not args.nowand:
-            self._trackers.append(Wandb(args, identity))
-        if enabled and args.tensorboard:
-            self._trackers.append(TensorBoard(folder / "tensorboard"))
-
-    def start(self, config: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-        """Write config.json and the rows so far; return a line for each tracker that names its place."""
-        return [tracker.start(config, rows) for tracker in self._trackers]
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Write one row of metrics.jsonl."""
-        for tracker in self._trackers:
-            tracker.log(row)
-
-    def finish(self, result: dict[str, Any], student: Path) -> None:
-        """Write result.json, and with --wandb_artifact 1 the student's file; close."""
-        for tracker in self._trackers:
-            tracker.finish(result, student)
-
-
 class Wandb:
     """A run at Weights & Biases, or its local folder with WANDB_MODE=offline."""
 
     def __init__(self, args: argparse.Namespace, identity: str) -> None:
-        """Log in and start the W&B run.
-
-        Raises:
-            UserError: wandb is missing, is not logged in, or does not answer within 20 s.
-        """
+        """Log in and start the W&B run."""
         try:
             import wandb
         except ImportError as error:
@@ -115,10 +76,9 @@ class Wandb:
         names = [config["method"], config["adds"], *self._run.group.split("/")]
         self._run.tags = tuple(dict.fromkeys([*(self._run.tags or ()), *(name[:64] for name in names if name)]))
         # A killed process loses its last rows. Offline, every start writes a new log with all rows.
-        there = self._run.summary.get("epoch", 0) if self._online else 0
-        for row in rows:
-            if row["epoch"] > there:
-                self.log(row)
+        logged = self._run.summary.get("epoch", 0) if self._online else 0
+        for row in rows[logged:]:
+            self.log(row)
         if self._online:
             return f"Weights & Biases: {self._run.url}"
         return f"Weights & Biases, offline: wandb sync {Path(self._run.dir).parent}"
@@ -139,11 +99,7 @@ class TensorBoard:
     """Event files in the run folder, with the same names as in W&B."""
 
     def __init__(self, folder: Path) -> None:
-        """Import TensorBoard.
-
-        Raises:
-            UserError: the package is missing.
-        """
+        """Import TensorBoard."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -172,3 +128,16 @@ class TensorBoard:
         for name, value in named_results(result).items():
             self._writer.add_scalar(name, value, result["epochs"])
         self._writer.close()
+
+
+def open_trackers(args: argparse.Namespace, identity: str, folder: Path) -> list[Wandb | TensorBoard]:
+    """Open the trackers of --wandb 1 and --tensorboard 1.
+
+    Args:
+        identity: id of the run; a resumed run continues under it.
+
+    Raises:
+        UserError: a package is missing; W&B is not logged in or does not answer within 20 s.
+    """
+    trackers: list[Wandb | TensorBoard] = [] if args.nowand else [Wandb(args, identity)]
+    return [*trackers, TensorBoard(folder / "tensorboard")] if args.tensorboard else trackers
