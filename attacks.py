@@ -11,7 +11,7 @@ Conventions of every public attack here:
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -31,17 +31,26 @@ _step: ContextVar[Callable[..., Tensor] | None] = ContextVar("step", default=Non
 
 
 @contextmanager
-def shard_of(first: int, total: int) -> Iterator[None]:
+def _set(variable: ContextVar, value: object) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def shard_of(first: int, total: int) -> AbstractContextManager[None]:
     """Draw random starts for `total` images and use the rows from `first` on.
 
     With several ranks that share the generator state and each hold a slice of the global batch, every image gets the
     same start as in a single process, and the generators stay synchronised.
     """
-    token = _shard.set((first, total))
-    try:
-        yield
-    finally:
-        _shard.reset(token)
+    return _set(_shard, (first, total))
+
+
+def steps_by(step: Callable[..., Tensor]) -> AbstractContextManager[None]:
+    """Let `ascend` use a faster implementation of `sign_step`."""
+    return _set(_step, step)
 
 
 @contextmanager
@@ -111,16 +120,6 @@ def sign_step(
         return project(x_adv + step_size * gradient.sign(), x, epsilon)
 
 
-@contextmanager
-def steps_by(step: Callable[..., Tensor]) -> Iterator[None]:
-    """Let `ascend` use a faster implementation of `sign_step`."""
-    token = _step.set(step)
-    try:
-        yield
-    finally:
-        _step.reset(token)
-
-
 def ascend(
     objective: Callable[..., Tensor],
     x: Tensor,
@@ -137,13 +136,8 @@ def ascend(
             an image's path depend on the other images of its batch.
         x: (N, C, H, W) in [0, 1], the centre of the ball.
         start: (N, C, H, W), the first point; may be outside [0, 1].
-        epsilon: radius >= 0.
-        step_size: >= 0.
-        steps: number of gradient steps >= 0; 0 returns the projected start.
+        steps: number of gradient steps; 0 returns the projected start.
         given: further arguments of the objective, constant during the attack.
-
-    Returns:
-        x_adv as in the module's conventions.
 
     Raises:
         ValueError: epsilon, step_size or steps is negative or NaN.
@@ -163,7 +157,7 @@ def ascend(
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float = EPSILON, random_start: bool = False) -> Tensor:
     """Take one step of length epsilon on CE(model(x), y), from x or from a uniform start in the ball.
 
-    Source: Goodfellow et al., ICLR 2015. See the module's conventions for shapes, ranges and side effects.
+    Source: Goodfellow et al., ICLR 2015.
     """
     return pgd(model, x, y, epsilon, epsilon, 1, random_start)
 
@@ -222,7 +216,7 @@ def rslad(
     Args:
         teacher_logits: (N, C), T(x), constant during the attack.
 
-    Source: Zi et al., ICCV 2021, eq. 9. See the module's conventions for the rest.
+    Source: Zi et al., ICCV 2021, eq. 9.
     """
     teacher_logits = teacher_logits.detach()
 
@@ -253,7 +247,7 @@ def adaad(
     Raises:
         ValueError: teacher_every is below 1.
 
-    Source: Huang et al., CVPR 2023, eq. 5. See the module's conventions for the rest.
+    Source: Huang et al., CVPR 2023, eq. 5.
     """
     if teacher_every < 1:
         raise ValueError(f"teacher_every {teacher_every} is out of range (expected a whole number from 1)")
@@ -310,7 +304,7 @@ def igdm(
 
     The gradient reaches x_adv through all four branches, the minus branches being evaluated at 2x - x_adv.
 
-    Source: Lee, Cho, Kim, ICLR 2025 (IGDM used as the inner loss). See the module's conventions for the rest.
+    Source: Lee, Cho, Kim, ICLR 2025 (IGDM used as the inner loss).
     """
 
     def objective(x_adv: Tensor, x: Tensor) -> Tensor:
@@ -336,16 +330,11 @@ def perturb(
     teacher_clean: Tensor | None = None,
     teacher_every: int = 1,
 ) -> Tensor:
-    """Run the inner maximisation that ``--attack`` selects.
+    """Run the inner maximisation that ``--attack`` selects, one of INNER_MAXIMISATIONS.
 
     Args:
-        attack: ``pgd`` (ARD: argmax CE(S(x+d), y)), ``rslad`` (argmax KL(T(x) || S(x+d))), ``adaad``
-            (argmax KL(T(x+d) || S(x+d))) or ``igdm`` (argmax L_IGDM).
         teacher_clean: (N, C), T(x) for ``rslad``, if the caller has it already; computed if None.
-        teacher_every: for ``adaad``: evaluate the teacher at every K-th step only.
-
-    Raises:
-        ValueError: attack is not one of these names.
+        teacher_every: as in `adaad`.
     """
     if attack == "pgd":
         return pgd(student, x, y, epsilon, step_size, steps)

@@ -158,23 +158,14 @@ def test_a_refused_start_leaves_no_folder(small):
 def test_resumed_run_names_what_changed(small):
     folder = stopped_run(small.server, small.home, "moved")
     config = json.loads((folder / "config.json").read_text())
-    config["versions"]["torch"] = "1.0"
+    config["versions"]["torch"], config["code_sha256"] = "1.0", "0" * 64
     (folder / "config.json").write_text(json.dumps(config))
     outcome = small.server.run(SCRIPTS[0], [*SMALL, "--run_name", "moved"], small.home, faults=[("start", 1, "")])
-    assert "warning: versions changed since the run began" in outcome.out
+    assert "warning: versions and code changed since the run began" in outcome.out
     # Who reads the result has not seen the warning.
     outcome = small.server.run(SCRIPTS[0], [*SMALL, "--run_name", "moved"], small.home)
     outcome.expect(0)
-    assert json.loads((folder / "result.json").read_text())["changed"] == ["versions"]
-
-
-def test_resumed_run_names_changed_code(small):
-    folder = stopped_run(small.server, small.home, "edited")
-    config = json.loads((folder / "config.json").read_text())
-    config["code_sha256"] = "0" * 64
-    (folder / "config.json").write_text(json.dumps(config))
-    outcome = small.server.run(SCRIPTS[0], [*SMALL, "--run_name", "edited"], small.home, faults=[("start", 1, "")])
-    assert "warning: code changed since the run began" in outcome.out
+    assert json.loads((folder / "result.json").read_text())["changed"] == ["versions", "code"]
 
 
 def test_a_finished_run_without_autoattack_can_be_attacked(small):
