@@ -183,8 +183,10 @@ class Run:
         self._row = state.means()
         self._stop_if_collapsed()
         self._trained, self._trained_at = generators(self.device), time.monotonic()
-        if engine.world > 1:
-            self._save_trained()  # during evaluation, a rank may have to exit without the others
+        if engine.world > 1:  # during evaluation, a rank may have to exit without the others
+            self._save_trained()
+            if self._stopping.agreed():
+                self._stopping.leave_together()
         self._may_stop_anywhere()
 
     def _show_step(self, epoch: int) -> None:
@@ -269,6 +271,8 @@ class Run:
         self._write_metrics()
         if is_best:
             self._write_student("best.pt", self._networks.student, state.best)
+        if self._stopping.agreed():
+            self._stopping.leave_together()
         for tracker in self._trackers:
             tracker.log(row)
         self._bar.line(epoch_line(row, args.epochs, *remaining(args, self._images, state)))
