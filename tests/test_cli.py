@@ -5,7 +5,6 @@ import re
 import runpy
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -307,15 +306,6 @@ def test_the_rate_falls_after_each_milestone(argv, rates):
     for epoch, rate in rates.items():
         optim.set_lr(optimizer, args, epoch)
         assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(rate, rel=1e-12)]
-
-
-def test_the_optimizer_is_plain_sgd_on_every_parameter():
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.BatchNorm2d(2))
-    optimizer = optim.sgd(model, Namespace(lr=0.2, momentum=0.8, wd=1e-3))
-    (group,) = optimizer.param_groups
-    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
-    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.2, 0.8, 1e-3)
-    assert (group["nesterov"], group["dampening"], group["maximize"]) == (False, 0, False)
 
 
 @pytest.mark.parametrize(

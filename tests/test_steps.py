@@ -77,29 +77,6 @@ def test_the_teachers_own_mode_does_not_matter(method, networks, batches):
     assert_same_network(student, expected)
 
 
-# Teacher passes, (default, paper), beyond those of the attack's steps, as the scripts write them; the paper's are the
-# published ones or fewer. The engine spares the plus pass where beta = 1: that is x_adv's.
-TEACHER_PASSES = {
-    "ard": (1, 1),
-    "ard_IGDM": (3, 3),
-    "rslad": (2, 1),
-    "rslad_IGDM": (4, 3),
-    "adaad": (1, 1),
-    "adaad_IGDM": (3, 3),
-}
-
-
-@pytest.mark.parametrize("method", TEACHER_PASSES)
-def test_teacher_passes(method, networks, batches):
-    for kind, expected in zip(("default", "paper"), TEACHER_PASSES[method], strict=True):
-        student, teacher = networks
-        calls = []
-        teacher.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        args = settings(method, *FLAGS[kind])
-        product_run(method, student, teacher, batches[:1], args)
-        assert len(calls) == expected + (args.steps if "adaad" in method else 0), kind
-
-
 @pytest.mark.parametrize("method", SCRIPTS)
 def test_the_reference_computes_where_its_networks_are(method, networks, batches):
     """No tensor of its own on the CPU: on the device without memory, as on a GPU, mixing two would raise."""
@@ -108,10 +85,9 @@ def test_the_reference_computes_where_its_networks_are(method, networks, batches
     assert reference_loss(method, student, teacher, x, y, settings(method)).is_meta
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_reference_notices_what_it_must(method, networks, batches):
-    """The tolerance is not so wide that a wrong pass fits in: one step size or weight off is seen."""
-    student, teacher = networks
+def test_the_reference_notices_what_it_must(networks, batches):
+    """The tolerance is not so wide that a wrong pass fits in: one weight off is seen."""
+    (student, teacher), method = networks, "adaad_IGDM"
     args = settings(method)
     expected = copy.deepcopy(student)
     torch.manual_seed(5)
