@@ -1,5 +1,5 @@
 """PGD-AT: adversarial training of a network S on its own adversarial images (Madry et al., ICLR 2018).
-With IGDM: indirect gradient matching (Lee, Cho, Kim, ICLR 2025); a frozen robust teacher T serves its term alone.
+With IGDM: indirect gradient matching (Lee, Cho, Kim, ICLR 2025); only this term uses the frozen robust teacher T.
 
 attack  x_adv = argmax CE(S(x+δ), y), ‖δ‖∞ ≤ ε, from a uniform start in the ball
 loss    CE(S(x_adv), y)

@@ -1,5 +1,5 @@
 """TRADES: adversarial training of a network S that weighs clean against robust accuracy (Zhang et al., ICML 2019).
-With IGDM: indirect gradient matching (Lee, Cho, Kim, ICLR 2025); a frozen robust teacher T serves its term alone.
+With IGDM: indirect gradient matching (Lee, Cho, Kim, ICLR 2025); only this term uses the frozen robust teacher T.
 
 attack  x_adv = argmax KL(S(x) ‖ S(x+δ)), ‖δ‖∞ ≤ ε, from x + 0.001 N(0, 1)
 loss    CE(S(x), y) + w KL(S(x) ‖ S(x_adv)), w = --trades_weight; the gradient flows through S(x) and S(x_adv)

@@ -83,6 +83,12 @@ def test_the_command_that_starts_an_example_is_the_one_that_resumes_it(tmp_path)
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
 
+def test_an_example_that_is_started_as_a_file_names_the_command():
+    done = python("examples/trades_cifar100.py", cwd=ROOT)
+    line = "error: start an example from the project's folder: python -m examples.trades_cifar100\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
 def test_an_example_is_compared_with_its_baseline_and_measured(finished, small):
     """Though the baseline has no teacher: IGDM brings it."""
     folders = [finished(method) for method in ("pgd_at", "pgd_at_IGDM")]
