@@ -1,6 +1,5 @@
 """CIFAR-10, CIFAR-100 and SVHN through torchvision, which checks every file's MD5; missing files are downloaded."""
 
-import itertools
 import os
 import shutil
 from pathlib import Path
@@ -65,15 +64,12 @@ def _complete(kind: Any, utils: ModuleType, folder: Path, aside: Path) -> None:
             _fetch(*kind.split_list[split], utils, folder, aside)
         return
     unpacked = folder / kind.base_folder
-    if unpacked.exists():
-        print(f"{unpacked} is incomplete or altered (MD5): {kind.filename} is unpacked again", flush=True)
+    if unpacked.exists():  # perhaps altered on purpose: noisy labels, a subset
+        raise UserError(
+            f"{unpacked} is incomplete or altered (MD5); move it away to have {kind.filename} unpacked again"
+        )
     _fetch(kind.url, kind.filename, kind.tgz_md5, utils, folder, aside)
     utils.extract_archive(str(folder / kind.filename), str(aside))
-    if unpacked.exists():  # perhaps altered on purpose: noisy labels, a subset
-        copies = (folder / f"{kind.base_folder}.altered{i}" for i in itertools.count(1))
-        kept = next(path for path in copies if not path.exists())
-        os.replace(unpacked, kept)
-        print(f"the altered folder is kept as {kept}", flush=True)
     os.replace(aside / kind.base_folder, unpacked)
 
 

@@ -110,7 +110,7 @@ def record_text(record: dict[str, Any]) -> str:
     parts = [
         _accuracies(accuracies, labels) if accuracies else (),
         _per_class(record["per_class"], labels) if "per_class" in record else (),
-        _torchattacks(record.get("torchattacks", ())),
+        _torchattacks(record["torchattacks"]) if "torchattacks" in record else (),
         _gradients(record["gradients"]) if "gradients" in record else (),
     ]
     return "\n\n".join(filter(None, map("\n".join, parts)))
@@ -138,15 +138,14 @@ def _per_class(per_class: dict[str, Any], labels: dict[str, str]) -> Iterator[st
 
 
 def _torchattacks(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    if rows:
-        yield "torchattacks: same images, epsilon, step size and steps (without C&W, an L2 attack there)"
+    yield "comparison with torchattacks: same images, epsilon, step size and steps (without C&W, an L2 attack there)"
+    table = [["attack", "ours", "torchattacks", "misclassified only by ours", "only by theirs", "McNemar p", "at 5 %"]]
     for row in rows:
-        verdict = "DIFFERENCE at the 5 % level" if row["beyond_noise"] else "no difference at the 5 % level"
-        yield (
-            f"  {attack_label(row['attack'], row['steps']):<12}ours {100 * row['ours']:.2f} %, torchattacks "
-            f"{100 * row['torchattacks']:.2f} %; {row['only_ours']} images misclassified only under ours, "
-            f"{row['only_theirs']} only under theirs: {verdict} (McNemar p = {row['p']:.2f})"
-        )
+        shares = [f"{100 * row[name]:.2f} %" for name in ("ours", "torchattacks")]
+        counts = [str(row["only_ours"]), str(row["only_theirs"]), f"{row['p']:.2f}"]
+        verdict = "DIFFERENCE" if row["beyond_noise"] else "no difference"
+        table.append([attack_label(row["attack"], row["steps"]), *shares, *counts, verdict])
+    yield as_text(table)
 
 
 def _gradients(report: dict[str, Any]) -> Iterator[str]:
