@@ -2,10 +2,9 @@
 
     python -m benchmarks.evaluation --out runs/bench/evaluation.json
 
-The network is the real architecture with random weights, images are random. AutoAttack runs at so small a budget that
-nearly every image stays correctly classified and every attack runs all of its iterations: the seconds are those of a
-robust image, the expensive ones of a real run. Beside the product, on equal work: torchattacks' PGD, and the loop that
-robustbench's `benchmark` runs, where these packages are installed.
+Weights and images are random. AutoAttack's epsilon is so small that nearly every image stays correctly classified and
+every attack runs all iterations: the seconds are those of a robust image, the most expensive kind. torchattacks' PGD
+and robustbench's loop are timed on the same work if these packages are installed.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""All that some minutes of a GPU can settle, most important first: correctness, the fastest step, what is left of it.
+"""Check a GPU within some minutes, most important part first: correctness, the fastest step, where its time goes.
 
-    python -m benchmarks.gpu_check --minutes 9 --out DIR --commit SHA     # on the GPU machine, which keeps nothing
-    python -m benchmarks.report DIR --insert docs/performance_tables.md          # at home, from DIR/gpu_check.json
-    python -m benchmarks.gpu_check --rehearse --out DIR                   # all of it at toy size, on a CPU
+    python -m benchmarks.gpu_check --minutes 9 --out DIR --commit SHA     # on the GPU machine
+    python -m benchmarks.report DIR --insert docs/performance_tables.md          # afterwards, from DIR/gpu_check.json
+    python -m benchmarks.gpu_check --rehearse --out DIR                   # every part at toy size, on a CPU
 
-Each part is a process of its own with a limit of its own; what it leaves of its time the later ones get. The JSON file
-is written after every setting: whatever kills this command, what was measured is there. A part that fails, or runs
-into its limit, says so, and the next begins. A rehearsal has no minutes: its limits follow from the seconds that its
-first part took. On a CPU without bfloat16 instructions it leaves the bfloat16 measurements out.
+Each part is a process with a time limit; time that it does not use goes to later parts. The JSON file is written after
+every setting, so an interrupted check keeps what it measured. A part that fails or reaches its limit is reported, and
+the next one starts. The limits of a rehearsal follow from the seconds of its first part. On a CPU without bfloat16
+instructions, the bfloat16 measurements are left out.
 """
 
 import argparse

@@ -99,7 +99,7 @@ GROUPS: dict[str, dict[str, Flag]] = {
     "evaluation": {
         "eval_after": _flag("epoch after which clean and PGD-20 accuracy are measured; the last epoch always is",
                             MAY_DIFFER, type=whole(0), default=90),
-        "aa_examples": _flag("test images for AutoAttack (standard) after the training (0: none)", AUTOATTACK | COST,
+        "aa_examples": _flag("test images for AutoAttack (standard), the first N (0: none)", AUTOATTACK | COST,
                              type=whole(0), default=10_000),
         "aa_batch": _flag("images per AutoAttack chunk; each has its own random draws and is saved when done",
                           AUTOATTACK | MAY_DIFFER, type=positive_int, default=250),

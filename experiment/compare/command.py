@@ -18,8 +18,8 @@ from experiment.text import as_text, escaped
 FILES = {
     "csv": "a line per run, accuracies as fractions",
     "latex": "the table of results as a booktabs tabular that fits a column",
-    "html": "one page with everything, that opens without network",
-    "records": "the finished runs in one small file, which compare.py takes in their place",
+    "html": "one self-contained page",
+    "records": "the finished runs as one small file, a source for compare.py",
 }
 """What can be written beside comparison.md and the plots, by flag."""
 

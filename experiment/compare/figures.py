@@ -105,7 +105,7 @@ def _tidy(axes: Any, grid: str = "y") -> None:
 
 def _comparison_figure(groups: Sequence[SeedGroup], styles: Styles) -> Any:
     """PGD-20 and clean accuracy by epoch, and AutoAttack bars; a published teacher as a dotted line."""
-    figure = _new_figure(15.0, max(5.0, 2.2 + 0.6 * len(groups)))
+    figure = _new_figure(12.0, max(5.0, 2.2 + 0.6 * len(groups)))
     robust, clean, bars = figure.subplots(1, 3, width_ratios=[1, 1, 1.15])
     students = [group for group in groups if group.is_student]
     curves = students or groups  # a teacher's many epochs would hide theirs

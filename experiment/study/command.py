@@ -26,18 +26,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         examples=("studies/digits.toml --dry_run 1", "studies/digits.toml --jobs 2"),
     )
     parser.add_argument("file", type=Path, metavar="FILE.toml", help="the study, such as studies/digits.toml")
-    parser.add_argument("--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="the study is a folder in it")
+    parser.add_argument("--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="parent of the study folder")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="only runs with these names; * stands for any text"
     )
     switch = {"type": cli.switch, "default": 0, "metavar": "{0,1}"}
     parser.add_argument("--dry_run", **switch, help="1 prints each command and what it would cost")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--jobs", type=cli.whole(1), default=1, metavar="N", help="runs side by side, threads divided")
+    where.add_argument("--jobs", type=cli.whole(1), default=1, metavar="N", help="runs at a time, sharing the threads")
     where.add_argument("--devices", nargs="+", default=[], metavar="DEVICE", help="one run at a time on each: cuda:0 …")
     parser.add_argument("--slurm", **switch, help="1 sends the runs to SLURM as an array, --jobs wide")
     parser.add_argument(
-        "--slurm_cluster", choices=("slurm", "local", "debug"), default="slurm", help="local and debug try it out here"
+        "--slurm_cluster", choices=("slurm", "local", "debug"), default="slurm", help="local and debug: this machine"
     )
     parser.add_argument(
         "--slurm_options",
