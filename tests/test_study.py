@@ -11,7 +11,7 @@ import pytest
 from limits import HANGS
 
 from experiment import RunStopped, UserError, text
-from experiment.study import costs, live, plan, processes, slurm
+from experiment.study import costs, plan, processes, slurm
 from experiment.study import main as study_main
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +120,7 @@ def test_what_is_in_the_grid_is_in_the_name(study_of):
         ("[grid]", "[grid", "not valid TOML"),
         ("seed = [0, 1]", "seed = 0", "a list of one value or more"),
         ("ramp_epochs = 1", "ramp_epoch = 1", "ramp_epoch is not a flag"),
-        ("ramp_epochs = 1", 'run_name = "x"', "run_name is not a flag"),
+        ("ramp_epochs = 1", 'run_name = "x"', "run_name is given by the study itself"),
         ("[settings.adaad_IGDM_cifar100]", "[settings.ard_cifar100]", "of no script in [grid]"),
         ('"adaad_cifar100", ', '"nothing", ', "nothing.py does not exist"),
         ('"adaad_cifar100", ', '"attacks", ', "no RECIPE"),
@@ -191,7 +191,7 @@ def test_the_costs_follow_the_settings(study_of):
 def test_an_unknown_cost_is_not_zero_hours(capsys, tmp_path):
     study_main([str(ROOT / "studies" / "digits.toml"), "--dry_run", "1", "--run_dir", str(tmp_path)])
     out = capsys.readouterr().out
-    assert out.endswith("61 unfinished runs: not known before the first epoch\n")
+    assert out.endswith("61 unfinished runs: not known before the first of its kind is finished\n")
     assert "hours, one run at a time" not in out
 
 
@@ -223,23 +223,14 @@ def test_only_takes_some_runs_and_says_when_it_takes_none(capsys, tmp_path):
         study_main([str(ROOT / "studies" / "paper.toml"), "--only", "nothing"])
 
 
-def test_the_live_table_shows_what_a_run_has_written(study_of):
-    run = study_of(
-        TINY.replace("epochs = 1\nbatch = 256\nsteps = 1\nstep", "epochs = 4\nbatch = 256\nsteps = 1\nstep")
-    ).runs[0]
-    assert live.progress_of(run) == ["adaad_seed0", "training", "0/4", "-", "-", "-"]
-    run.folder.mkdir(parents=True)
-    rows = '{"epoch": 1, "loss": 1.5, "seconds": 3600, "pgd20": 0.25}\n{"epoch": 2, "loss": 1.25, "seconds": 3602}\n'
-    (run.folder / "metrics.jsonl").write_text(rows)
-    assert live.progress_of(run) == ["adaad_seed0", "training", "2/4", "1.2500", "25.00", "2:00:02"]
-
-
 def test_a_cluster_gets_the_runs_as_jobs_that_resume(study_of, tmp_path, capsys):
     """With submitit's local executor, which starts real processes as SLURM would."""
     study = study_of(TINY.replace("seed = [0, 1]", "seed = [0]"))
+    assert costs.cost_of(study.runs[0], study) is None
     jobs = slurm.submit(study, cluster="local", jobs=2, options={"timeout_min": 10, "gpus_per_node": 0})
     assert [job.result() for job in jobs] == [0, 0]
     assert {run.state() for run in study.all_runs} == {plan.FINISHED}, "the teacher went ahead"
+    assert costs.cost_of(study.runs[0], study).source == "measured, 1 runs"
     assert "adaad_seed0: job " in capsys.readouterr().out
     again = slurm.submit(study, cluster="local", jobs=2, options={"gpus_per_node": 0})
     assert again == [], "what is finished is not sent"
@@ -293,7 +284,7 @@ def test_a_hang_up_stops_a_study_unless_nohup_ignores_it(tmp_path, ignored):
     run = planned(tmp_path, "one", "import os, signal; os.kill(os.getppid(), signal.SIGHUP)")
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
-        at_work = processes.Processes(tmp_path, report=lambda line: None)
+        at_work = processes.Processes(tmp_path)
         if ignored:
             assert at_work.work([run]) == {}
         else:
@@ -304,7 +295,7 @@ def test_a_hang_up_stops_a_study_unless_nohup_ignores_it(tmp_path, ignored):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_the_run_that_is_just_being_started(tmp_path, monkeypatch, number):
+def test_a_signal_reaches_the_run_that_is_just_being_started(tmp_path, monkeypatch, capsys, number):
     class Interrupted(subprocess.Popen):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -312,10 +303,9 @@ def test_a_signal_reaches_the_run_that_is_just_being_started(tmp_path, monkeypat
 
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
     run = planned(tmp_path, "one", "import time; time.sleep(60); open('slept', 'w')")
-    said = []
     with pytest.raises(RunStopped):
-        processes.Processes(tmp_path, report=said.append).work([run])
-    assert "exit status -15" in said[-1], "it was stopped, not waited for"
+        processes.Processes(tmp_path).work([run])
+    assert "exit status -15" in capsys.readouterr().out, "it was stopped, not waited for"
 
 
 def command(path: Path, *arguments: str) -> list[str]:

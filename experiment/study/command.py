@@ -10,12 +10,11 @@ from typing import Any
 
 from experiment import UserError, cli
 from experiment.study.costs import EXPECTED, cost_of, counted
-from experiment.study.live import progress_table
-from experiment.study.plan import FINISHED, ROOT, PlannedRun, Study, read_study
+from experiment.study.plan import FINISHED, ROOT, Study, read_study
 from experiment.study.processes import Processes
 from experiment.text import as_text
 
-UNKNOWN = "not known before the first epoch"
+UNKNOWN = "not known before the first of its kind is finished"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,49 +87,34 @@ def _progress(study: Study) -> str:
 
 def _show_costs(study: Study) -> None:
     """Print each run's command, state and cost, and the cost of all."""
-    rows, hours, unfinished = [], [], 0
+    rows, hours = [], []
     for run in study.all_runs:
         print(run.command)
         cost, state = cost_of(run, study), run.state()
         rows.append([run.name, state, *((f"{cost.hours:.2f}", cost.source) if cost else ("-", UNKNOWN))])
         if state != FINISHED:
-            unfinished += 1
-            hours += [cost.hours] if cost else []
+            hours.append(cost.hours if cost else None)
+    known = [value for value in hours if value is not None]
+    total = f"{sum(known):.1f} hours, one run at a time" if known or not hours else UNKNOWN
+    more = f"; {len(hours) - len(known)} of them {UNKNOWN}" if 0 < len(known) < len(hours) else ""
     print("\n" + as_text([["run", "state", "hours", "from"], *rows]))
-    unknown = unfinished - len(hours)
-    total = UNKNOWN if unknown == unfinished > 0 else f"{sum(hours):.1f} hours, one run at a time"
-    more = f"; {unknown} of them {UNKNOWN}" if 0 < unknown < unfinished else ""
-    print(f"\n{unfinished} unfinished runs: {total}{more}")
+    print(f"\n{len(hours)} unfinished runs: {total}{more}")
     if any(row[3].startswith(EXPECTED) for row in rows):
         print(f"{EXPECTED}: operations counted, at the speed expected (not measured) of {counted()['expected']['on']}")
 
 
 def _run(study: Study, jobs: int, devices: Sequence[str]) -> None:
     """Run what is not finished, the teacher first; what this machine cannot run is an error before any run starts."""
-    from rich.console import Console
-    from rich.live import Live
-    from rich.text import Text
-
     for run in (run for run in study.all_runs if run.state() != FINISHED):
         for device in ([f"--device={device}"] for device in devices) if devices else [[]]:
             cli.parse_args(str(run.script), run.recipe, [*run.arguments, *device])
-    console = Console()
-
-    def report(line: str) -> None:
-        console.print(Text(line), soft_wrap=True)
-
-    def watch(runs: Sequence[PlannedRun]) -> None:
-        if console.is_terminal:
-            live.update(progress_table(runs, _progress(study)))
-
-    with Live(console=console, refresh_per_second=2, transient=True) as live:
-        processes = Processes(study.folder / "logs", jobs, devices, report, watch)
-        if study.teacher and study.teacher.state() != FINISHED:
-            failed = processes.work([study.teacher])
-            if study.teacher.state() != FINISHED:
-                reason = failed.get(study.teacher.name, "another process is training it")
-                raise UserError(f"the teacher {study.teacher.folder} is not finished: {reason}")
-        failed = processes.work([run for run in study.runs if run.state() != FINISHED])
+    processes = Processes(study.folder / "logs", jobs, devices)
+    if study.teacher and study.teacher.state() != FINISHED:
+        failed = processes.work([study.teacher])
+        if study.teacher.state() != FINISHED:
+            reason = failed.get(study.teacher.name, "another process is training it")
+            raise UserError(f"the teacher {study.teacher.folder} is not finished: {reason}")
+    failed = processes.work([run for run in study.runs if run.state() != FINISHED])
     print(f"{_progress(study)}, {len(failed)} failed", flush=True)
     if failed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())

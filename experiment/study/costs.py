@@ -1,4 +1,4 @@
-"""What a run would cost: from measured epochs where there are any, else from counted operations."""
+"""What a run would cost: as a finished run like it took, else from counted operations."""
 
 import functools
 import math
@@ -11,8 +11,8 @@ from typing import Any
 
 from cifar100_models import build_model
 from experiment import UserError, cli
-from experiment.files import read_json, read_metrics
-from experiment.study.plan import PlannedRun, Study
+from experiment.files import read_json
+from experiment.study.plan import FINISHED, PlannedRun, Study
 
 EXPECTED = "expected"
 COUNTED_STEPS = 10
@@ -34,28 +34,18 @@ def counted() -> dict[str, Any]:
 
 
 def cost_of(run: PlannedRun, study: Study) -> Cost | None:
-    """What a run takes; None if neither its epochs nor its operations are known."""
+    """What a run takes; None if no run like it is finished and its operations are not known."""
     return _measured(run, study) or _counted(run)
 
 
 def _measured(run: PlannedRun, study: Study) -> Cost | None:
-    """The mean epoch, evaluation and AutoAttack of the study's runs with the same script, networks and data."""
-    keys = cli.settings_with(cli.Role.COST)
-    rows, rest = [], []
+    """The mean of the study's finished runs with the same script, networks and data."""
+    keys, seconds = cli.settings_with(cli.Role.COST), []
     for other in study.all_runs:
-        if other.script != run.script or any(other.settings.get(key) != run.settings.get(key) for key in keys):
-            continue
-        if (other.folder / "metrics.jsonl").is_file():
-            rows += [row for row in read_metrics(other.folder / "metrics.jsonl") if "seconds" in row]
-        if (other.folder / "result.json").is_file():
-            seconds = read_json(other.folder / "result.json").get("seconds") or {}
-            rest.append(seconds.get("evaluation", 0.0) + seconds.get("autoattack", 0.0))
-    if not rows:
-        return None
-    seconds = fmean(row["seconds"] for row in rows) * run.settings["epochs"] + (fmean(rest) if rest else 0.0)
-    speed = fmean(row["images_per_second"] for row in rows)
-    attack = "" if rest else ", evaluation and AutoAttack not measured yet"
-    return Cost(seconds / 3600, f"measured, {speed:.0f} images/s{attack}")
+        alike = other.script == run.script and all(other.settings.get(key) == run.settings.get(key) for key in keys)
+        if alike and other.state() == FINISHED:
+            seconds.append(sum(read_json(other.folder / "result.json")["seconds"].values()))
+    return Cost(fmean(seconds) / 3600, f"measured, {len(seconds)} runs") if seconds else None
 
 
 def _counted(run: PlannedRun) -> Cost | None:

@@ -121,7 +121,7 @@ def _grid_runs(path: Path, folder: Path, grid: dict[str, Any], settings: dict[st
     shared = {key: value for key, value in settings.items() if key not in own}
     known = {script: _flags_of(script) for script in scripts}
     for flag in (*shared, *grid):
-        if flag in RESERVED or (flag != "script" and not any(flag in flags for flags in known.values())):
+        if flag != "script" and not any(flag in flags for flags in known.values()):
             raise UserError(f"{path}: {flag} is not a flag that a study can give to {', '.join(scripts)}")
     runs: dict[str, PlannedRun] = {}
     for point in itertools.product(*({**grid, "script": scripts}[key] for key in grid)):

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -26,6 +26,10 @@ class _Child:
     output: IO[bytes]
 
 
+def _report(line: str) -> None:
+    print(line, flush=True)
+
+
 class Processes:
     """Runs one process per run, `jobs` at a time or one per device.
 
@@ -35,19 +39,10 @@ class Processes:
         logs: folder of what the runs print, a file per run.
         jobs: processes at a time; the machine's cores are divided among them unless OMP_NUM_THREADS is set.
         devices: values of --device, one process on each at a time; they take the place of `jobs`.
-        report: takes a line when a run starts or ends.
-        watch: called twice a second with the runs at work.
     """
 
-    def __init__(
-        self,
-        logs: Path,
-        jobs: int = 1,
-        devices: Sequence[str] = (),
-        report: Callable[[str], None] = print,
-        watch: Callable[[Sequence[PlannedRun]], None] = lambda runs: None,
-    ) -> None:
-        self._logs, self._report, self._watch = logs, report, watch
+    def __init__(self, logs: Path, jobs: int = 1, devices: Sequence[str] = ()) -> None:
+        self._logs = logs
         self._places: list[str | None] = list(devices) or [None] * jobs
         self._threads = max(1, len(os.sched_getaffinity(0)) // len(self._places))
         self._children: list[_Child] = []
@@ -72,7 +67,6 @@ class Processes:
                     self._start(waiting.pop(0))
                 time.sleep(POLL_SECONDS if self._children else 0)
                 self._children = [child for child in self._children if not self._has_ended(child)]
-                self._watch([child.run for child in self._children])
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -84,7 +78,7 @@ class Processes:
     def _start(self, run: PlannedRun) -> None:
         state = run.state()  # now: another process may have taken it since the grid was read
         if state in (FINISHED, RUNNING):
-            self._report(f"{run.name}: {state}{' in another process' if state == RUNNING else ''}, skipped")
+            _report(f"{run.name}: {state}{' in another process' if state == RUNNING else ''}, skipped")
             return
         device = self._places.pop(0)
         log = self._logs / f"{run.name}.log"
@@ -102,7 +96,7 @@ class Processes:
         self._children.append(_Child(run, process, device, log, output))
         if self._stopped_by:  # while the process was made: it was no child yet
             process.send_signal(signal.SIGTERM)
-        self._report(f"{run.name}: {'resumed' if (run.folder / 'last.pt').exists() else 'started'}")
+        _report(f"{run.name}: {'resumed' if (run.folder / 'last.pt').exists() else 'started'}")
 
     def _has_ended(self, child: _Child) -> bool:
         status, name = child.process.poll(), child.run.name
@@ -111,15 +105,15 @@ class Processes:
         child.output.close()
         self._places.append(child.device)
         if status == 0:
-            self._report(f"{name}: finished")
+            _report(f"{name}: finished")
         elif self._stopped_by and status == RunStopped.INTERRUPTED:
             saved = (child.run.folder / "last.pt").is_file()
-            self._report(f"{name}: stopped, {'saved' if saved else 'before it had anything to save'}")
+            _report(f"{name}: stopped, {'saved' if saved else 'before it had anything to save'}")
         else:
             lines = [line.strip() for line in child.log.read_text(errors="replace").split("\n") if line.strip()]
             last = lines[-1] if lines else "it printed nothing"
             self.failed[name] = f"{last} (exit status {status}, {child.log})"
-            self._report(f"{name}: failed: {self.failed[name]}")
+            _report(f"{name}: failed: {self.failed[name]}")
         return True
 
     def _on_signal(self, number: int, _frame: object) -> None:

@@ -1,7 +1,5 @@
 """A study as a job array of a SLURM cluster, through submitit; a preempted job is queued again and its run resumes."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +12,7 @@ from experiment.text import started_as
 
 DEFAULTS = {"name": "study", "timeout_min": 24 * 60, "gpus_per_node": 1, "cpus_per_task": 8, "nodes": 1}
 """submitit's parameters; --slurm_options beats them."""
-SECONDS_TO_SAVE = 60
+SECONDS_TO_SAVE, POLL_SECONDS = 60, 0.5
 
 
 class Job:
@@ -27,7 +25,9 @@ class Job:
     def __call__(self) -> int:
         """Run to the end; raise if it failed, so that the job fails too."""
         self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, process_group=0)
-        if status := self._process.wait():
+        while self._process.poll() is None:  # wait() would hold the lock that the wait in checkpoint() needs
+            time.sleep(POLL_SECONDS)
+        if status := self._process.returncode:
             raise RuntimeError(f"exit status {status}: {' '.join(self.command)}")
         return 0
 
@@ -35,27 +35,13 @@ class Job:
         """Preempted, or out of time: let the run save itself, and ask to be queued again."""
         from submitit.helpers import DelayedSubmission
 
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            if not _ends(self._process.pid):
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(SECONDS_TO_SAVE)
+            except subprocess.TimeoutExpired:
                 self._process.kill()
         return DelayedSubmission(Job(self.command))
-
-
-def _ends(pid: int) -> bool:
-    """Whether a child ends in time; it stays to be waited for.
-
-    Popen.wait would not do: it waits for its own lock, which the wait that the signal has interrupted holds.
-    """
-    end = time.monotonic() + SECONDS_TO_SAVE
-    while time.monotonic() < end:
-        try:
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                return True
-        except ChildProcessError:  # waited for by now
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def submit(study: Study, *, cluster: str, jobs: int, options: Mapping[str, Any]) -> list[Any]:
