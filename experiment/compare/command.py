@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiment import UserError, cli
 from experiment.compare.comparison import Comparison, comparison_of
-from experiment.compare.documents import as_document, commands_of, fill_marks
+from experiment.compare.documents import as_document, commands_of, fill_marks, page
 from experiment.compare.notes import notes_of
 from experiment.compare.read import read_runs, records_of
 from experiment.compare.tables import HEADS, as_csv, as_latex, short_columns, tables_of
@@ -43,7 +43,6 @@ def compare(sources: Sequence[Path], out: Path, columns: Sequence[str], files: M
     except OSError as error:
         raise UserError(f"--out {out} cannot be made a folder: {error.strerror}") from error
     from experiment.compare.figures import all_figures, write_figures  # matplotlib takes a second
-    from experiment.compare.page import page
 
     tables, notes, figures = tables_of(comparison, columns), notes_of(comparison), all_figures(comparison)
     plots = write_figures(figures, out)

@@ -1,4 +1,4 @@
-"""compare.py --insert: tables and figures in Markdown documents, made from records.
+"""A comparison as documents: Markdown, one HTML page (--html), and marks in a document of one's own (--insert).
 
 A mark is ``<!-- begin WHAT -->`` on a line of its own, up to ``<!-- end WHAT -->``. WHAT is the name of a records file
 or study (without its ending; several joined by ``+`` are read together), and after it
@@ -8,17 +8,20 @@ or study (without its ending; several joined by ``+`` are read together), and af
     NAME figure   one figure of compare.py (gains, alignment, ...), as an SVG in the folder figures beside the document
 """
 
+import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from experiment import UserError
 from experiment.compare.comparison import Comparison, comparison_of
-from experiment.compare.notes import notes_of
-from experiment.compare.read import read_runs
+from experiment.compare.notes import notes_of, verdicts
+from experiment.compare.read import PICTURES, read_runs
 from experiment.compare.tables import as_markdown, markdown_text, results_table, short_columns, tables_of
 from experiment.files import write_atomically
-from experiment.text import Table, comma_list
+from experiment.text import TEXT_COLUMNS, Table, comma_list
 
 _MARK = re.compile(
     r"^<!-- begin (([\w.+-]+)(?: (table|(\w+) figure))?) -->\n((?:(?!<!-- begin ).)*?)<!-- end \1 -->$",
@@ -26,6 +29,14 @@ _MARK = re.compile(
 )
 FIGURES = "figures"
 """Folder beside the document."""
+ABOUT = {
+    "comparison": "PGD-20 and clean accuracy by epoch (bands: one standard deviation over seeds) and AutoAttack. "
+    "Dashed, hollow, hatched: a baseline. Solid: with its addition. Dotted: the teacher, as published by RobustBench.",
+    "gains": "Gain over the baseline, with its 95 % interval and a dot per seed.",
+    "alignment": "Gradient alignment against AutoAttack accuracy. Arrows lead from a baseline to the version with an "
+    "addition.",
+}
+"""The caption of each figure, also for screen readers."""
 
 
 def fill_marks(
@@ -114,3 +125,32 @@ def _picture(comparison: Comparison, document: Path, names: str, name: str) -> s
     content = rendered(figures[name], "svg")
     write_atomically(path, lambda file: file.write(content[content.index(b"<svg") :]))
     return f"![{name}: {names.replace('+', ', ')}]({FIGURES}/{path.name})"
+
+
+def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str], figures: Mapping[str, Any]) -> str:
+    """The gains in sentences, tables, notes, figures, and each run's command, versions and hashes."""
+    from jinja2 import Environment
+
+    from experiment.compare.figures import rendered  # matplotlib takes a second
+
+    template = resources.files("experiment.compare").joinpath("page.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    runs = [(group.label, run) for group in comparison.groups for run in group.runs]
+    pictures = [(ABOUT[name], "svg+xml", rendered(figure, "svg")) for name, figure in figures.items()]
+    pictures += [
+        (f"evaluate.py, {label}, seed {run.seed}: {path.stem}", PICTURES[path.suffix], path.read_bytes())
+        for label, run in runs
+        for path in run.pictures
+    ]
+    return environment.from_string(template).render(
+        title=", ".join(dict.fromkeys(run.name for _, run in runs)) or "Runs that are not finished",
+        verdicts=verdicts(comparison),
+        tables=tables,
+        text_columns=TEXT_COLUMNS,
+        notes=notes,
+        pictures=[
+            (caption, f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
+            for caption, kind, content in pictures
+        ],
+        runs=runs,
+    )

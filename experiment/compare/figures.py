@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from experiment.compare.comparison import Comparison, Gain, SeedGroup
-from experiment.compare.published import teacher_figures
 from experiment.files import write_atomically
 from experiment.text import escaped
 
@@ -117,7 +116,7 @@ def _comparison_figure(groups: Sequence[SeedGroup], styles: Styles) -> Any:
     robust.set_ylabel("test accuracy (%)")
     _draw_bars(bars, groups, styles)
     if len({(group.first.teacher, group.first.dataset) for group in students}) == 1:
-        teacher = teacher_figures(students[0].first.teacher, students[0].first.dataset)
+        teacher = students[0].first.published_teacher
         for draw, key in ((clean.axhline, "clean"), (bars.axvline, "autoattack")):
             if teacher:
                 draw(100 * teacher[key], color="0.35", linestyle=":", linewidth=1.6)

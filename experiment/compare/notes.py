@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 
 from experiment.compare.comparison import Comparison, Gain, GainAtBest, SeedGroup
-from experiment.compare.published import IMAGES, published_cell, source
-from experiment.compare.runs import RunRecord
+from experiment.compare.runs import RunRecord, published
 from experiment.compare.statistics import seeds_needed
 from experiment.text import ABSENT, budget, comma_list, points, short_name, short_text
 
@@ -221,20 +220,21 @@ def _notes_on_settings(groups: Sequence[SeedGroup]) -> Iterator[str]:
 
 
 def _notes_on_published_figures(groups: Sequence[SeedGroup]) -> Iterator[str]:
-    shown = [group.first for group in groups if published_cell(group.first)]
+    shown = [group.first for group in groups if group.first.published]
+    source = published()["source"]
     if not shown:
         return
     yield (
-        f"Published figures are those of the {source()['name']}: one run each. Differences below 0.4 points carry no "
+        f"Published figures are those of the {source['name']}: one run each. Differences below 0.4 points carry no "
         "information."
     )
-    if images := sorted({run.attack.examples for run in shown if run.attack} - {IMAGES}):
-        yield f"AutoAttack on {comma_list(images)} images here, on {IMAGES} published."
+    if images := sorted({run.attack.examples for run in shown if run.attack} - {source["images"]}):
+        yield f"AutoAttack on {comma_list(images)} images here, on {source['images']} published."
     for method in dict.fromkeys(run.method for run in shown):
-        published = source()["epochs"].get(method)
+        theirs = source["epochs"].get(method)
         ours = sorted({run.settings["epochs"] for run in shown if run.method == method})
-        if published and ours != [published]:
-            yield f"{method}: {comma_list(ours)} epochs here, {published} published."
+        if theirs and ours != [theirs]:
+            yield f"{method}: {comma_list(ours)} epochs here, {theirs} published."
 
 
 def _notes_on_missing(comparison: Comparison) -> Iterator[str]:

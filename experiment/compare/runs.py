@@ -1,17 +1,31 @@
 """Runs as tables and figures see them: finished ones with what was measured, and unfinished ones."""
 
+import functools
+import tomllib
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
+from importlib import resources
+from math import isclose
 from pathlib import Path
 from typing import Any
 
-from experiment.cli import LATER_SETTINGS, Role, settings_with
+from experiment.cli import ALIASES, LATER_SETTINGS, Role, settings_with
 from experiment.records import Attack, Config, Result, Row
 from experiment.text import comma_list, short_name
 
 CURVES = ("clean", "pgd20", "holdout_pgd10")
 EPOCHS_OF_A_PEAK = 5
 """A curve of fewer evaluated epochs has no peak."""
+FIGURES = ("clean", "pgd20", "autoattack")
+"""Of a cell in published.toml."""
+SHORT_NAMES = {name: alias for alias, name in ALIASES.items()}
+
+
+@functools.cache
+def published() -> dict[str, Any]:
+    """published.toml: figures that others published, and under "source" who did, on which data and for how long."""
+    return tomllib.loads(resources.files("experiment.compare").joinpath("published.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +71,26 @@ class Experiment:
         """As `setting`, by these words; of a path the last part."""
         short = {"teacher": short_name(self.teacher), "student": short_name(self.student)}
         return {**short, "dataset": Path(self.dataset).name}
+
+    @property
+    def published(self) -> dict[str, float]:
+        """Clean, PGD-20 and AutoAttack accuracy published for the method, networks and data; {} if none are."""
+        source, settings = published()["source"], self.settings
+        if self.dataset != source["dataset"] or not isclose(settings["epsilon"], Fraction(source["epsilon"])):
+            return {}
+        if any(settings.get(name) for name in ("side", "train_examples", "holdout")):  # a part of the training images
+            return {}
+        by_teacher = published()["cells"].get(self.student, {})
+        cell = by_teacher.get(SHORT_NAMES.get(self.teacher, self.teacher), {}).get(self.name, ())
+        return {figure: value / 100 for figure, value in zip(FIGURES, cell, strict=bool(cell))}
+
+    @property
+    def published_teacher(self) -> dict[str, float]:
+        """Clean and AutoAttack accuracy of one of RobustBench's teachers, as it publishes them; {} for others."""
+        if self.dataset != published()["source"]["dataset"]:
+            return {}
+        cell = published()["teachers"].get(SHORT_NAMES.get(self.teacher, self.teacher), ())
+        return {figure: value / 100 for figure, value in zip(("clean", "autoattack"), cell, strict=bool(cell))}
 
 
 @dataclass(frozen=True, eq=False)

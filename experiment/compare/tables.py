@@ -7,8 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from experiment.compare.comparison import Comparison, SeedGroup
-from experiment.compare.published import FIGURES, published_cell
-from experiment.compare.runs import Experiment, PendingRun
+from experiment.compare.runs import FIGURES, Experiment, PendingRun
 from experiment.text import TEXT_COLUMNS, Table, points, spread
 
 HEADS = {
@@ -102,7 +101,7 @@ def _published_table(comparison: Comparison) -> Table:
     rows += [(run.name, run, None) for key, run in waiting.items() if key not in shown]
     table = []
     for name, run, group in rows:
-        if cell := published_cell(run):
+        if cell := run.published:
             row = [name, run.names["teacher"], run.names["student"]]
             for figure in FIGURES:
                 ours = group.values(figure) if group else []
