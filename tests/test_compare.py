@@ -551,6 +551,16 @@ def test_gradients_are_those_on_the_most_images(tmp_path):
     assert "(evaluate.py, the first 450 test images)" in printed
 
 
+def test_gradients_on_other_numbers_of_images_are_not_put_side_by_side(tmp_path):
+    runs = [make_run(tmp_path / name, lr=lr, result={"student_sha256": "f" * 64}) for name, lr in (("a", 1), ("b", 2))]
+    measure_gradients(runs[0], 0.4)
+    measure_gradients(runs[1], 0.6, examples=10)
+    printed = compare(*runs)
+    assert "0.400" in cells(printed, "AdaAD (lr 1)")
+    assert "0.600" not in printed
+    assert f"Measure again with: python evaluate.py {runs[1]} --attacks gradients --examples 450" in printed
+
+
 def test_a_folder_of_runs_can_be_compared_again(tmp_path, capsys):
     """comparison.md and the plots, which lie among the run folders, are no runs."""
     make_run(tmp_path / "runs" / "base"), make_run(tmp_path / "runs" / "twin", "IGDM", robust=0.41)

@@ -6,7 +6,7 @@ AutoAttack accuracy minus the baseline's, needs runs that were made under the sa
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -113,6 +113,8 @@ class Comparison:
     pending: list[PendingRun]
     deeper: list[Path]
     """Run folders further down, which are left out."""
+    remeasure: list[str]
+    """Runs whose logit GD and GC are left out, one sentence each."""
 
     @property
     def varying(self) -> list[str]:
@@ -130,10 +132,29 @@ def comparison_of(runs: Runs) -> Comparison:
     """
     if not runs.finished and not runs.pending:
         raise UserError("there are no runs to compare")
-    groups = _grouped(runs.finished)
+    finished, remeasure = _on_equally_many_images(runs.finished)
+    groups = _grouped(finished)
     gains, refusals = _gains(groups)
     best = [_gain_at_best(gain) for gain in gains if all(_is_paired(pair, "best_attack") for pair in gain.pairs)]
-    return Comparison(groups, gains, best, _ablations(groups), refusals, runs.pending, runs.deeper)
+    return Comparison(groups, gains, best, _ablations(groups), refusals, runs.pending, runs.deeper, remeasure)
+
+
+def _on_equally_many_images(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
+    """The runs, with logit GD and GC only where they were measured on as many images as any; what was left out."""
+    images = {run: gradients.scalars_examples for run in runs if (gradients := run.result.gradients)}
+    kept, left_out = [], []
+    for run in runs:
+        most = max(number for other, number in images.items() if other.dataset == run.dataset) if run in images else 0
+        if not run.result.gradients or not run.result.gradients.scalars or images[run] == most:
+            kept.append(run)
+            continue
+        gradients = run.result.gradients.model_copy(update={"scalars": None})
+        kept.append(replace(run, result=run.result.model_copy(update={"gradients": gradients})))
+        left_out.append(
+            f"Logit GD and GC of {run.folder.name} are left out: measured on {images[run]} images, others on {most}. "
+            f"Measure again with: python evaluate.py {run.folder} --attacks gradients --examples {most}"
+        )
+    return kept, left_out
 
 
 def _pair(run: RunRecord) -> tuple[str, ...]:
@@ -239,8 +260,9 @@ def _pairs(group: SeedGroup, baseline: SeedGroup) -> list[tuple[RunRecord, RunRe
 
 
 def _is_paired(pair: tuple[RunRecord, RunRecord], attack: str = "attack") -> bool:
-    """Whether AutoAttack's result per image is known of both."""
-    return all(getattr(run, attack) and getattr(run, attack).flags for run in pair)
+    """Whether AutoAttack's result per image is known of both, on the same images."""
+    flags = [getattr(run, attack) and getattr(run, attack).flags for run in pair]
+    return all(flags) and len(flags[0]) == len(flags[1])
 
 
 def _gain_at_best(last: Gain) -> GainAtBest:

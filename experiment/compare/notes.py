@@ -30,6 +30,7 @@ def notes_of(comparison: Comparison) -> list[str]:
         *_notes_on_settings(comparison.groups),
         *_notes_on_published_figures(comparison.groups),
         *_notes_on_missing(comparison),
+        *comparison.remeasure,
         *(f"No gain: {refusal}." for refusal in comparison.refusals),
     ]
 
