@@ -419,6 +419,7 @@ def test_a_column_that_some_seeds_lack_is_none_of_theirs(tmp_path):
 def test_inserting_is_all_that_insert_does(pair, tmp_path, capsys):
     """No other file, no two sources of one name, and no prose lost to a mark that does not end."""
     kept, page = tmp_path / "my-runs.2.json", tmp_path / "page.md"
+    (tmp_path / "kept").mkdir()
     comparing.main([*map(str, pair), "--out", str(tmp_path / "out"), "--records", str(kept)])
     page.write_text("<!-- begin my-runs.2 -->\n\nprose\n\n<!-- begin my-runs.2 -->\n<!-- end my-runs.2 -->\n")
     with pytest.raises(SystemExit):
@@ -570,6 +571,17 @@ def test_a_folder_of_runs_can_be_compared_again(tmp_path, capsys):
         assert cells(capsys.readouterr().out, "AdaAD+IGDM")[7].startswith("+3.00 (")
     assert (tmp_path / "runs" / "comparison.md").exists()
     assert "+3.00" in compare(tmp_path), "a level further up"
+
+
+def test_figures_of_a_records_file_go_to_the_current_folder(pair, tmp_path, monkeypatch):
+    """Not beside it: docs/results holds records only."""
+    (tmp_path / "kept").mkdir()
+    comparing.main([*map(str, pair), "--out", str(tmp_path / "out"), "--records", str(tmp_path / "kept" / "a.json")])
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    comparing.main([str(tmp_path / "kept" / "a.json")])
+    assert (tmp_path / "current" / "comparison.md").is_file()
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["a.json"]
 
 
 def test_unfinished_runs_are_shown_and_never_compared(pair, tmp_path):

@@ -118,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"argument --insert: writes nothing else; not together with --{others[0]}")
         print(*fill_marks(args.insert, args.sources, args.columns), sep="\n")
         return
-    parents = {path if path.is_dir() and not (path / "config.json").is_file() else path.parent for path in args.sources}
+    folders = [path for path in args.sources if path.is_dir()]
+    parents = {path.parent if (path / "config.json").is_file() else path for path in folders}
     out = getattr(args, "out", parents.pop() if len(parents) == 1 else Path("."))
     compare(args.sources, out, args.columns, files)

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=cli.whole(1), default=1, metavar="N", help="runs at a time, sharing the threads")
     where.add_argument("--devices", nargs="+", default=[], metavar="DEVICE", help="one run at a time on each: cuda:0 …")
-    parser.add_argument("--slurm", **switch, help="1 sends the runs to SLURM as an array, --jobs wide")
+    parser.add_argument("--slurm", **switch, help="1 submits the runs to SLURM as an array, --jobs at a time")
     parser.add_argument(
         "--slurm_cluster", choices=("slurm", "local", "debug"), default="slurm", help="local and debug: this machine"
     )
