@@ -54,8 +54,7 @@ $(RUNS)/adaad_IGDM/result.json: $(RUNS)/teacher/result.json
 BENCH := --device cpu --teacher WRN-16-4 --batch 16
 CPU_TRICKS := product "without folding BatchNorm" "without channels_last" "without reuse of passes" "without all three"
 BFLOAT16 := $(shell grep -m 1 -o -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null)
-bench = $(PY) -m benchmarks.$(1) $(2) --out runs/bench/$(1)$(3).json \
-	$(if $(INSERT),--insert $(INSERT) $(1)_cpu$(3))
+bench = $(PY) -m benchmarks.$(1) $(2) --out runs/bench/$(1)_cpu$(3).json
 
 bench: setup
 	$(call bench,training_step,$(BENCH) --rounds 3 --profile 1 --overhead 1 --tricks $(CPU_TRICKS) --batches 4 8 16 \
@@ -64,3 +63,4 @@ bench: setup
 		--aa_examples 2 --aa_batches 2)
 	$(if $(BFLOAT16),$(call bench,training_step,$(BENCH) --rounds 4 --methods rslad_IGDM adaad_IGDM \
 		--precisions bf16,_bf16))
+	$(if $(INSERT),$(PY) -m benchmarks.report runs/bench --insert $(INSERT))

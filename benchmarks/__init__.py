@@ -1,1 +1,1 @@
-"""The benchmarks behind docs/performance.md: python -m benchmarks.training_step, .evaluation, .gpu_check, .report."""
+"""The benchmarks behind docs/performance.md, all called as python -m benchmarks.NAME."""

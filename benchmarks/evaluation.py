@@ -10,7 +10,7 @@ and robustbench's loop are timed on the same work if these packages are installe
 import argparse
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ def robustbench_loop(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon
     return clean_accuracy(model, x_adv, y, batch_size=batch, device=x.device)
 
 
-def autoattack_rows(student: nn.Module, device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
+def autoattack_rows(student: nn.Module, device: torch.device, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """AutoAttack on images that the network classifies as labelled: ours by batch size, beside robustbench's loop."""
     settings = {"precision": "fp32", "batch": 1, "compile": 0, "deterministic": 0, "seed": 0}
     Engine(argparse.Namespace(device=str(device), **settings))
@@ -108,7 +108,6 @@ def autoattack_rows(student: nn.Module, device: torch.device, args: argparse.Nam
     ((x, _),) = measure.make_batches(args.aa_examples, device, 1)
     with torch.no_grad():
         y = model(x).argmax(dim=1)
-    rows = []
     for batch in args.aa_batches:
         theirs, ours, attacked = [], [], []
 
@@ -126,11 +125,10 @@ def autoattack_rows(student: nn.Module, device: torch.device, args: argparse.Nam
         fields = {"batch": batch, "examples": found["examples"]}
         attacks = {name: found["attack_seconds"][name] for name in evaluation.AUTOATTACK}
         row = {**fields, "step": "product", "attack_seconds": attacks, "robust": found["accuracy"]}
-        rows.append(row | {"seconds": measure.median_and_quartiles(ours)[0]})
+        row["seconds"] = measure.median_and_quartiles(ours)[0]
+        yield row | measure.ratio(theirs, ours) if theirs else row
         if theirs:
-            rows[-1] |= measure.ratio(theirs, ours)
-            rows.append({**fields, "step": "robustbench's loop", "seconds": measure.median_and_quartiles(theirs)[0]})
-    return rows
+            yield {**fields, "step": "robustbench's loop", "seconds": measure.median_and_quartiles(theirs)[0]}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -159,11 +157,13 @@ def main() -> None:
     device = torch.device(args.device)
     args.precisions = args.precisions or ["fp32", *(["tf32"] if device.type == "cuda" else [])]
     line = f"PGD-20: {args.student}, {args.examples} images, {args.rounds} rounds"
-    found: dict[str, Any] = {"pgd20": pgd_rows(measure.make_network(args.student, device, 0), device, args)}
     if args.aa_examples:
         line += f"; AutoAttack: {args.aa_student}, {args.aa_examples} images, {args.aa_rounds} rounds"
-        found["autoattack"] = autoattack_rows(measure.make_network(args.aa_student, device, 0), device, args)
-    report.report("evaluation", args, device, {"line": f"{line}:", **found})
+    found = report.Report("evaluation", args, device, f"{line}:")
+    found.add("pgd20", pgd_rows(measure.make_network(args.student, device, 0), device, args))
+    if args.aa_examples:
+        found.add("autoattack", autoattack_rows(measure.make_network(args.aa_student, device, 0), device, args))
+    found.show()
 
 
 if __name__ == "__main__":

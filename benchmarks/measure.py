@@ -31,20 +31,18 @@ class Numerics:
     matmul_tf32: bool
     convolution_tf32: bool
     choose_kernels: bool
-    kernels_tried: int | None = 10
 
     @classmethod
     def current(cls) -> "Numerics":
         """Those of the process at this moment."""
         cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-        return cls(cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.benchmark_limit)
+        return cls(cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark)
 
     def apply(self) -> None:
         """Make them those of the process."""
         torch.backends.cuda.matmul.allow_tf32 = self.matmul_tf32
         torch.backends.cudnn.allow_tf32 = self.convolution_tf32
         torch.backends.cudnn.benchmark = self.choose_kernels
-        torch.backends.cudnn.benchmark_limit = self.kernels_tried
 
 
 RESEARCH_CODE = Numerics(matmul_tf32=False, convolution_tf32=True, choose_kernels=True)
@@ -55,12 +53,9 @@ class Setting:
     """One of several things to time: a function to call, the switches it runs under, and the memory it holds."""
 
     def __init__(self, fields: dict[str, Any], device: torch.device, build: Callable[[], Callable[[], object]]) -> None:
-        """Build it and let it run, so that compilation, kernel choice and first allocations are over.
+        """Build and warm up; `fields` name it in the report.
 
-        Args:
-            fields: what names it in the report.
-            device: where it runs.
-            build: returns the function to time; leaves the process with the switches that it is to run under.
+        `build` returns the function to time, and leaves the process with the switches that it runs under.
         """
         self.fields, self.device = fields, device
         before = self._allocated()
@@ -148,22 +143,13 @@ def speed(images: int, seconds: Sequence[float]) -> dict[str, Any]:
 def ratio(baseline: Sequence[float], seconds: Sequence[float]) -> dict[str, Any]:
     """How much faster than the baseline: ratio of the medians, and the quartiles of the rounds' ratios."""
     _, low, high = median_and_quartiles([b / s for b, s in zip(baseline, seconds, strict=True)])
-    return {
-        "ratio": statistics.median(baseline) / statistics.median(seconds),
-        "ratio_quartiles": [low, high],
-    }
-
-
-# The machine ------------------------------------------------------------------------------------------------------
+    return {"ratio": statistics.median(baseline) / statistics.median(seconds), "ratio_quartiles": [low, high]}
 
 
 def ceilings(device: torch.device, precisions: Sequence[str], rounds: int = 7) -> list[dict[str, Any]]:
-    """What the machine reaches at best: large matrix products, a large convolution, a large copy.
+    """A row per precision: the best rates of large matrix products, a large convolution and a large copy.
 
-    Returns:
-        A row per precision: ``matmul_tflops`` and ``convolution_tflops`` (10^12 floating-point operations per second),
-        and ``copy_gb_per_second`` (10^9 bytes read plus bytes written per second). Each is the best of the rounds: a
-        ceiling is what the undisturbed machine does.
+    10^12 floating-point operations per second; 10^9 bytes read plus bytes written per second.
     """
     cuda = device.type == "cuda"
     size, images = (8192, 2048) if cuda else (2048, 64)
@@ -232,9 +218,37 @@ def make_network(name: str, device: torch.device, seed: int) -> nn.Module:
     return model.eval().to(device)
 
 
+def make_networks(student: str, teacher: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Student and teacher by `make_network`."""
+    return make_network(student, device, 0), make_network(teacher, device, 1)
+
+
 def make_batches(batch: int, device: torch.device, count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Random images in [0, 1] and labels; several batches, so that no cache holds what a step needs."""
     torch.manual_seed(0)
     return [
         (torch.rand(batch, 3, SIDE, SIDE).to(device), torch.randint(CLASSES, (batch,)).to(device)) for _ in range(count)
     ]
+
+
+def profile_rows(setting: Setting, repeats: int = 3) -> list[dict[str, Any]]:
+    """The device's share of the wall-clock time, and the ten operators (CPU) or kernels (GPU) that take the most."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    cuda = setting.device.type == "cuda"
+    setting.turn(1)
+    with profiler(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as trace:
+        wall = seconds_of(lambda: [setting.run() for _ in range(repeats)], setting.device)
+    wanted = DeviceType.CUDA if cuda else DeviceType.CPU
+    times: dict[str, float] = {}
+    for event in trace.key_averages():
+        # Annotations on the device's timeline span kernels that count by themselves.
+        if event.device_type == wanted and not getattr(event, "is_user_annotation", False):
+            own = event.self_device_time_total if cuda else event.self_cpu_time_total
+            times[event.key] = times.get(event.key, 0.0) + own / 1e6
+    total = sum(times.values())
+    top = sorted(times.items(), key=lambda item: -item[1])[:10]
+    busy = {"name": "(device busy, of wall-clock time)", "share": total / wall}
+    return [busy, *({"name": f"`{name[:70]}`", "share": seconds / total} for name, seconds in top)]

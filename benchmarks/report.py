@@ -10,7 +10,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,7 @@ COLUMNS: dict[str, list[tuple[str, Callable[[Row], object]]]] = {
         MEMORY,
     ],
     "profile": [("part of the step's time", lambda r: r["name"]), ("share", lambda r: _share(r["share"]))],
-    "batches": [
-        ("processes", lambda r: r["processes"]),
-        ("global batch", lambda r: r["batch"]),
-        SPEED,
-        MEMORY,
-    ],
+    "batches": [("batch", lambda r: r["batch"]), SPEED, MEMORY],
     "overhead": [
         ("part", lambda r: r["part"]),
         ("ms/step", lambda r: f"{1e3 * r['seconds']:.3f}"),
@@ -170,36 +165,12 @@ def output_file(text: str) -> Path:
     return path
 
 
-class _Insert(argparse.Action):
-    """FILE and MARK, held to be there before anything is measured."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
-        try:
-            split_at(Path(values[0]), values[1])
-        except UserError as error:
-            parser.error(f"argument {option}: {error}")
-        setattr(namespace, self.dest, values)
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every benchmark has."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--rounds", type=cli.positive_int, default=5, help="turns per setting")
     parser.add_argument("--commit", help="the commit, where git cannot tell it")
     parser.add_argument("--out", type=output_file, help="write the figures to this JSON file")
-    parser.add_argument(
-        "--insert",
-        nargs=2,
-        action=_Insert,
-        metavar=("FILE", "MARK"),
-        help="replace what is between MARK's markers in a Markdown file",
-    )
-
-
-def hardware(device: torch.device) -> str:
-    """Name of the GPU or CPU."""
-    args = argparse.Namespace(device=str(device), precision="fp32", compile=0, batch=1, deterministic=0, seed=0)
-    return Engine(args).hardware()
 
 
 def about(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -207,19 +178,18 @@ def about(name: str, args: argparse.Namespace, device: torch.device) -> dict[str
 
     No date: two reports of one commit on one machine differ by noise only.
     """
-    # Only what moves the figures: where they are written to does not.
     given = sys.argv[1:]
-    for flag, values in (("--out", 1), ("--insert", 2), ("--commit", 1)):
+    for flag in ("--out", "--commit"):  # they do not change the figures
         if flag in given:
-            at = given.index(flag)
-            given = given[:at] + given[at + 1 + values :]
+            del given[given.index(flag) : given.index(flag) + 2]
+    settings = {"device": str(device), "precision": "fp32", "compile": 0, "batch": 1, "deterministic": 0, "seed": 0}
     origin, threads = provenance(Path(__file__)), os.environ.get("OMP_NUM_THREADS")
     return {
         "format": FORMAT,
         "benchmark": name,
         "command": (f"OMP_NUM_THREADS={threads} " if threads else "")
         + shlex.join(["python", "-m", f"benchmarks.{name}", *given]),
-        "hardware": hardware(device),
+        "hardware": Engine(argparse.Namespace(**settings)).hardware(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": origin["versions"]["python"],
@@ -227,15 +197,22 @@ def about(name: str, args: argparse.Namespace, device: torch.device) -> dict[str
     }
 
 
-def report(name: str, args: argparse.Namespace, device: torch.device, figures: dict[str, Any]) -> None:
-    """Write the JSON file and the Markdown where asked, and print the tables, last of all."""
-    found = {**about(name, args, device), **figures}
-    if args.out:
-        write_json(args.out, found)
-    text = text_of(found)
-    if args.insert:
-        insert(Path(args.insert[0]), args.insert[1], text)
-    print(f"\n{text}", flush=True)
+class Report:
+    """Figures of a benchmark, written to --out after every row."""
+
+    def __init__(self, name: str, args: argparse.Namespace, device: torch.device, line: str) -> None:
+        self._figures, self._out = {**about(name, args, device), "line": line}, args.out
+
+    def add(self, kind: str, rows: Iterable[Row]) -> None:
+        """Add rows of one of COLUMNS' tables as they are measured."""
+        for row in rows:
+            self._figures.setdefault(kind, []).append(row)
+            if self._out:
+                write_json(self._out, self._figures)
+
+    def show(self) -> None:
+        """Print the tables."""
+        print(f"\n{text_of(self._figures)}", flush=True)
 
 
 def insert(path: Path, mark: str, text: str) -> None:
@@ -244,23 +221,13 @@ def insert(path: Path, mark: str, text: str) -> None:
     Raises:
         UserError: the file does not have them.
     """
-    before, after = split_at(path, mark)
-    write_atomically(path, lambda file: file.write(f"{before}{text}\n{after}".encode()))
-
-
-def split_at(path: Path, mark: str) -> tuple[str, str]:
-    """A file's text up to and with MARK's begin line, and from its end line on.
-
-    Raises:
-        UserError: the file does not have them.
-    """
     begin, end = f"<!-- begin {mark} -->\n", f"<!-- end {mark} -->"
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
-    before, found, rest = old.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
+    before, begun, rest = old.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended:
         raise UserError(f"{path} has no lines {begin.strip()!r} and {end!r} to write between")
-    return before + begin, end + after
+    write_atomically(path, lambda file: file.write(f"{before}{begin}{text}\n{end}{after}".encode()))
 
 
 def main() -> None:
@@ -272,13 +239,10 @@ def main() -> None:
     files = sorted(args.folder.glob("*.json"))
     if not files:
         raise UserError(f"{args.folder} holds no .json file")
-    found = {path: read_json(path) for path in files}
-    for path, figures in found.items():
+    for path in files:
+        figures = read_json(path)
         if figures.get("format") != FORMAT or "benchmark" not in figures:
             raise UserError(f"{path} is no report of a benchmark of format {FORMAT}")
-        if args.insert:
-            split_at(args.insert, path.stem)  # all of them are there before any is written
-    for path, figures in found.items():
         if args.insert:
             insert(args.insert, path.stem, text_of(figures))
         else:
