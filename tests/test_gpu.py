@@ -117,10 +117,21 @@ def test_compiled_equals_eager(name):
 def run(tmp_path, name, script, *flags):
     """A script through its command line on digits, without AutoAttack, whose package may be absent here."""
     command = [sys.executable, str(ROOT / script), "--dataset", "digits", "--epochs", "2", "--batch", "128"]
-    command += ["--steps", "2", "--aa_examples", "0", "--run_dir", str(tmp_path), "--run_name", name, *flags]
+    command += ["--steps", "2", "--aa_examples", "0", "--run_dir", str(tmp_path), "--run_name", name, *map(str, flags)]
+    command += ["--student", "RES-8"] if "--student" not in flags else []
     command += ["--device", DEVICE]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS, check=False)
-    return done
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS, check=False)
+
+
+def result(tmp_path, name):
+    return json.loads((tmp_path / name / "result.json").read_text())
+
+
+def patched(path, script, patch):
+    """A file that runs a script after a patch."""
+    lines = ["import os, runpy, signal, sys, torch", f"sys.path.insert(0, {str(ROOT)!r})", *patch]
+    path.write_text("\n".join([*lines, f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"]))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -133,69 +144,45 @@ def teacher_path(tmp_path_factory):
 
 @pytest.mark.parametrize("method", SCRIPTS)
 def test_every_script_end_to_end(method, tmp_path, teacher_path):
-    done = run(tmp_path, "r", f"{method}_cifar100.py", "--teacher", str(teacher_path), "--student", "RES-8")
+    done = run(tmp_path, "r", f"{method}_cifar100.py", "--teacher", teacher_path)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "r" / "result.json").read_text())
     if DEVICE == "cuda":
-        assert torch.cuda.get_device_name() in result["hardware"]
-
-
-def test_deterministic_runs_are_bit_identical(tmp_path, teacher_path):
-    flags = ["--teacher", str(teacher_path), "--student", "RES-8", "--deterministic", "1"]
-    hashes = []
-    for name in ("a", "b"):
-        done = run(tmp_path, name, "adaad_IGDM_cifar100.py", *flags)
-        assert done.returncode == 0, done.stderr
-        hashes.append(json.loads((tmp_path / name / "result.json").read_text())["student_sha256"])
-    assert hashes[0] == hashes[1]
+        assert torch.cuda.get_device_name() in result(tmp_path, "r")["hardware"]
 
 
 def test_a_deterministic_run_resumes_to_the_same_bits(tmp_path, teacher_path):
-    """One run straight through; the other is stopped after its first epoch by SIGTERM sent to itself."""
-    flags = ["--teacher", str(teacher_path), "--student", "RES-8", "--deterministic", "1"]
-    assert run(tmp_path, "whole", "adaad_IGDM_cifar100.py", *flags).returncode == 0
-    (tmp_path / "stopping.py").write_text(
-        "import os, runpy, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from experiment import run\n"
-        "end_epoch = run.Run.end_epoch\n"
-        "def stop(self, accuracies):\n"
-        "    end_epoch(self, accuracies)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "run.Run.end_epoch = stop\n"
-        f"runpy.run_path({str(ROOT / 'adaad_IGDM_cifar100.py')!r}, run_name='__main__')\n"
-    )
-    command = [sys.executable, str(tmp_path / "stopping.py"), "--dataset", "digits", "--epochs", "2", "--batch", "128"]
-    command += ["--steps", "2", "--aa_examples", "0", "--run_dir", str(tmp_path), "--run_name", "stopped", *flags]
-    command += ["--device", DEVICE]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=HANGS, check=False)
-    assert not (tmp_path / "stopped" / "result.json").exists()
-    done = run(tmp_path, "stopped", "adaad_IGDM_cifar100.py", *flags)
+    """One run straight through; the other sends itself SIGTERM after its first epoch, and is then resumed."""
+    flags, script = ["--teacher", teacher_path, "--deterministic", "1"], "adaad_IGDM_cifar100.py"
+    assert run(tmp_path, "whole", script, *flags).returncode == 0
+    stop = [
+        "from experiment import run",
+        "end_epoch = run.Run.end_epoch",
+        "def stop(self, accuracies):",
+        "    end_epoch(self, accuracies)",
+        "    os.kill(os.getpid(), signal.SIGTERM)",
+        "run.Run.end_epoch = stop",
+    ]
+    assert run(tmp_path, "stopped", patched(tmp_path / "stopping.py", script, stop), *flags).returncode == 75
+    done = run(tmp_path, "stopped", script, *flags)
     assert done.returncode == 0, done.stderr
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "stopped")]
-    assert results[0]["student_sha256"] == results[1]["student_sha256"]
+    assert result(tmp_path, "whole")["student_sha256"] == result(tmp_path, "stopped")["student_sha256"]
 
 
 def test_autoattack_of_a_deterministic_run(tmp_path, teacher_path):
     """FAB uses a sum for which CUDA has no deterministic algorithm."""
     pytest.importorskip("pyautoattack")
-    flags = ["--teacher", str(teacher_path), "--student", "RES-8", "--deterministic", "1", "--aa_examples", "8"]
+    flags = ["--teacher", teacher_path, "--deterministic", "1", "--aa_examples", "8"]
     done = run(tmp_path, "r", "adaad_cifar100.py", *flags)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "r" / "result.json").read_text())["autoattack"]["examples"] == 8
+    assert result(tmp_path, "r")["autoattack"]["examples"] == 8
 
 
 @needs_cuda
 def test_out_of_memory_is_one_line(tmp_path, teacher_path):
     """The process may use 1 % of the device: a batch of a thousand for a WRN-28-10 student does not fit."""
-    (tmp_path / "small.py").write_text(
-        f"import runpy, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "torch.cuda.set_per_process_memory_fraction(0.01)\n"
-        f"runpy.run_path({str(ROOT / 'ard_cifar100.py')!r}, run_name='__main__')\n"
-    )
-    command = [sys.executable, str(tmp_path / "small.py"), "--dataset", "digits", "--teacher", str(teacher_path)]
-    command += ["--student", "WRN-28-10", "--batch", "1400", "--aa_examples", "0", "--run_dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS, check=False)
+    patch = ["torch.cuda.set_per_process_memory_fraction(0.01)"]
+    script = patched(tmp_path / "small.py", "ard_cifar100.py", patch)
+    done = run(tmp_path, "r", script, "--teacher", teacher_path, "--student", "WRN-28-10", "--batch", "1400")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "--batch" in done.stderr

@@ -103,16 +103,6 @@ def test_evaluate_agrees_with_the_run(finished, home):
     assert again["student_sha256"] == result["student_sha256"]
 
 
-def test_a_finished_command_given_again_shows_its_summary(finished, home):
-    """So that a grid that is submitted again under ``set -e`` goes on."""
-    finished("adaad_cifar100")
-    done = run(home, "adaad_cifar100", *FLAGS, "--run_name", "adaad_cifar100")
-    assert done.returncode == 0
-    assert "is a finished run" in done.stdout
-    first = (home / "adaad_cifar100.txt").read_text()
-    assert done.stdout.splitlines()[1:] == first.splitlines()[-len(done.stdout.splitlines()) + 1 :]
-
-
 def test_wandb_offline_changes_nothing(finished, home):
     plain = finished("rslad_cifar100")
     flags = [*FLAGS, "--nowand", "0", "--run_name", "mirrored"]
