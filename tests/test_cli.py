@@ -284,7 +284,8 @@ def test_a_default_may_be_computed_from_other_flags():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("8/255", 8 / 255), ("0.03", 0.03), ("0", 0), ("1", 1), ("1/1", 1), ("3e-2", 0.03), (".5", 0.5)]
+    ("text", "value"),
+    [("8/255", 8 / 255), ("0.03", 0.03), ("0", 0), ("1", 1), ("1/1", 1), ("3e-2", 0.03), ("0.15/4", 0.0375)],
 )
 def test_fractions(text, value):
     assert parse("adaad", "--epsilon", text).epsilon == value
@@ -422,7 +423,22 @@ def test_a_run_name_that_would_be_too_long():
 
 WHOLE = ("0", "-1", "1.5", "1e3", "ten", "", "2147483648", "99999999999", "1_000")
 NOT_NEGATIVE = tuple(text for text in WHOLE if text != "0")
-FRACTION = ("1/inf", "8/0", "-1/255", "1.5", "256/255", "nan", "inf", "a", "", "8/255/2", "8:255", "/255", "1/")
+FRACTION = (
+    "1/inf",
+    "inf/inf",
+    "8/0",
+    "-1/255",
+    "1.5",
+    "256/255",
+    "nan",
+    "inf",
+    "a",
+    "",
+    "8/255/2",
+    "8:255",
+    "/255",
+    "1/",
+)
 RATE = ("0", "-0.1", "nan", "inf", "1e999", "fast", "")
 WEIGHT = ("-1", "nan", "inf", "-inf", "much")
 MODELS = "choose from RES-18, RES-20, RES-8, MN-V2 or WRN-d-w"

@@ -3,7 +3,6 @@
 import argparse
 import math
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 from cifar100_models import check_model_name
@@ -15,11 +14,14 @@ def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> 
     limits += f" up to {high:g}" if math.isfinite(high) else ""
 
     def parse(text: str) -> float:
+        numerator, slash, denominator = text.partition("/")
         try:
-            value = float(Fraction(text))
-        except (ValueError, ZeroDivisionError, OverflowError):
-            value = math.nan
-        if not low <= value <= high or (above and value == low):
+            parts = float(numerator), float(denominator if slash else 1)
+            value = parts[0] / parts[1]
+        except (ValueError, ZeroDivisionError):
+            parts, value = (), math.nan
+        finite = all(map(math.isfinite, (*parts, value)))
+        if not finite or not low <= value <= high or (above and value == low):
             raise _not_allowed(text, f"a number{limits}, or a fraction such as 8/255")
         return value
 
