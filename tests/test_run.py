@@ -343,7 +343,7 @@ def test_the_mean_weights_are_those_of_the_last_epochs(small, kept):
     weights = []
     for epoch in (3, 4):
         name = f"mean_{epoch}"
-        fault = ("evaluation", 2 * epoch - 3, "SIGTERM")  # two PGD accuracies from epoch 2 on
+        fault = ("evaluation", 3 * epoch - 5, "SIGTERM")  # three accuracies per epoch, from epoch 2 on
         small.server.run(SCRIPTS[0], [*flags, "--run_name", name], small.home, faults=[fault]).expect(75)
         weights.append(files.load(small.home / "runs" / name / "last.pt")["model"])
     mean = torch.load(small.home / "runs" / "kept" / "swa.pt", weights_only=True)["state_dict"]
