@@ -96,17 +96,17 @@ def parse_args(argv=None):
         parser.error("argument --precision: 'tf32' is not allowed on the CPU; fp32")
     # Networks are measured in float32, those of a bf16 run in TF32.
     args.precision = args.precision or ("tf32" if cuda and run.get("precision") != "fp32" else "fp32")
-    args.start_seed = args.seed or 0
-    args.seed = int(run.get("seed", 0)) if args.seed is None else args.seed
     for name in ("train_examples", "holdout"):  # not flags of evaluate.py, but the data's hash depends on them
-        setattr(args, name, int(run.get(name) or 0) if args.dataset == run.get("dataset") else 0)
-    args.compile, args.batch = int(run.get("compile", 0)), int(run.get("batch", 1))
+        setattr(args, name, run.get(name, 0) if args.dataset == run.get("dataset") else 0)
+    args.compile, args.batch, args.start_seed = run.get("compile", 0), run.get("batch", 1), args.seed or 0
+    args.seed = run.get("seed", 0) if args.seed is None else args.seed
     return args, config, result
 
 
 def read_run(args):
     """Return the settings of the network's run, its config.json and its result.json; {} for what is unknown."""
     from experiment.files import read_json, read_student
+    from experiment.records import Config, Result, checked
     from experiment.teachers import check_teacher_name
 
     path = Path(args.what)
@@ -121,8 +121,16 @@ def read_run(args):
         info = read_student(path, unfinished=True)["info"]
     except UserError as error:
         raise UserError(f"{error}{'; bare weights are measured with --arch' if path.is_file() else ''}") from error
+    if path.is_dir():
+        for model, content, file in zip((Config, Result), (config, result), files, strict=True):
+            if content:
+                checked(model, content, file)
     of_file = info.get("settings") if path.is_file() and isinstance(info, dict) else None
-    return of_file or config.get("settings", {}), config, result
+    settings = of_file or config.get("settings", {})
+    for name in ("train_examples", "holdout", "compile", "batch", "seed"):
+        if not isinstance(settings.get(name, 0), int):
+            raise UserError(f"{path}: {name} is {settings[name]!r:.40} in the run's settings. Was the file edited?")
+    return settings, config, result
 
 
 def folder_of(args):

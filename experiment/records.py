@@ -49,6 +49,7 @@ class Config(Record):
     added_settings: list[str]
     """Flags of what the script adds to the base method."""
     settings: dict[str, Any]
+    command: str = ""
     versions: dict[str, Any]
     commit: str | None = None
     code_sha256: str | None = None
@@ -137,6 +138,7 @@ class Result(Record):
     student: str
     dataset: str
     seed: int
+    epochs: Count
     clean: Fraction
     pgd20: Fraction
     test_examples: Count

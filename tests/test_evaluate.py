@@ -24,9 +24,15 @@ def run_folder(tmp_path):
         model = build_model("RES-8", 10)
         (tmp_path / name).mkdir()
         files.save_student(tmp_path / name / "student.pt", model, "RES-8", 10, {})
-        files.write_json(tmp_path / name / "result.json", {"student_sha256": files.state_sha256(model)})
     settings = {"dataset": "digits", "epsilon": 0.1, "teacher": str(tmp_path / "teacher"), "seed": 3, "aa_examples": 6}
-    files.write_json(tmp_path / "run" / "config.json", {"settings": settings})
+    made = {"format": 1, "script": "adaad_cifar100.py", "method": "AdaAD", "adds": None}
+    hashes = {"num_classes": 10, "dataset_sha256": data.load_data("digits").sha256}
+    config = {**made, "added_settings": [], "settings": settings, "versions": {}, **hashes}
+    files.write_json(tmp_path / "run" / "config.json", config)
+    result = {**made, "student": "RES-8", "dataset": "digits", "seed": 3, "epochs": 1, "hardware": "CPU", "command": ""}
+    result |= {"clean": 0.1, "pgd20": 0.0, "test_examples": 1}
+    student = files.load_student(tmp_path / "run")
+    files.write_json(tmp_path / "run" / "result.json", {**result, "student_sha256": files.state_sha256(student)})
     return tmp_path / "run"
 
 
@@ -84,7 +90,8 @@ def test_evaluate_measures_what_the_run_measured(quick_autoattack, run_folder, m
     by_seed = {evaluation.pgd_accuracy(fast, x, y, epsilon, seed=seed) for seed in range(8)}
     own = evaluation.monitor(fast, images, epsilon)
     attack = evaluation.autoattack(student, x[:6], y[:6], epsilon, seed=3)
-    result = {"student_sha256": files.state_sha256(student), "test_examples": len(x), **own, "autoattack": attack}
+    result = files.read_json(run_folder / "result.json") | own | {"test_examples": len(x), "autoattack": attack}
+    result["student_sha256"] = files.state_sha256(student)
     files.write_json(run_folder / "result.json", result)
     change_config(run_folder, {"epsilon": epsilon}, dataset_sha256=images.sha256)
     evaluate_with(monkeypatch, run_folder, "--attacks", "clean", "pgd", "autoattack")
@@ -274,6 +281,32 @@ def test_evaluate_refuses_what_does_not_go_together(run_folder, monkeypatch, cap
             evaluate_with(monkeypatch, *arguments)
         assert stopped.value.code == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "said"),
+    [
+        ("config", {"settings": [1]}, "config.json: settings is [1]"),
+        ("config", {"settings": {"dataset": "digits", "seed": "x"}}, "seed is 'x' in the run's settings"),
+        ("result", {"clean": "x"}, "result.json: clean is x"),
+        ("result", {"autoattack": [1]}, "result.json: autoattack is [1]"),
+    ],
+)
+def test_evaluate_names_what_was_edited_in_a_run(name, entries, said, run_folder, monkeypatch, capsys):
+    path = run_folder / f"{name}.json"
+    files.write_json(path, files.read_json(path) | entries)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate_with(monkeypatch, run_folder, "--attacks", "clean")
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_record_without_a_time_is_read(tmp_path):
+    (tmp_path / "evaluations").mkdir()
+    for name, more in (("a", {"time": "2026-01-01"}), ("b", {}), ("c", {"time": 3})):
+        files.write_json(tmp_path / "evaluations" / f"{name}.json", {"format": 2, **more})
+    assert len(evaluation.records(tmp_path)) == 3
 
 
 def test_evaluate_a_file_with_the_settings_of_its_run(run_folder, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """study.py: the runs that a file stands for, and real small ones started, stopped, resumed and failed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -232,6 +233,10 @@ def test_a_cluster_gets_the_runs_as_jobs_that_resume(study_of, tmp_path, capsys)
     assert {run.state() for run in study.all_runs} == {plan.FINISHED}, "the teacher went ahead"
     assert costs.cost_of(study.runs[0], study).source == "measured, 1 runs"
     assert "adaad_seed0: job " in capsys.readouterr().out
+    path = study.runs[0].folder / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": [1]}))
+    with pytest.raises(UserError, match=r"result.json: seconds is \[1\]"):
+        costs.cost_of(study.runs[0], study)
     again = slurm.submit(study, cluster="local", jobs=2, options={"gpus_per_node": 0})
     assert again == [], "what is finished is not sent"
     with pytest.raises(UserError, match=r"submitit: .*partitoin"):

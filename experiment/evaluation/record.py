@@ -61,7 +61,9 @@ def write_record(folder: Path, record: dict[str, Any], out: Path | None = None) 
 def records(folder: Path) -> list[dict[str, Any]]:
     """Return the records of a folder, oldest first, each with its ``file``; other files are ignored."""
     read = [{**read_json(path), "file": str(path)} for path in sorted((Path(folder) / FOLDER).glob("*.json"))]
-    return sorted((record for record in read if record.get("format") == FORMAT), key=lambda record: record["time"])
+    return sorted(
+        (record for record in read if record.get("format") == FORMAT), key=lambda record: str(record.get("time"))
+    )
 
 
 def save_adversarial(path: Path, x: Tensor, y: Tensor, found: Attacked) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from experiment import UserError, data, files
 from experiment.cli import LATER_SETTINGS, Role, settings_with
 from experiment.engine import Engine
+from experiment.records import Result, checked
 from experiment.run.provenance import provenance
 from experiment.text import ABSENT, short_text
 
@@ -77,6 +78,8 @@ def find_run(folder: Path, script: str, args: argparse.Namespace) -> tuple[dict[
     if config.get("format") != FORMAT or not texts or not isinstance(config.get("settings"), dict):
         raise UserError(f"{folder}/config.json was not written by this version. Use another --run_name")
     result = files.read_json(folder / "result.json") if "result.json" in entries else None
+    if result is not None:
+        checked(Result, result, folder / "result.json")
     trained = {"student.pt", "last.pt"} <= entries  # without last.pt, the run would train again
     unattacked = trained and (result is None or (result.get("autoattack") is None and args.aa_examples > 0))
     free = (*free_settings(vars(args)), *(settings_with(Role.AUTOATTACK) if unattacked else ()))

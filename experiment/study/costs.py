@@ -12,6 +12,7 @@ from typing import Any
 from cifar100_models import build_model
 from experiment import UserError, cli
 from experiment.files import read_json
+from experiment.records import Result, checked
 from experiment.study.plan import FINISHED, PlannedRun, Study
 
 EXPECTED = "expected"
@@ -44,7 +45,8 @@ def _measured(run: PlannedRun, study: Study) -> Cost | None:
     for other in study.all_runs:
         alike = other.script == run.script and all(other.settings.get(key) == run.settings.get(key) for key in keys)
         if alike and other.state() == FINISHED:
-            seconds.append(sum(read_json(other.folder / "result.json")["seconds"].values()))
+            path = other.folder / "result.json"
+            seconds.append(sum(checked(Result, read_json(path), path).seconds.values()))
     return Cost(fmean(seconds) / 3600, f"measured, {len(seconds)} runs") if seconds else None
 
 
