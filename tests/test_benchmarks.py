@@ -11,7 +11,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks import dm_wide_resnet, evaluation, gpu_check, measure, operations, product, report, training_step
+from benchmarks import (
+    dm_wide_resnet,
+    evaluation,
+    gpu_check,
+    kept_gradient,
+    measure,
+    operations,
+    product,
+    report,
+    training_step,
+)
 from cifar100_models import build_model
 from experiment import UserError
 
@@ -311,3 +321,14 @@ def test_the_networks_own_shape_is_robustbenchs():
     shapes = [sorted(tuple(p.shape) for p in network.parameters()) for network in (theirs, ours)]
     assert shapes[0] == shapes[1]
     assert operations.gflop_of_passes(theirs.eval()) == pytest.approx(operations.gflop_of_passes(ours.eval()))
+
+
+def test_the_kept_gradient_is_the_current_one_at_first(tmp_path):
+    torch.manual_seed(0)
+    student, teacher = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)).eval() for _ in range(2))
+    cosines, signs = kept_gradient.measured(student, teacher, torch.rand(8, 3, 4, 4), 0.1, 0.025, 5)
+    assert len(cosines) == len(signs) == 5
+    assert cosines[0] == pytest.approx(1, abs=1e-6)
+    assert signs[0] == 1
+    assert all(-1 <= cosine < cosines[0] for cosine in cosines[1:])
+    assert all(0.5 < sign <= 1 for sign in signs[1:])
