@@ -1,7 +1,7 @@
 """What the benchmarks share: interleaved timing, machine ceilings, networks and batches.
 
-Machines are noisy and change speed while they are measured. Therefore what is compared runs in turns in one process,
-in alternating order; medians are compared, with quartiles as spread, and ratios are taken round by round.
+The speed of a machine drifts. Settings that are compared therefore alternate in one process. Reported are medians with
+quartiles, and ratios of each round.
 """
 
 import statistics
@@ -21,12 +21,12 @@ from experiment import UserError
 
 DM = "DM-WRN-"
 CLASSES, SIDE = 100, 32
-"""CIFAR-100's; time does not depend on what the pixels show."""
+"""As CIFAR-100 has; the time does not depend on the pixels."""
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """The process-wide switches that a setting runs under; each setting puts its own back before its turn."""
+    """Global settings of torch under which a benchmark setting runs; restored before each of its turns."""
 
     matmul_tf32: bool
     convolution_tf32: bool
@@ -34,12 +34,12 @@ class Numerics:
 
     @classmethod
     def current(cls) -> "Numerics":
-        """Those of the process at this moment."""
+        """The current values."""
         cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
         return cls(cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark)
 
     def apply(self) -> None:
-        """Make them those of the process."""
+        """Set these values."""
         torch.backends.cuda.matmul.allow_tf32 = self.matmul_tf32
         torch.backends.cudnn.allow_tf32 = self.convolution_tf32
         torch.backends.cudnn.benchmark = self.choose_kernels
@@ -50,12 +50,14 @@ RESEARCH_CODE = Numerics(matmul_tf32=False, convolution_tf32=True, choose_kernel
 
 
 class Setting:
-    """One of several things to time: a function to call, the switches it runs under, and the memory it holds."""
+    """A function to time, the global settings it runs under, and its peak memory."""
 
     def __init__(self, fields: dict[str, Any], device: torch.device, build: Callable[[], Callable[[], object]]) -> None:
-        """Build and warm up; `fields` name it in the report.
+        """Build and warm up.
 
-        `build` returns the function to time, and leaves the process with the switches that it runs under.
+        Args:
+            fields: identify the setting in the report.
+            build: sets the global settings and returns the function to time.
         """
         self.fields, self.device = fields, device
         before = self._allocated()
@@ -74,7 +76,7 @@ class Setting:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def turn(self, repeats: int) -> None:
-        """Time `repeats` calls in a row, which may overlap on a GPU, and note the peak of memory."""
+        """Time `repeats` consecutive calls, which may overlap on a GPU, and record the peak memory."""
         self.numerics.apply()
         before = self._allocated()
         if self.device.type == "cuda":
@@ -89,32 +91,32 @@ class Setting:
             self.result = self.run()
 
     def check_finite(self) -> None:
-        """Raise UserError unless the last timed run gave finite numbers; runs and compiles nothing."""
+        """Raise UserError unless the last timed call returned finite numbers."""
         values = self.result.values() if isinstance(self.result, dict) else [self.result]
         if not all(torch.as_tensor(value).isfinite().all() for value in values):
-            raise UserError(f"{self.fields}: the loss is not finite, so these figures are of no use")
+            raise UserError(f"{self.fields}: the loss is not finite; the measured times are not valid")
 
     @property
     def peak_gib(self) -> float | None:
-        """The most memory that a turn held, 2^30 bytes; None on the CPU."""
+        """Peak memory of a turn in GiB; None on the CPU."""
         return self.peak_bytes / 2**30 if self.device.type == "cuda" else None
 
 
 def take_turns(settings: Sequence[Setting], rounds: int, repeats: int = 1) -> None:
-    """Time all settings `rounds` times, in alternating order: drift of the machine hits all alike."""
+    """Time all settings `rounds` times in alternating order, so that drift affects all of them."""
     for i in range(rounds):
         for setting in settings if i % 2 == 0 else reversed(settings):
             setting.turn(repeats)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done its work."""
+    """Wait for all kernels of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of one call, the device's work included."""
+    """Wall-clock seconds of one call, including the device's work."""
     synchronize(device)
     started = time.perf_counter()
     run()
@@ -131,7 +133,7 @@ def median_and_quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def speed(images: int, seconds: Sequence[float]) -> dict[str, Any]:
-    """Images per second for the report: median, quartiles, and the seconds they are made of."""
+    """Images per second: median and quartiles, with the measured seconds."""
     middle, low, high = median_and_quartiles(seconds)
     return {
         "images_per_second": images / middle,
@@ -141,13 +143,13 @@ def speed(images: int, seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(baseline: Sequence[float], seconds: Sequence[float]) -> dict[str, Any]:
-    """How much faster than the baseline: ratio of the medians, and the quartiles of the rounds' ratios."""
+    """Speed relative to the baseline: ratio of the medians, and quartiles of the ratios of each round."""
     _, low, high = median_and_quartiles([b / s for b, s in zip(baseline, seconds, strict=True)])
     return {"ratio": statistics.median(baseline) / statistics.median(seconds), "ratio_quartiles": [low, high]}
 
 
 def ceilings(device: torch.device, precisions: Sequence[str], rounds: int = 7) -> list[dict[str, Any]]:
-    """A row per precision: the best rates of large matrix products, a large convolution and a large copy.
+    """A row per precision: the highest rates of large matrix products, a large convolution and a large copy.
 
     10^12 floating-point operations per second; 10^9 bytes read plus bytes written per second.
     """

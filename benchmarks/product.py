@@ -1,4 +1,4 @@
-"""The training step of the scripts, ready to be timed, and without each of the ways in which it saves work."""
+"""The training step of the scripts for timing, as it is and without each of its optimisations."""
 
 import contextlib
 import copy
@@ -19,9 +19,9 @@ Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class ProductStep:
-    """The step of a method's script, as its main() makes it, on given networks and batches.
+    """The training step of a method's script on given networks and batches.
 
-    With --preset paper: its losses are those that the published step computes.
+    Uses --preset paper, so that its losses are those of the published step.
     """
 
     def __init__(self, method: str, networks: Networks, batches: Batches, *flags: str) -> None:
@@ -72,7 +72,7 @@ def without_folding(step: ProductStep) -> None:
 
 
 def without_channels_last(step: ProductStep) -> None:
-    """Weights, and with them activations, in contiguous NCHW layout."""
+    """Use the contiguous NCHW layout for weights, and thus for activations."""
     for fast in step.networks:
         fast.model.to(memory_format=torch.contiguous_format)
         for layer in fast.view._layers if fast.view else ():
@@ -80,7 +80,7 @@ def without_channels_last(step: ProductStep) -> None:
 
 
 def without_reuse(step: ProductStep) -> None:
-    """Compute every pass of the script, also that of a tensor which this step has already passed."""
+    """Compute every forward pass of the script, without reusing one of this step."""
     for fast in step.networks:
         fast.step = contextlib.nullcontext
 

@@ -1,8 +1,8 @@
-"""The baseline of the benchmarks: steps as research code makes them, with every pass that the published code makes.
+"""The baseline of the benchmarks: a training step with the forward and backward passes of the published code.
 
-Written for this project from a count of passes; it trains nothing, so only that count and the manner are held to:
-contiguous NCHW, eager, float32, unfrozen networks, one pass per branch, zero-weighted terms with their backward pass,
-the loss read by the host in every step.
+Written for this project after a count of these passes. It also keeps the published code's style: contiguous NCHW, eager
+float32, unfrozen networks, one pass per branch, the backward pass of zero-weighted terms, and a loss that the host
+reads in every step.
 """
 
 import torch
@@ -14,7 +14,7 @@ ALPHA, EPOCH, RAMP = 20.0, 1, 200
 
 
 def kl(student_logits: Tensor, teacher_logits: Tensor, reduction: str = "batchmean") -> Tensor:
-    """KL(T || S) from probabilities, as is usual."""
+    """Compute KL(T || S) from softmax probabilities."""
     return F.kl_div(F.log_softmax(student_logits, dim=1), F.softmax(teacher_logits, dim=1), reduction=reduction)
 
 
@@ -25,7 +25,7 @@ def move(x_adv: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def attack(base: str, student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The inner maximisation of ard, rslad or adaad; also T(x), which RSLAD's needs and the others compute later."""
+    """Run the inner maximisation of ard, rslad or adaad; return x_adv and T(x) (None: computed later)."""
     teacher_clean = None
     if base != "adaad":
         with torch.no_grad():

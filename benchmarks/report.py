@@ -1,4 +1,4 @@
-"""Figures as JSON and as Markdown tables, written where they are asked for.
+"""Benchmark results as JSON and as Markdown tables.
 
     python -m benchmarks.report DIR --insert docs/performance_tables.md
 
@@ -125,11 +125,11 @@ COLUMNS: dict[str, list[tuple[str, Callable[[Row], object]]]] = {
         ("robust", lambda r: f"{100 * r['robust']:.0f} % of {r['examples']}" if "robust" in r else "-"),
     ],
 }
-"""The tables: for each kind of rows, its columns."""
+"""The columns of the table of each kind of rows."""
 
 
 def tables(figures: dict[str, Any]) -> list[str]:
-    """The Markdown tables of all kinds of rows that figures hold; of a row that failed, why."""
+    """The Markdown tables of all kinds of rows, and the error of each row that failed."""
     made = []
     for kind, columns in COLUMNS.items():
         rows = figures.get(kind) or []
@@ -141,7 +141,7 @@ def tables(figures: dict[str, Any]) -> list[str]:
 
 
 def text_of(figures: dict[str, Any]) -> str:
-    """All that a JSON file of figures shows: command, machine, tables."""
+    """Command, machine and tables of a JSON file."""
     where = f"{figures['hardware']}; torch {figures['torch']}; commit {figures['commit']}"
     shown = [f"`{figures['command']}`  \n{where}"]
     if "line" in figures:
@@ -156,7 +156,7 @@ def text_of(figures: dict[str, Any]) -> str:
 
 
 def output_file(text: str) -> Path:
-    """A parser of paths to be written: makes the folder now, because minutes of measuring lie before the write."""
+    """A parser of output paths. Creates the folder, so that an error comes before the measurement."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def about(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What belongs to figures: command, machine, versions, commit.
+    """Command, machine, versions and commit of a measurement.
 
     No date: two reports of one commit on one machine differ by noise only.
     """
@@ -198,7 +198,7 @@ def about(name: str, args: argparse.Namespace, device: torch.device) -> dict[str
 
 
 class Report:
-    """Figures of a benchmark, written to --out after every row."""
+    """Results of a benchmark, written to --out after every row."""
 
     def __init__(self, name: str, args: argparse.Namespace, device: torch.device, line: str) -> None:
         self._figures, self._out = {**about(name, args, device), "line": line}, args.out

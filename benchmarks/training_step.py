@@ -1,4 +1,4 @@
-"""Time one training step: research code's own order of passes against the product's, at each setting.
+"""Time one training step of this project against the published order of passes, at each setting.
 
     python -m benchmarks.training_step --out runs/bench/training_step.json
     python -m benchmarks.training_step --methods adaad_IGDM --tricks all --profile 1
@@ -24,12 +24,12 @@ from experiment.run import Run
 
 METHODS = tuple(operations.PASSES)
 EPOCH_IMAGES = 50_000
-"""CIFAR-100's training set: the data pipeline is timed on as many images."""
+"""Size of CIFAR-100's training set, for timing the data pipeline."""
 Row = dict[str, Any]
 
 
 def row_of(setting: measure.Setting, baseline: Sequence[float], networks: Networks, batch: int, tops: list[Row]) -> Row:
-    """A timed setting's figures; the ratio is the baseline's seconds over its own."""
+    """The row of a timed setting; the ratio is the baseline's seconds divided by the setting's."""
     setting.check_finite()
     row = {**setting.fields, **measure.speed(batch, setting.seconds), **measure.ratio(baseline, setting.seconds)}
     counted = operations.gflop_of_step(row["method"], networks, row.get("teacher_every", 1))
@@ -44,7 +44,7 @@ def row_of(setting: measure.Setting, baseline: Sequence[float], networks: Networ
 def method_rows(
     method: str, networks: Networks, tops: list[Row], device: torch.device, args: argparse.Namespace
 ) -> Iterator[Row]:
-    """A row per setting of one method; each alternates with the published step, whose row comes first."""
+    """A row per setting of one method. Settings alternate with the published step, whose row is first."""
     torch.compiler.reset()  # a limited number of compiled variants is kept per forward: make room for these
     batches = measure.make_batches(args.batch, device)
     published = setting_of(method, networks, batches, "published")
@@ -66,7 +66,7 @@ def trick_rows(
     batches = measure.make_batches(args.batch, device)
     fastest = (args.precisions[-1], args.compile[-1])
     torch.compiler.reset()
-    # Each setting compiles variants of the same functions; past the limit they would run eagerly, without a word.
+    # Each setting compiles variants of the same functions; above the limit they run eagerly without a warning.
     torch._dynamo.config.recompile_limit = 8 * (len(TRICKS) + 1)
     product = setting_of(method, networks, batches, "product", *fastest)
     for name in args.tricks:
