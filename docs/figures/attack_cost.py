@@ -16,15 +16,11 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
+from igdm import TEXT, save
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from experiment.study import costs  # noqa: E402  the project need not be installed
-
 SIDE = 8
 """Pixels of a digit."""
-TEXT = "#808080"
-"""A mid-tone, legible on a white and on a black page."""
 LABELS = {
     ("ARD", 1): (-9, -4, "right"),
     ("ARD+IGDM", 1): (-9, 4, "right"),
@@ -38,6 +34,8 @@ LABELS = {
 
 def macs(method: str, settings: dict) -> float:
     """Operations of a training step per image, as experiment/study/costs.toml counts its passes."""
+    from experiment.study import costs
+
     forward, to_input, full, teacher_forward, teacher_backward = costs.counted()["passes"][method]
     if teacher_backward:
         evaluations = math.ceil(settings["steps"] / settings.get("teacher_every", 1))
@@ -50,6 +48,8 @@ def macs(method: str, settings: dict) -> float:
 def points(study: str) -> dict[tuple[str, int], tuple[float, float, float, int]]:
     """By method and teacher_every: cost in MMAC, mean AutoAttack accuracy and half its interval (per cent), seeds."""
     from scipy.stats import sem, t
+
+    from experiment.study import costs
 
     found = defaultdict(list)
     for run in json.loads((ROOT / f"docs/results/{study}.json").read_text())["runs"]:
@@ -94,13 +94,9 @@ def draw(file: Path) -> None:
     axes.set_xlim(0, 95)
     axes.set_xlabel("MMAC of a training step per image (RES-20 teacher, RES-8 student, digits)", color=TEXT)
     axes.set_ylabel("AutoAttack accuracy (%), 95 % interval", color=TEXT)
-    axes.tick_params(colors=TEXT)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(TEXT)
-    metadata = {"Date": None} if file.suffix == ".svg" else None
-    figure.savefig(file, transparent=True, bbox_inches="tight", dpi=100, metadata=metadata)
+    save(figure, axes, file)
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # the project is not installed
     draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".svg"))
