@@ -96,7 +96,7 @@ def make_run(
 @pytest.fixture
 def pair(tmp_path):
     """A baseline and its version with IGDM, 3 points apart on 100 images."""
-    return make_run(tmp_path / "base"), make_run(tmp_path / "twin", "IGDM", robust=0.41)
+    return make_run(tmp_path / "base"), make_run(tmp_path / "with_igdm", "IGDM", robust=0.41)
 
 
 def compare(*folders: Path) -> str:
@@ -131,7 +131,7 @@ def test_pair_is_printed_written_and_drawn(pair, tmp_path, capsys):
     assert not (out / "alignment.png").exists(), "nothing was measured to be drawn in it"
     text = (out / "comparison.md").read_text()
     assert "| AdaAD+IGDM | BDM | RES-18 | digits | 80.00 | 40.00 | 41.00 | +3.00 (+0.00 to +7.00) | 1 | 100 |" in text
-    assert "python adaad_IGDM_cifar100.py --seed 0 --run_name twin" in text
+    assert "python adaad_IGDM_cifar100.py --seed 0 --run_name with_igdm" in text
     assert "Some CPU" in text
     assert "(comparison.png)" in text
     assert str(tmp_path) not in text, "the Markdown can be moved together with its plots"
@@ -153,20 +153,21 @@ def test_the_baseline_is_first_whatever_the_order_given(pair, tmp_path):
     assert names == ["AdaAD", "AdaAD+IGDM", "RSLAD"]
 
 
-def seeds_of(tmp_path, base: dict[int, float], twin: dict[int, float], **changed) -> list[Path]:
+def seeds_of(tmp_path, base: dict[int, float], with_igdm: dict[int, float], **changed) -> list[Path]:
     """Runs of several seeds with these AutoAttack accuracies."""
     folders = [make_run(tmp_path / f"base{seed}", seed=seed, robust=value, **changed) for seed, value in base.items()]
     return folders + [
-        make_run(tmp_path / f"twin{seed}", "IGDM", seed=seed, robust=value, **changed) for seed, value in twin.items()
+        make_run(tmp_path / f"with_igdm{seed}", "IGDM", seed=seed, robust=value, **changed)
+        for seed, value in with_igdm.items()
     ]
 
 
 def test_seeds_become_mean_and_sample_deviation(tmp_path):
-    base, twin = {0: 0.25, 1: 0.28, 7: 0.26}, {0: 0.29, 1: 0.30, 7: 0.31}
-    printed = compare(*seeds_of(tmp_path, base, twin, examples=10000))
+    base, with_igdm = {0: 0.25, 1: 0.28, 7: 0.26}, {0: 0.29, 1: 0.30, 7: 0.31}
+    printed = compare(*seeds_of(tmp_path, base, with_igdm, examples=10000))
     assert "sample standard deviation (n - 1)" in printed
     row = cells(printed, "AdaAD+IGDM")
-    gains = [100 * (twin[s] - base[s]) for s in base]
+    gains = [100 * (with_igdm[s] - base[s]) for s in base]
     assert row[6] == f"30.00 ± {stdev([29, 30, 31]):.2f}"
     # Student's t for 2 degrees of freedom, 4.303; the images alone leave less.
     half = 4.303 * stdev(gains) / math.sqrt(3)
@@ -225,17 +226,17 @@ def test_seeds_needed_are_those_of_the_tables_of_power(effect, n):
     assert statistics.seeds_needed(0.001, 1.0) is None
 
 
-def flags_of(twin_wins: int, baseline_wins: int, images: int = 400) -> tuple[list[int], list[int]]:
-    """Where the images of a baseline and of its twin fall; they differ on so many."""
-    shared = images - twin_wins - baseline_wins
+def flags_of(igdm_wins: int, baseline_wins: int, images: int = 400) -> tuple[list[int], list[int]]:
+    """Flags of a baseline and of the version with IGDM, which differ on these numbers of images."""
+    shared = images - igdm_wins - baseline_wins
     rest = [5, 1, 4, 0, 5] * (shared // 5) + [5] * (shared % 5)
-    return [2] * twin_wins + [5] * baseline_wins + rest, [5] * twin_wins + [3] * baseline_wins + rest
+    return [2] * igdm_wins + [5] * baseline_wins + rest, [5] * igdm_wins + [3] * baseline_wins + rest
 
 
 @pytest.mark.parametrize(("wins", "verdict"), [((30, 2), "interval excludes 0"), ((17, 15), "interval includes 0")])
 def test_runs_on_the_same_images_are_paired(tmp_path, wins, verdict):
-    base, twin = flags_of(*wins)
-    folders = [make_run(tmp_path / "base", fell=base), make_run(tmp_path / "twin", "IGDM", fell=twin)]
+    base, with_igdm = flags_of(*wins)
+    folders = [make_run(tmp_path / "base", fell=base), make_run(tmp_path / "with_igdm", "IGDM", fell=with_igdm)]
     printed = compare(*folders)
     assert f"{100 * (wins[0] - wins[1]) / 400:+.2f} points" in printed
     assert "(bootstrap over images)" in printed
@@ -268,7 +269,7 @@ def test_another_version_of_autoattack_has_a_column_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("twin", "named"),
+    ("with_igdm", "named"),
     [
         ({"lr": 0.05, "epochs": 9}, "lr 0.1 and 0.05; epochs 3 and 9"),
         ({"wd": 2e-4}, "wd absent and 0.0002"),
@@ -282,8 +283,8 @@ def test_another_version_of_autoattack_has_a_column_of_its_own(tmp_path):
         ({"seed": 3}, "their seeds differ: 0 and 3"),
     ],
 )
-def test_runs_made_under_other_conditions_are_not_subtracted(tmp_path, twin, named):
-    folders = [make_run(tmp_path / "base"), make_run(tmp_path / "twin", "IGDM", **twin)]
+def test_runs_made_under_other_conditions_are_not_subtracted(tmp_path, with_igdm, named):
+    folders = [make_run(tmp_path / "base"), make_run(tmp_path / "with_igdm", "IGDM", **with_igdm)]
     with pytest.raises(UserError, match="cannot subtract") as caught:
         compare(*folders)
     assert named in str(caught.value)
@@ -319,7 +320,7 @@ def test_different_methods_are_listed_and_not_subtracted(tmp_path):
 
 def test_each_variant_is_named_by_its_settings_and_finds_its_own_baseline(tmp_path):
     folders = [make_run(tmp_path / f"base{lr}", lr=lr, robust=lr) for lr in (0.1, 0.2)]
-    folders += [make_run(tmp_path / f"twin{lr}", "IGDM", lr=lr, robust=2 * lr) for lr in (0.1, 0.2)]
+    folders += [make_run(tmp_path / f"with_igdm{lr}", "IGDM", lr=lr, robust=2 * lr) for lr in (0.1, 0.2)]
     folders.append(make_run(tmp_path / "alpha", "IGDM", lr=0.2, robust=0.5, alpha=100.0))
     printed = compare(*folders)
     assert printed.index("alpha 20") < printed.index("alpha 100"), "by number, not by letter"
@@ -410,7 +411,7 @@ def test_a_column_that_some_seeds_lack_is_none_of_theirs(tmp_path):
     for seed in (0, 1):
         gradients = {"gd": 0.1, "gc": 0.5, "definition": "g = something"} if seed else None
         make_run(tmp_path / "runs" / f"{seed}", seed=seed, result={"gradients": gradients})
-    make_run(tmp_path / "runs" / "twin", "IGDM", result={"gradients": {"gd": 0.2, "gc": 0.6, "definition": "g"}})
+    make_run(tmp_path / "runs" / "with_igdm", "IGDM", result={"gradients": {"gd": 0.2, "gc": 0.6, "definition": "g"}})
     printed = compare(tmp_path / "runs")
     assert cells(printed, "AdaAD")[8:10] == ["-", "-"]
     assert cells(printed, "AdaAD+IGDM")[8:10] == ["0.2000", "0.600"]
@@ -470,7 +471,7 @@ def test_other_hardware_and_versions_are_noted(tmp_path):
     folders = [
         make_run(tmp_path / "base"),
         make_run(
-            tmp_path / "twin",
+            tmp_path / "with_igdm",
             "IGDM",
             result={"hardware": "Some GPU"},
             config={"versions": {"python": "3.11.9", "torch": "2.12.0"}},
@@ -488,9 +489,9 @@ def test_a_method_keeps_its_colour_and_a_baseline_its_line(pair, tmp_path):
     few, more = (figures.styles_of(comparison_of(read_runs(runs))).values() for runs in (pair, [other, *pair]))
     own, *rest = more
     assert rest == list(few), "whatever else is shown"
-    base, twin = rest
-    assert base["color"] == twin["color"] != own["color"]
-    assert (base["linestyle"], twin["linestyle"]) == ("--", "-")
+    base, with_igdm = rest
+    assert base["color"] == with_igdm["color"] != own["color"]
+    assert (base["linestyle"], with_igdm["linestyle"]) == ("--", "-")
     assert base["markerfacecolor"] == "white"
 
 
@@ -564,7 +565,7 @@ def test_gradients_on_other_numbers_of_images_are_not_put_side_by_side(tmp_path)
 
 def test_a_folder_of_runs_can_be_compared_again(tmp_path, capsys):
     """comparison.md and the plots, which lie among the run folders, are no runs."""
-    make_run(tmp_path / "runs" / "base"), make_run(tmp_path / "runs" / "twin", "IGDM", robust=0.41)
+    make_run(tmp_path / "runs" / "base"), make_run(tmp_path / "runs" / "with_igdm", "IGDM", robust=0.41)
     (tmp_path / "runs" / "logs").mkdir()
     for _ in range(2):
         comparing.main([str(tmp_path / "runs")])
@@ -587,7 +588,7 @@ def test_figures_of_a_records_file_go_to_the_current_folder(pair, tmp_path, monk
 def test_unfinished_runs_are_shown_and_never_compared(pair, tmp_path):
     (pair[1] / "result.json").unlink()
     printed = compare(*pair)
-    assert cells(printed, "twin") == ["twin", "AdaAD+IGDM", "BDM", "RES-18", "0", "unfinished, 3 of 3 epochs"]
+    assert cells(printed, "with_igdm") == ["with_igdm", "AdaAD+IGDM", "BDM", "RES-18", "0", "unfinished, 3 of 3 epochs"]
     assert "Not finished: 1 of the runs." in printed
     assert "points, 95 %" not in printed
     (pair[0] / "result.json").unlink()
@@ -634,7 +635,9 @@ def test_the_gain_at_the_best_epochs_is_beside_that_at_the_last(tmp_path):
         best = {"epoch": 2, "holdout_pgd10": 0.4, "clean": 0.8, "pgd20": 0.4, "autoattack": attacked}
         return make_run(tmp_path / name, added, fell=last, result={"best": best})
 
-    printed = compare(run("base", None, [5, 1, 1, 1], [5, 5, 1, 1]), run("twin", "IGDM", [5, 5, 5, 1], [5, 5, 5, 1]))
+    printed = compare(
+        run("base", None, [5, 1, 1, 1], [5, 5, 1, 1]), run("with_igdm", "IGDM", [5, 5, 5, 1], [5, 5, 5, 1])
+    )
     assert "best AutoAttack" in printed
     assert "AdaAD+IGDM minus AdaAD: +25.00 points, 95 % interval" in printed
     assert "The last epoch's gain minus this gain: +25.00 points, 95 % interval" in printed
@@ -676,11 +679,13 @@ def test_published_figures_are_beside_ours(tmp_path):
 
 
 def test_records_give_the_same_tables_as_the_folders(tmp_path, capsys):
-    base, twin = flags_of(20, 3)
+    base, with_igdm = flags_of(20, 3)
     gradients = {"gd": 0.0911, "gc": 0.75, "definition": "g = something"}
     for seed in (0, 1):
         make_run(tmp_path / "runs" / f"base{seed}", seed=seed, fell=base, result={"gradients": gradients})
-        make_run(tmp_path / "runs" / f"twin{seed}", "IGDM", seed=seed, fell=twin, result={"gradients": gradients})
+        make_run(
+            tmp_path / "runs" / f"with_igdm{seed}", "IGDM", seed=seed, fell=with_igdm, result={"gradients": gradients}
+        )
     records, out = tmp_path / "mine.json", ["--out", str(tmp_path / "out")]
     comparing.main([str(tmp_path / "runs"), "--records", str(records), *out])
     first = capsys.readouterr().out.replace(f"records   {records}\n", "")
@@ -869,7 +874,7 @@ def test_output_that_nobody_reads_is_no_error(pair, tmp_path):
 
 def test_output_goes_beside_the_runs_or_here(pair, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    comparing.main(["base", "twin"])
+    comparing.main(["base", "with_igdm"])
     assert "plots     comparison.png, " in capsys.readouterr().out
     elsewhere = make_run(tmp_path / "elsewhere" / "base")
     (tmp_path / "here").mkdir()

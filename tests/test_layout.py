@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BASELINES = ("ard", "rslad", "adaad")
 METHODS = tuple(f"{method}{added}_cifar100" for method in BASELINES for added in ("", "_IGDM"))
-TWINS = ("pgd_at", "trades")
-EXAMPLES = (*(f"{method}{added}_cifar100" for method in TWINS for added in ("", "_IGDM")), "saad_cifar100")
+WITH_IGDM = ("pgd_at", "trades")
+EXAMPLES = (*(f"{method}{added}_cifar100" for method in WITH_IGDM for added in ("", "_IGDM")), "saad_cifar100")
 SCRIPTS = (*METHODS, "train_teacher", "evaluate", "compare", "study", "export", "hubconf")
 LIBRARIES = ("attacks", "rslad_loss")
 PACKAGES = ("cifar100_models", "experiment", "examples")
@@ -184,14 +184,14 @@ def test_methods_have_one_signature_and_return_terms(script):
     assert ast.unparse(function.body[-1]) == "return terms"
 
 
-@pytest.mark.parametrize("method", [*BASELINES, *(f"examples/{twin}" for twin in TWINS)])
+@pytest.mark.parametrize("method", [*BASELINES, *(f"examples/{method}" for method in WITH_IGDM)])
 def test_an_igdm_script_only_adds_lines(method):
     """Its baseline is what is left when lines are taken away, so that diff shows additions only."""
     baseline = (ROOT / f"{method}_cifar100.py").read_text().splitlines()
-    twin = (ROOT / f"{method}_IGDM_cifar100.py").read_text().splitlines()
-    remaining = iter(twin)
+    with_igdm = (ROOT / f"{method}_IGDM_cifar100.py").read_text().splitlines()
+    remaining = iter(with_igdm)
     assert [line for line in baseline if line not in remaining] == []
-    assert len(twin) - len(baseline) <= 20
+    assert len(with_igdm) - len(baseline) <= 20
 
 
 @pytest.mark.parametrize("method", [*BASELINES, "examples/trades"])

@@ -86,12 +86,12 @@ def test_a_grid_is_every_combination_with_the_flags_of_each_script(study_of):
         "adaad_seed1",
         "adaad_IGDM_seed1",
     ], "the first key of [grid] varies slowest"
-    baseline, twin = study.runs[2:]
-    assert (twin.settings["alpha"], twin.settings["ramp_epochs"], twin.settings["seed"]) == (5.0, 1, 1)
+    baseline, with_igdm = study.runs[2:]
+    assert (with_igdm.settings["alpha"], with_igdm.settings["ramp_epochs"], with_igdm.settings["seed"]) == (5.0, 1, 1)
     assert "alpha" not in baseline.settings, "a flag that a script does not have is left away"
     assert baseline.settings["step_size"] == 1 / 255
-    assert twin.folder == study.folder / "adaad_IGDM_seed1"
-    assert twin.settings["teacher"] == str(study.folder / "teacher"), "the study's own teacher is the default"
+    assert with_igdm.folder == study.folder / "adaad_IGDM_seed1"
+    assert with_igdm.settings["teacher"] == str(study.folder / "teacher"), "the study's own teacher is the default"
     assert study.teacher.settings["student"] == "RES-8"
 
 
