@@ -57,8 +57,7 @@ BFLOAT16 := $(shell grep -m 1 -o -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev
 bench = $(PY) -m benchmarks.$(1) $(2) --out runs/bench/$(1)_cpu$(3).json
 
 bench: setup
-	$(call bench,training_step,$(BENCH) --rounds 3 --profile 1 --overhead 1 --tricks $(CPU_TRICKS) --batches 4 8 16 \
-		--count WRN-16-4 WRN-28-10 WRN-34-10)
+	$(call bench,training_step,$(BENCH) --rounds 3 --profile 1 --tricks $(CPU_TRICKS))
 	$(call bench,evaluation,--device cpu --examples 16 --batch 16 --product_batch 16 --rounds 3 --aa_student RES-8 \
 		--aa_examples 2 --aa_batches 2)
 	$(if $(BFLOAT16),$(call bench,training_step,$(BENCH) --rounds 4 --methods rslad_IGDM adaad_IGDM \

@@ -70,14 +70,13 @@ def rows(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, A
 def main() -> None:
     """Measure, write, print."""
     parser = cli.Parser(prog="python -m benchmarks.fidelity", description=__doc__.partition("\n")[0])
-    report.add_flags(parser)
     parser.add_argument("--student", default="RES-18", help="name of cifar100_models")
     parser.add_argument("--teacher", default="WRN-16-4", help="name of cifar100_models")
     parser.add_argument("--epochs", type=cli.positive_int, default=20, help="of training, on digits")
     choices = ("tf32", "bf16", "fp16")
     parser.add_argument("--precisions", nargs="+", choices=choices, default=list(choices), help="compared with float32")
-    args = parser.parse_args()
-    device = torch.device(cli.resolve_device(parser, args.device))
+    args = report.parse_args(parser, None)
+    device = torch.device(args.device)
     found = report.Report("fidelity", args, device, f"{args.teacher} → {args.student}, digits:")
     found.add("fidelity", rows(args, device))
     found.show()

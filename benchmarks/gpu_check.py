@@ -106,10 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="all of it at toy size on the CPU")
     parser.add_argument("--parts", nargs="+", choices=names, default=names[:-1], help="default all but autoattack")
     args = parser.parse_args(argv)
-    try:
-        (args.out / "parts").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: {args.out} cannot be made: {error.strerror}")
+    report.make_folder(parser, args.out / "parts")
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; --rehearse runs at toy size on the CPU")
     return args

@@ -8,7 +8,6 @@ with the one kept from x_0: their cosine, and the share of pixels with the same 
 objective, which is what a step of the attack uses. A row per run, means over images.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attacks
-from experiment import data, teachers
+from benchmarks import report
+from experiment import cli, data, teachers
 from experiment.files import read_json
 from rslad_loss import kl_divergence
 
@@ -53,11 +53,11 @@ def measured(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser("python -m benchmarks.kept_gradient", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run of one of AdaAD's scripts")
-    parser.add_argument("--examples", type=int, default=1000, help="the first N test images (default %(default)s)")
-    args = parser.parse_args(argv)
-    for row, run in enumerate(args.runs):
+    parser.add_argument("--examples", type=cli.positive_int, default=1000, help="the first N test images")
+    args, rows = parser.parse_args(argv), []
+    for run in args.runs:
         settings = read_json(Path(run, "config.json"))["settings"]
         images = data.load_data(settings["dataset"], settings["data_dir"], side=settings["side"])
         student = teachers.load_network(run).model
@@ -65,12 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.manual_seed(0)
         x = data.as_float(images.x_test[: args.examples])
         budget = settings["epsilon"], settings["step_size"], settings["steps"]
-        if row == 0:
-            print("| run | measure |", " | ".join(f"k = {k}" for k in range(settings["steps"])), "|")
-            print("| --- " * 2 + "| ---: " * settings["steps"] + "|")
         for name, values in zip(("cosine", "equal signs"), measured(student, teacher, x, *budget), strict=True):
-            print(f"| {run} | {name} |", " | ".join(f"{value:.3f}" for value in values), "|")
+            rows.append([f"{run}, {name}", *(f"{value:.3f}" for value in values)])
+    print(report.table(["run, measure", *(f"k = {k}" for k in range(len(rows[0]) - 1))], rows))
 
 
 if __name__ == "__main__":
-    main()
+    cli.guard(main)

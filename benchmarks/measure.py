@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, machine ceilings, networks and batches.
+"""What the benchmarks share: interleaved timing, machine ceilings, a profile.
 
 The speed of a machine drifts. Settings that are compared therefore alternate in one process. Reported are medians with
 quartiles, and ratios of each round.
@@ -11,17 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from benchmarks import dm_wide_resnet
-from cifar100_models import build_model
 from experiment import UserError
-
-DM = "DM-WRN-"
-CLASSES, SIDE = 100, 32
-"""As CIFAR-100 has; the time does not depend on the pixels."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class Setting:
         # Weights, optimizer state and gradients stay between turns; those of the other settings do not count.
         self._resident = self._allocated() - before
         self.seconds: list[float] = []
-        self.peak_bytes = 0
+        self.peak_gib: float | None = None  # of a turn; None on the CPU
         self.result: object = None
 
     def _allocated(self) -> int:
@@ -81,25 +75,19 @@ class Setting:
         before = self._allocated()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.seconds.append(seconds_of(lambda: self._runs(repeats), self.device) / repeats)
+        self.seconds.append(seconds_of(self._call, self.device, repeats))
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) - before + self._resident
-            self.peak_bytes = max(self.peak_bytes, peak)
+            self.peak_gib = max(self.peak_gib or 0.0, peak / 2**30)
 
-    def _runs(self, repeats: int) -> None:
-        for _ in range(repeats):
-            self.result = self.run()
+    def _call(self) -> None:
+        self.result = self.run()
 
     def check_finite(self) -> None:
         """Raise UserError unless the last timed call returned finite numbers."""
         values = self.result.values() if isinstance(self.result, dict) else [self.result]
         if not all(torch.as_tensor(value).isfinite().all() for value in values):
             raise UserError(f"{self.fields}: the loss is not finite; the measured times are not valid")
-
-    @property
-    def peak_gib(self) -> float | None:
-        """Peak memory of a turn in GiB; None on the CPU."""
-        return self.peak_bytes / 2**30 if self.device.type == "cuda" else None
 
 
 def take_turns(settings: Sequence[Setting], rounds: int, repeats: int = 1) -> None:
@@ -115,26 +103,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of one call, including the device's work."""
+def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Wall-clock seconds per call of consecutive calls, including the device's work."""
     synchronize(device)
     started = time.perf_counter()
-    run()
+    for _ in range(repeats):
+        run()
     synchronize(device)
-    return time.perf_counter() - started
-
-
-def median_and_quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, low, high
+    return (time.perf_counter() - started) / repeats
 
 
 def speed(images: int, seconds: Sequence[float]) -> dict[str, Any]:
     """Images per second: median and quartiles, with the measured seconds."""
-    middle, low, high = median_and_quartiles(seconds)
+    low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
     return {
         "images_per_second": images / middle,
         "images_per_second_quartiles": [images / high, images / low],
@@ -144,20 +125,14 @@ def speed(images: int, seconds: Sequence[float]) -> dict[str, Any]:
 
 def ratio(baseline: Sequence[float], seconds: Sequence[float]) -> dict[str, Any]:
     """Speed relative to the baseline: ratio of the medians, and quartiles of the ratios of each round."""
-    _, low, high = median_and_quartiles([b / s for b, s in zip(baseline, seconds, strict=True)])
-    return {"ratio": statistics.median(baseline) / statistics.median(seconds), "ratio_quartiles": [low, high]}
+    quartiles = np.quantile(np.divide(baseline, seconds), (0.25, 0.75)).tolist()
+    return {"ratio": statistics.median(baseline) / statistics.median(seconds), "ratio_quartiles": quartiles}
 
 
 def ceilings(device: torch.device, precisions: Sequence[str], rounds: int = 7) -> list[dict[str, Any]]:
-    """A row per precision: the highest rates of large matrix products, a large convolution and a large copy.
-
-    10^12 floating-point operations per second; 10^9 bytes read plus bytes written per second.
-    """
+    """A row per precision: the highest rates of a large matrix product and a large convolution, 10^12 operations/s."""
     cuda = device.type == "cuda"
     size, images = (8192, 2048) if cuda else (2048, 64)
-    source = torch.rand(2**28 if cuda else 2**25, device=device)  # far larger than any cache
-    best = best_seconds(partial(torch.empty_like(source).copy_, source), device, rounds, 1)
-    copied = 2 * source.numel() * source.element_size() / best / 1e9
     found = []
     for precision in precisions:
         Numerics(precision == "tf32", precision == "tf32", True).apply()
@@ -169,68 +144,18 @@ def ceilings(device: torch.device, precisions: Sequence[str], rounds: int = 7) -
             for shape in ((images, 320, 16, 16), (320, 320, 3, 3))  # the middle stage of a WRN-28-10
         )
         repeats = 20 if cuda else 1
-        row = {"precision": precision, "copy_gb_per_second": copied}
-        best = best_seconds(partial(torch.mm, a, b), device, rounds, repeats)
-        row["matmul_tflops"] = 2 * size**3 / best / 1e12
-        best = best_seconds(partial(F.conv2d, x, weight, padding=1), device, rounds, repeats)
-        row["convolution_tflops"] = 2 * 9 * 320 * x.numel() / best / 1e12
-        found.append(row)
+        product = best_seconds(partial(torch.mm, a, b), device, rounds, repeats)
+        convolution = best_seconds(partial(F.conv2d, x, weight, padding=1), device, rounds, repeats)
+        rates = {"matmul_tflops": 2 * size**3 / product / 1e12}
+        rates["convolution_tflops"] = 2 * 9 * 320 * x.numel() / convolution / 1e12
+        found.append({"precision": precision, **rates})
     return found
 
 
 def best_seconds(run: Callable[[], object], device: torch.device, rounds: int, repeats: int) -> float:
     """The shortest of `rounds` turns of `repeats` calls, per call, after one turn to warm up."""
-
-    def several() -> None:
-        for _ in range(repeats):
-            run()
-
-    several()
-    return min(seconds_of(several, device) for _ in range(rounds)) / repeats
-
-
-def peak(tops: Sequence[dict[str, Any]], precision: str) -> float:
-    """The ceiling to measure a step against: the faster of matrix product and convolution.
-
-    They differ on CPUs, where two libraries compute them; on a GPU it is the matrix product.
-    """
-    (top,) = (row for row in tops if row["precision"] == precision)
-    return max(top["matmul_tflops"], top["convolution_tflops"])
-
-
-def make_network(name: str, device: torch.device, seed: int) -> nn.Module:
-    """A network with random weights, in eval mode, whose BatchNorm statistics fit its activations.
-
-    A name of cifar100_models, or DM-WRN-d-w: the shape of RobustBench's strongest teachers (`dm_wide_resnet`). With
-    fresh statistics the logits of a deep network overflow its softmax, and gradients vanish or become NaN.
-    """
-    torch.manual_seed(seed)
-    if name.startswith(DM):
-        depth, _, width = name.removeprefix(DM).partition("-")
-        model = dm_wide_resnet.build(int(depth), int(width), CLASSES)
-    else:
-        model = build_model(name, CLASSES)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model(torch.rand(4, 3, SIDE, SIDE))
-    for norm in norms:
-        norm.momentum = 0.1
-    return model.eval().to(device)
-
-
-def make_networks(student: str, teacher: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Student and teacher by `make_network`."""
-    return make_network(student, device, 0), make_network(teacher, device, 1)
-
-
-def make_batches(batch: int, device: torch.device, count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Random images in [0, 1] and labels; several batches, so that no cache holds what a step needs."""
-    torch.manual_seed(0)
-    return [
-        (torch.rand(batch, 3, SIDE, SIDE).to(device), torch.randint(CLASSES, (batch,)).to(device)) for _ in range(count)
-    ]
+    seconds_of(run, device, repeats)
+    return min(seconds_of(run, device, repeats) for _ in range(rounds))
 
 
 def profile_rows(setting: Setting, repeats: int = 3) -> list[dict[str, Any]]:
@@ -242,7 +167,7 @@ def profile_rows(setting: Setting, repeats: int = 3) -> list[dict[str, Any]]:
     cuda = setting.device.type == "cuda"
     setting.turn(1)
     with profiler(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as trace:
-        wall = seconds_of(lambda: [setting.run() for _ in range(repeats)], setting.device)
+        wall = repeats * seconds_of(setting.run, setting.device, repeats)
     wanted = DeviceType.CUDA if cuda else DeviceType.CPU
     times: dict[str, float] = {}
     for event in trace.key_averages():

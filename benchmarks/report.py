@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from benchmarks import workload
 from experiment import UserError, cli
-from experiment.engine import Engine
+from experiment.evaluation import AUTOATTACK
 from experiment.files import read_json, write_atomically, write_json
 from experiment.run import provenance
 
-FORMAT = 2
 Row = dict[str, Any]
 
 
@@ -53,10 +53,6 @@ def _memory(row: Row) -> str:
     return "-" if row.get("peak_memory_gib") is None else f"{row['peak_memory_gib']:.2f}"
 
 
-def _per_image(row: Row, seconds: float) -> str:
-    return f"{seconds / row['examples']:.3f}"
-
-
 SPEED = ("images/s (quartiles)", lambda r: spread(r, "images_per_second"))
 MEMORY = ("peak memory, GiB", _memory)
 
@@ -67,7 +63,6 @@ COLUMNS: dict[str, list[tuple[str, Callable[[Row], object]]]] = {
         ("ceiling", lambda r: r["precision"]),
         ("matrix product, TFLOP/s", lambda r: f"{r['matmul_tflops']:.3g}"),
         ("convolution, TFLOP/s", lambda r: f"{r['convolution_tflops']:.3g}"),
-        ("copy, GB/s", lambda r: f"{r['copy_gb_per_second']:.3g}"),
     ],
     "rows": [
         ("step", _step),
@@ -86,18 +81,6 @@ COLUMNS: dict[str, list[tuple[str, Callable[[Row], object]]]] = {
         MEMORY,
     ],
     "profile": [("part of the step's time", lambda r: r["name"]), ("share", lambda r: _share(r["share"]))],
-    "batches": [("batch", lambda r: r["batch"]), SPEED, MEMORY],
-    "overhead": [
-        ("part", lambda r: r["part"]),
-        ("ms/step", lambda r: f"{1e3 * r['seconds']:.3f}"),
-        ("of the step", lambda r: f"{100 * r['share']:.3f} %"),
-    ],
-    "operations": [
-        ("GFLOP/image, published → product", lambda r: f"{r['teacher']} → {r['student']}, {r['method']}"),
-        ("teacher's GMAC/forward", lambda r: f"{r['teacher_gmac']:.3f}"),
-        ("published", lambda r: f"{r['published']:.1f}"),
-        ("product", lambda r: f"{r['product']:.1f}"),
-    ],
     "fidelity": [
         ("against float32, ten attack steps", lambda r: f"{r['method']}, {r['precision']}"),
         ("signs that flip in the first step", lambda r: f"{100 * r['flipped']:.2f} %"),
@@ -111,18 +94,13 @@ COLUMNS: dict[str, list[tuple[str, Callable[[Row], object]]]] = {
         MEMORY,
     ],
     "autoattack": [
-        ("AutoAttack, standard", lambda r: r["step"]),
-        ("batch", lambda r: r["batch"]),
+        ("AutoAttack, standard, batch", lambda r: r["batch"]),
         *(
-            (
-                f"{name}, s/image",
-                lambda r, name=name: _per_image(r, r["attack_seconds"][name]) if "attack_seconds" in r else "-",
-            )
-            for name in ("apgd-ce", "apgd-t", "fab-t", "square")
+            (f"{name}, s/image", lambda r, name=name: f"{r['attack_seconds'][name] / r['examples']:.3f}")
+            for name in AUTOATTACK
         ),
-        ("all, s/image", lambda r: _per_image(r, r["seconds"])),
-        ("robustbench's time / product's (quartiles)", lambda r: spread(r, "ratio") if "ratio" in r else "-"),
-        ("robust", lambda r: f"{100 * r['robust']:.0f} % of {r['examples']}" if "robust" in r else "-"),
+        ("all, s/image", lambda r: f"{sum(r['attack_seconds'].values()) / r['examples']:.3f}"),
+        ("robust", lambda r: f"{100 * r['accuracy']:.0f} % of {r['examples']}"),
     ],
 }
 """The columns of the table of each kind of rows."""
@@ -155,41 +133,39 @@ def text_of(figures: dict[str, Any]) -> str:
 # What every benchmark does with its figures ------------------------------------------------------------------------
 
 
-def output_file(text: str) -> Path:
-    """A parser of output paths. Creates the folder, so that an error comes before the measurement."""
-    path = Path(text)
+def make_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """Create the folder of --out, so that an error comes before the measurement."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from error
-    return path
+        parser.error(f"argument --out: {folder} cannot be made: {error.strerror}")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that every benchmark has."""
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a benchmark's flags and those that every benchmark has."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--rounds", type=cli.positive_int, default=5, help="turns per setting")
     parser.add_argument("--commit", help="the commit, where git cannot tell it")
-    parser.add_argument("--out", type=output_file, help="write the figures to this JSON file")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    args = parser.parse_args(argv)
+    args.device = cli.resolve_device(parser, args.device)
+    if args.out:
+        make_folder(parser, args.out.parent)
+    return args
 
 
 def about(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Command, machine, versions and commit of a measurement.
-
-    No date: two reports of one commit on one machine differ by noise only.
-    """
+    """Command, machine, versions and commit of a measurement."""
     given = sys.argv[1:]
     for flag in ("--out", "--commit"):  # they do not change the figures
         if flag in given:
             del given[given.index(flag) : given.index(flag) + 2]
-    settings = {"device": str(device), "precision": "fp32", "compile": 0, "batch": 1, "deterministic": 0, "seed": 0}
     origin, threads = provenance(Path(__file__)), os.environ.get("OMP_NUM_THREADS")
     return {
-        "format": FORMAT,
         "benchmark": name,
         "command": (f"OMP_NUM_THREADS={threads} " if threads else "")
         + shlex.join(["python", "-m", f"benchmarks.{name}", *given]),
-        "hardware": Engine(argparse.Namespace(**settings)).hardware(),
+        "hardware": workload.engine(device).hardware(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": origin["versions"]["python"],
@@ -241,8 +217,8 @@ def main() -> None:
         raise UserError(f"{args.folder} holds no .json file")
     for path in files:
         figures = read_json(path)
-        if figures.get("format") != FORMAT or "benchmark" not in figures:
-            raise UserError(f"{path} is no report of a benchmark of format {FORMAT}")
+        if "benchmark" not in figures:
+            raise UserError(f"{path} is not a report of a benchmark")
         if args.insert:
             insert(args.insert, path.stem, text_of(figures))
         else:

@@ -10,21 +10,16 @@ the ratio is the median time without the trick over the product's: above 1, the 
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks import measure, operations, report
-from benchmarks.product import TRICKS, Networks, ProductStep, setting_of
+from benchmarks import measure, report, workload
+from benchmarks.product import TRICKS, Networks, setting_of
 from experiment import cli
-from experiment.data import Data
-from experiment.run import Run
 
-METHODS = tuple(operations.PASSES)
-EPOCH_IMAGES = 50_000
-"""Size of CIFAR-100's training set, for timing the data pipeline."""
+METHODS = tuple(workload.PASSES)
 Row = dict[str, Any]
 
 
@@ -32,21 +27,21 @@ def row_of(setting: measure.Setting, baseline: Sequence[float], networks: Networ
     """The row of a timed setting; the ratio is the baseline's seconds divided by the setting's."""
     setting.check_finite()
     row = {**setting.fields, **measure.speed(batch, setting.seconds), **measure.ratio(baseline, setting.seconds)}
-    counted = operations.gflop_of_step(row["method"], networks, row.get("teacher_every", 1))
+    counted = workload.gflop_of_step(row["method"], networks, row.get("teacher_every", 1))
     row["gflop_per_image"] = counted[row["step"]]
     row["tflops"] = row["gflop_per_image"] * row["images_per_second"] / 1e3
     # Convolutions of the published step run in TF32 on CUDA: the framework's default.
     rate = "tf32" if row["step"] == "published" and setting.device.type == "cuda" else row["precision"]
-    row["share_of_peak"] = row["tflops"] / measure.peak(tops, rate)
+    (top,) = (top for top in tops if top["precision"] == rate)
+    # On CPUs two libraries compute products and convolutions; on a GPU the product is faster.
+    row["share_of_peak"] = row["tflops"] / max(top["matmul_tflops"], top["convolution_tflops"])
     return {**row, "peak_memory_gib": setting.peak_gib}
 
 
-def method_rows(
-    method: str, networks: Networks, tops: list[Row], device: torch.device, args: argparse.Namespace
-) -> Iterator[Row]:
+def method_rows(method: str, networks: Networks, tops: list[Row], args: argparse.Namespace) -> Iterator[Row]:
     """A row per setting of one method. Settings alternate with the published step, whose row is first."""
     torch.compiler.reset()  # a limited number of compiled variants is kept per forward: make room for these
-    batches = measure.make_batches(args.batch, device)
+    batches = workload.make_batches(args.batch, args.device)
     published = setting_of(method, networks, batches, "published")
     kinds = [(precision, compiled, 1) for precision in args.precisions for compiled in args.compile]
     if method.startswith("adaad"):
@@ -59,11 +54,9 @@ def method_rows(
             yield row_of(timed, published.seconds, networks, args.batch, tops)
 
 
-def trick_rows(
-    method: str, networks: Networks, tops: list[Row], device: torch.device, args: argparse.Namespace
-) -> Iterator[Row]:
+def trick_rows(method: str, networks: Networks, tops: list[Row], args: argparse.Namespace) -> Iterator[Row]:
     """Return a row per trick, alternating with the unchanged step; the row of a failing trick has its error."""
-    batches = measure.make_batches(args.batch, device)
+    batches = workload.make_batches(args.batch, args.device)
     fastest = (args.precisions[-1], args.compile[-1])
     torch.compiler.reset()
     # Each setting compiles variants of the same functions; above the limit they run eagerly without a warning.
@@ -84,67 +77,9 @@ def trick_rows(
             yield {"setting": name, "error": " ".join(str(error).split())[:300]}
 
 
-def operation_rows(args: argparse.Namespace) -> list[Row]:
-    """Operations per image by teacher and method, published order and product, counted from passes and layers."""
-    student, rows = measure.make_network(args.student, torch.device("cpu"), 0), []
-    for name in args.count:
-        teacher = measure.make_network(name, torch.device("cpu"), 1)
-        gmac = operations.gflop_of_passes(teacher)[0] / 2
-        for method in METHODS:
-            fields = {"teacher": name, "student": args.student, "method": method, "teacher_gmac": gmac}
-            rows.append(fields | operations.gflop_of_step(method, (student, teacher)))
-    return rows
-
-
-def batch_rows(method: str, networks: Networks, device: torch.device, args: argparse.Namespace) -> Iterator[Row]:
-    """Images per second by batch size."""
-    for batch in args.batches:
-        torch.compiler.reset()
-        batches = measure.make_batches(batch, device, 1)
-        setting = setting_of(method, networks, batches, "product", args.precisions[-1], args.compile[-1])
-        measure.take_turns([setting], args.rounds, args.repeats)
-        yield {"batch": batch, **measure.speed(batch, setting.seconds), "peak_memory_gib": setting.peak_gib}
-
-
-def overhead_rows(method: str, networks: Networks, device: torch.device, args: argparse.Namespace) -> list[Row]:
-    """Seconds per step of the step itself, of the data pipeline alone and of the logging alone."""
-    flags = ["--precision", args.precisions[-1], "--compile", str(args.compile[-1])]
-    step = ProductStep(method, networks, measure.make_batches(args.batch, device), *flags)
-    setting = measure.Setting({}, device, lambda: step)
-    measure.take_turns([setting], args.rounds, args.repeats)
-    x = torch.randint(256, (EPOCH_IMAGES, 3, measure.SIDE, measure.SIDE), dtype=torch.uint8).to(device)
-    y = torch.randint(measure.CLASSES, (EPOCH_IMAGES,)).to(device)
-    images = Data(
-        name="random", x_train=x, y_train=y, x_test=x[:1], y_test=y[:1], num_classes=measure.CLASSES, pad=4, flip=True,
-        sha256="",
-    )  # fmt: skip
-    steps, terms = images.steps(args.batch), step()
-
-    def pipeline() -> None:
-        for _ in images.batches(args.batch, 0, 1):
-            pass
-
-    with tempfile.TemporaryDirectory() as folder:
-        argv = ["--dataset", "digits", "--run_dir", folder, "--device", str(device), "--aa_examples", "0"]
-        script = step.script
-        run = Run(cli.parse_args(script.__file__, script.RECIPE, argv), script.__file__, script.RECIPE)
-
-        def log() -> None:
-            for _ in range(steps):
-                run.count(terms)
-
-        seconds = {"step": measure.median_and_quartiles(setting.seconds)[0]}
-        for part, work in (("data", pipeline), ("logging", log)):
-            work()
-            times = [measure.seconds_of(work, device) for _ in range(args.rounds)]
-            seconds[part] = measure.median_and_quartiles(times)[0] / steps
-    return [{"part": part, "seconds": value, "share": value / seconds["step"]} for part, value in seconds.items()]
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, with the defaults that depend on the device."""
     parser = cli.Parser(prog="python -m benchmarks.training_step", description=__doc__.partition("\n")[0])
-    report.add_flags(parser)
     add = parser.add_argument
     add("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="scripts to time")
     add("--teacher", default="DM-WRN-28-10", help="DM-WRN-d-w, WRN-d-w or another name of cifar100_models")
@@ -158,11 +93,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--tricks", nargs="*", choices=("all", *TRICKS), default=[], help="time these at the last precision and compile"
     )
-    add("--count", nargs="*", default=[], metavar="TEACHER", help="teachers whose steps' operations are counted")
-    add("--overhead", type=int, choices=(0, 1), default=0, help="time data pipeline and logging beside the step")
-    add("--batches", nargs="*", type=cli.whole(2), default=[], help="batches to time, for the last method")
-    args = parser.parse_args(argv)
-    args.device = cli.resolve_device(parser, args.device)
+    args = report.parse_args(parser, argv)
     cuda = args.device.startswith("cuda")
     args.precisions = args.precisions or (["fp32", "tf32", "bf16"] if cuda else ["fp32"])
     args.compile = args.compile or ([0, 1] if cuda else [0])
@@ -175,7 +106,7 @@ def main() -> None:
     """Measure, write, print."""
     args = parse_args()
     device = torch.device(args.device)
-    networks = measure.make_networks(args.student, args.teacher, device)
+    networks = workload.make_network(args.student, device, 0), workload.make_network(args.teacher, device, 1)
     method = args.methods[-1] if args.methods else METHODS[-1]
     rates = list(dict.fromkeys(["fp32", *(["tf32"] if device.type == "cuda" else []), *args.precisions]))
     tops = measure.ceilings(device, rates)
@@ -183,17 +114,14 @@ def main() -> None:
     found = report.Report("training_step", args, device, line)
     found.add("ceilings", tops)
     for name in args.methods:
-        found.add("rows", method_rows(name, networks, tops, device, args))
+        found.add("rows", method_rows(name, networks, tops, args))
         print(f"{name}: measured", file=sys.stderr, flush=True)
     fastest = (args.precisions[-1], args.compile[-1])
     if args.profile:
-        batches = measure.make_batches(args.batch, device)
+        batches = workload.make_batches(args.batch, args.device)
         found.add("profile", measure.profile_rows(setting_of(method, networks, batches, "product", *fastest)))
-    found.add("tricks", trick_rows(method, networks, tops, device, args))
-    found.add("batches", batch_rows(method, networks, device, args))
-    if args.overhead:
-        found.add("overhead", overhead_rows(method, networks, device, args))
-    found.add("operations", operation_rows(args))
+    if args.tricks:
+        found.add("tricks", trick_rows(method, networks, tops, args))
     found.show()
 
 

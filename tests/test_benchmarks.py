@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,19 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks import (
-    dm_wide_resnet,
-    evaluation,
-    gpu_check,
-    kept_gradient,
-    measure,
-    operations,
-    product,
-    report,
-    training_step,
-)
+from benchmarks import evaluation, gpu_check, kept_gradient, measure, product, report, training_step, workload
 from cifar100_models import build_model
-from experiment import UserError
+from experiment import UserError, compat
 
 TOY = ["--device", "cpu", "--rounds", "2"]
 NETWORKS = ["--teacher", "WRN-10-1", "--student", "RES-8"]
@@ -68,7 +57,7 @@ def test_published_step_makes_the_published_passes(method):
     step = product.published_step(method, (student, teacher), [(torch.rand(4, 3, 8, 8), torch.randint(10, (4,)))])
     assert math.isfinite(step())
     passes = student.forwards, student.to_input, student.to_weights, teacher.forwards, teacher.to_input
-    assert passes == operations.PASSES[method]["published"]
+    assert passes == workload.PASSES[method]["published"]
     assert teacher.to_weights == 0
     assert not any(torch.equal(a, b) for a, b in zip(before, student.model.parameters(), strict=True))
 
@@ -91,21 +80,18 @@ class FlopCounter(TorchDispatchMode):
 @pytest.mark.parametrize("method", training_step.METHODS)
 def test_counted_operations_are_those_of_a_real_step(method):
     """Passes times layers, against what torch counts while the published step and the product's run."""
-    networks = tuple(measure.make_network(name, torch.device("cpu"), 0) for name in ("RES-20", "DM-WRN-10-1"))
-    batches = measure.make_batches(2, torch.device("cpu"), 1)
+    networks = tuple(workload.make_network(name, torch.device("cpu"), 0) for name in ("RES-20", "DM-WRN-10-1"))
+    batches = workload.make_batches(2, torch.device("cpu"), 1)
     theirs = product.published_step(method, copy.deepcopy(networks), batches)
     ours = product.ProductStep(method, copy.deepcopy(networks), batches)
     for kind, step in (("published", theirs), ("product", ours)):
         with FlopCounter() as counter:
             step()
-        counted = operations.gflop_of_step(method, networks)[kind]
+        counted = workload.gflop_of_step(method, networks)[kind]
         assert counted == pytest.approx(counter.total / 2 / 1e9, rel=1e-9), kind
 
 
-TOPS = [
-    {"precision": p, "matmul_tflops": 0.1, "convolution_tflops": 0.2, "copy_gb_per_second": 10.0}
-    for p in ("fp32", "bf16")
-]
+TOPS = [{"precision": p, "matmul_tflops": 0.1, "convolution_tflops": 0.2} for p in ("fp32", "bf16")]
 
 
 def run(module, monkeypatch, tmp_path, *flags):
@@ -119,7 +105,7 @@ def run(module, monkeypatch, tmp_path, *flags):
     found = json.loads(out.read_text())
     assert found["command"].startswith(f"python -m benchmarks.{name} --device cpu")
     assert "--out" not in found["command"]
-    assert {"hardware", "threads", "torch", "python", "commit", "format"} <= set(found)
+    assert {"hardware", "threads", "torch", "python", "commit"} <= set(found)
     return found
 
 
@@ -130,10 +116,8 @@ def check_speed(row, images):
 
 
 def test_training_step(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(training_step, "EPOCH_IMAGES", 64)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    flags = ["--methods", "rslad_IGDM", "--batch", "2", "--profile", "1", "--overhead", "1", "--batches", "2", "3"]
-    flags += ["--count", "WRN-10-1"]
+    flags = ["--methods", "rslad_IGDM", "--batch", "2", "--profile", "1"]
     found = run(training_step, monkeypatch, tmp_path, *NETWORKS, *flags)
     first, second = found["rows"]
     assert (first["step"], second["step"]) == ("published", "product")
@@ -145,46 +129,21 @@ def test_training_step(monkeypatch, tmp_path, capsys):
         assert row["peak_memory_gib"] is None  # on the CPU
     assert second["ratio"] == pytest.approx(second["images_per_second"] / first["images_per_second"])
     assert all(row["share"] > 0 for row in found["profile"])
-    for row, batch in zip(found["batches"], (2, 3), strict=True):
-        check_speed(row, batch)
-    assert [row["part"] for row in found["overhead"]] == ["step", "data", "logging"]
-    for row in found["operations"]:  # rslad has no term without weight, and no pass twice
-        assert (row["product"] < row["published"]) == (row["method"] != "rslad")
     assert "| rslad_IGDM, product, fp32, eager |" in capsys.readouterr().out
 
 
-def test_evaluation(monkeypatch, tmp_path):
+def test_evaluation(monkeypatch, tmp_path, capsys, quick_autoattack):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    flags = ["--student", "RES-8", "--examples", "2", "--batch", "2", "--product_batch", "2", "--aa_examples", "0"]
+    flags = ["--student", "RES-8", "--examples", "2", "--batch", "2", "--product_batch", "2"]
+    flags += ["--aa_student", "RES-8", "--aa_examples", "4", "--aa_batches", "2"]
     found = run(evaluation, monkeypatch, tmp_path, *flags)
-    expected = ["published order, loss.backward()", "published order, autograd.grad", "torchattacks' PGD"]
-    assert [row["step"] for row in found["pgd20"]] == [*expected, "product, fp32"]
+    expected = ["published order, loss.backward()", "published order, autograd.grad", "product, fp32"]
+    assert [row["step"] for row in found["pgd20"]] == expected
     for row in found["pgd20"]:
         check_speed(row, 2)
-
-
-def test_robustbenchs_loop_and_ours_do_equal_work(monkeypatch):
-    """Images, budget, seed and batch: the same accuracy, with attacks of few steps."""
-    import pyautoattack
-
-    evaluate = pyautoattack.AutoAttack.run_standard_evaluation
-
-    def short(self, x, y, **settings):
-        self.attacks_to_run = [name for name in self.attacks_to_run if name == "apgd-ce"]
-        self.apgd.n_iter = 3
-        return evaluate(self, x, y, **settings) if self.attacks_to_run else (x, y)
-
-    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", short)
-    monkeypatch.setattr(evaluation, "AUTOATTACK_EPSILON", 0.002)
-    found, loop = [], evaluation.robustbench_loop
-    monkeypatch.setattr(evaluation, "robustbench_loop", lambda *arguments: found.append(loop(*arguments)))
-    args = evaluation.parse_args([*TOY, "--aa_examples", "12", "--aa_batches", "12"])
-    network = measure.make_network("RES-8", torch.device("cpu"), 0)
-    ours, theirs = evaluation.autoattack_rows(network, torch.device("cpu"), args)
-    assert found == [pytest.approx(ours["robust"])]
-    assert 0 < ours["robust"] < 1
-    text = report.tables({"autoattack": [ours, theirs]})[0]
-    assert "| robustbench's loop | 12 |" in text
+    (attacked,) = found["autoattack"]
+    assert (attacked["batch"], attacked["examples"]) == (2, 4)
+    assert "| apgd-ce, s/image | apgd-t, s/image | fab-t, s/image | square, s/image |" in capsys.readouterr().out
 
 
 def test_every_trick_runs_and_is_finite(monkeypatch):
@@ -192,11 +151,11 @@ def test_every_trick_runs_and_is_finite(monkeypatch):
     torch.compiler.reset()
     plain_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: plain_compile(model, backend="aot_eager", **options))
-    networks = measure.make_networks("RES-8", "WRN-10-1", torch.device("cpu"))
+    networks = tuple(workload.make_network(name, torch.device("cpu"), 0) for name in ("RES-8", "WRN-10-1"))
     flags = ["--batch", "2", "--rounds", "1", "--device", "cpu", "--precisions", "bf16", "--compile", "1"]
     args = training_step.parse_args([*flags, "--tricks", "all"])
     monkeypatch.setitem(product.TRICKS, "without CUDA graph", (lambda step: step.nothing,))
-    rows = list(training_step.trick_rows("adaad_IGDM", networks, TOPS, torch.device("cpu"), args))
+    rows = list(training_step.trick_rows("adaad_IGDM", networks, TOPS, args))
     failed = rows.pop(1)
     assert "no attribute 'nothing'" in failed["error"]
     assert [row["trick"] for row in rows] == [name for name in product.TRICKS if name != failed["setting"]]
@@ -229,8 +188,7 @@ def test_turns_alternate_and_restore_each_settings_switches():
 
 def test_ceilings_are_positive():
     (found,) = measure.ceilings(torch.device("cpu"), ["fp32"], rounds=1)
-    assert measure.peak([found], "fp32") == max(found["matmul_tflops"], found["convolution_tflops"]) > 0
-    assert found["copy_gb_per_second"] > 0
+    assert min(found["matmul_tflops"], found["convolution_tflops"]) > 0
 
 
 def test_mistakes_are_one_line_before_anything_is_measured(capsys, tmp_path, monkeypatch):
@@ -292,13 +250,6 @@ def test_the_commands_of_the_gpu_check_are_accepted():
                 modules[name].parse_args([flag.replace("cuda", "cpu") for flag in flags])
 
 
-@pytest.mark.parametrize("mark", ["gpu_check", "training_step_cuda", "training_step_cpu", "evaluation_cuda"])
-def test_the_page_has_a_place_for_every_report(mark):
-    page = (Path(__file__).parent.parent / "docs" / "performance_tables.md").read_text()
-    assert f"<!-- begin {mark} -->\n" in page
-    assert f"<!-- end {mark} -->" in page
-
-
 def test_report_names_what_it_cannot_use(monkeypatch, tmp_path):
     def message(*flags):
         monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path), *flags])
@@ -307,20 +258,22 @@ def test_report_names_what_it_cannot_use(monkeypatch, tmp_path):
         return str(caught.value)
 
     assert "no .json file" in message()
-    (tmp_path / "x.json").write_text('{"format": 1}')
-    assert "no report of a benchmark" in message()
-    figures = {"format": report.FORMAT, "benchmark": "x", "command": "x", "hardware": "x", "torch": "2", "commit": "x"}
+    (tmp_path / "x.json").write_text("{}")
+    assert "not a report of a benchmark" in message()
+    figures = {"benchmark": "x", "command": "x", "hardware": "x", "torch": "2", "commit": "x"}
     (tmp_path / "x.json").write_text(json.dumps(figures))
     assert "begin x" in message("--insert", str(tmp_path / "absent.md"))
 
 
-def test_the_networks_own_shape_is_robustbenchs():
-    pytest.importorskip("robustbench")
-    theirs, ours = dm_wide_resnet.build(16, 2, 7), dm_wide_resnet.DMWideResNet(16, 2, 7)
-    assert type(theirs) is not type(ours)
+def test_the_networks_shape_is_robustbenchs():
+    compat.import_robustbench()
+    from robustbench.model_zoo.architectures import dm_wide_resnet
+
+    theirs = dm_wide_resnet.DMWideResNet(7, 16, 2, activation_fn=nn.SiLU)
+    ours = workload.DMWideResNet(16, 2, 7)
     shapes = [sorted(tuple(p.shape) for p in network.parameters()) for network in (theirs, ours)]
     assert shapes[0] == shapes[1]
-    assert operations.gflop_of_passes(theirs.eval()) == pytest.approx(operations.gflop_of_passes(ours.eval()))
+    assert workload.gflop_of_passes(theirs.eval()) == pytest.approx(workload.gflop_of_passes(ours.eval()))
 
 
 def test_the_kept_gradient_is_the_current_one_at_first(tmp_path):
