@@ -27,6 +27,7 @@ from experiment.text import as_text
 
 ROOT = Path(__file__).parents[1]
 ADDED = {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200}
+GRADIENTS = {"gd": 0.0911, "gc": 0.75, "definition": "g = something"}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -96,7 +97,23 @@ def make_run(
 @pytest.fixture
 def pair(tmp_path):
     """A baseline and its version with IGDM, 3 points apart on 100 images."""
-    return make_run(tmp_path / "base"), make_run(tmp_path / "with_igdm", "IGDM", robust=0.41)
+    return make_pair(tmp_path, with_igdm={"robust": 0.41})
+
+
+def make_pair(folder: Path, base: dict | None = None, with_igdm: dict | None = None) -> list[Path]:
+    return [make_run(folder / "base", **base or {}), make_run(folder / "with_igdm", "IGDM", **with_igdm or {})]
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch, capsys):
+    """What compare.py prints when it writes files into the folder out, without drawing."""
+    monkeypatch.setattr(figures, "all_figures", lambda comparison: {})
+
+    def run(*arguments: str | Path) -> str:
+        comparing.main([*map(str, arguments), "--out", str(tmp_path / "out")])
+        return capsys.readouterr().out
+
+    return run
 
 
 def compare(*folders: Path) -> str:
@@ -147,25 +164,18 @@ def test_a_narrow_terminal_shows_once_what_all_rows_share(pair):
     assert as_text(table, 300) == as_text(table)
 
 
-def test_the_baseline_is_first_whatever_the_order_given(pair, tmp_path):
-    other = make_run(tmp_path / "other", method="RSLAD")
-    names = [line.split()[0] for line in compare(pair[1], other, pair[0]).splitlines()[2:5]]
-    assert names == ["AdaAD", "AdaAD+IGDM", "RSLAD"]
-
-
 def seeds_of(tmp_path, base: dict[int, float], with_igdm: dict[int, float], **changed) -> list[Path]:
     """Runs of several seeds with these AutoAttack accuracies."""
-    folders = [make_run(tmp_path / f"base{seed}", seed=seed, robust=value, **changed) for seed, value in base.items()]
-    return folders + [
-        make_run(tmp_path / f"with_igdm{seed}", "IGDM", seed=seed, robust=value, **changed)
-        for seed, value in with_igdm.items()
+    return [
+        make_run(tmp_path / f"{adds}{seed}", adds, seed=seed, robust=value, **changed)
+        for adds, values in ((None, base), ("IGDM", with_igdm))
+        for seed, value in values.items()
     ]
 
 
 def test_seeds_become_mean_and_sample_deviation(tmp_path):
     base, with_igdm = {0: 0.25, 1: 0.28, 7: 0.26}, {0: 0.29, 1: 0.30, 7: 0.31}
     printed = compare(*seeds_of(tmp_path, base, with_igdm, examples=10000))
-    assert "sample standard deviation (n - 1)" in printed
     row = cells(printed, "AdaAD+IGDM")
     gains = [100 * (with_igdm[s] - base[s]) for s in base]
     assert row[6] == f"30.00 ± {stdev([29, 30, 31]):.2f}"
@@ -174,11 +184,12 @@ def test_seeds_become_mean_and_sample_deviation(tmp_path):
     assert row[7] == f"{fmean(gains):+.2f} ({fmean(gains) - half:+.2f} to {fmean(gains) + half:+.2f})"
     assert row[8] == "3"
     assert "One seed" not in printed
-    assert (
-        "(the wider of Student's t over seeds and the bootstrap over seeds and images). The interval includes 0"
-        in printed
-    )
-    assert "Seeds needed to detect a gain, by its size in points" in printed
+    for note in (
+        "sample standard deviation (n - 1)",
+        "(the wider of Student's t over seeds and the bootstrap over seeds and images). The interval includes 0",
+        "Seeds needed to detect a gain, by its size in points",
+    ):
+        assert note in printed
 
 
 def test_only_seeds_that_both_have_are_subtracted(tmp_path):
@@ -236,7 +247,7 @@ def flags_of(igdm_wins: int, baseline_wins: int, images: int = 400) -> tuple[lis
 @pytest.mark.parametrize(("wins", "verdict"), [((30, 2), "interval excludes 0"), ((17, 15), "interval includes 0")])
 def test_runs_on_the_same_images_are_paired(tmp_path, wins, verdict):
     base, with_igdm = flags_of(*wins)
-    folders = [make_run(tmp_path / "base", fell=base), make_run(tmp_path / "with_igdm", "IGDM", fell=with_igdm)]
+    folders = make_pair(tmp_path, {"fell": base}, {"fell": with_igdm})
     printed = compare(*folders)
     assert f"{100 * (wins[0] - wins[1]) / 400:+.2f} points" in printed
     assert "(bootstrap over images)" in printed
@@ -246,13 +257,7 @@ def test_runs_on_the_same_images_are_paired(tmp_path, wins, verdict):
     assert read.attack.flags == "".join("01234-"[at] for at in base)
 
 
-def test_flags_that_do_not_fit_are_refused(tmp_path):
-    short = {"flags": dict.fromkeys(STEPS, "01")}
-    with pytest.raises(UserError, match="flags are of 2 images, expected 100"):
-        compare(make_run(tmp_path / "a", attack=short))
-
-
-def test_another_version_of_autoattack_has_a_column_of_its_own(tmp_path):
+def test_another_version_of_autoattack_is_named_beside_its_accuracy(tmp_path):
     """Data of 4 and of 3 classes; the last is attacked without APGD-T."""
     four, three = "AutoAttack, 3 targets (not standard)", "APGD-CE, FAB, Square (not standard)"
     flags = dict.fromkeys(("clean", "apgd-ce", "fab-t", "square"), "1" * 41 + "0" * 59)
@@ -263,8 +268,7 @@ def test_another_version_of_autoattack_has_a_column_of_its_own(tmp_path):
     ]
     (table,) = tables_of(comparison_of(read_runs(runs)))
     columns = dict(zip(table[0], zip(*table[1:], strict=True), strict=True))
-    assert columns["AutoAttack"] == ("38.00", "-", "-")
-    assert columns["fewer than 10 classes"] == ("-", f"38.00, {four}", f"41.00, {three}")
+    assert columns["AutoAttack"] == ("38.00", f"38.00, {four}", f"41.00, {three}")
     assert f"{four}, epsilon 8/255" in compare(*runs)
 
 
@@ -284,7 +288,7 @@ def test_another_version_of_autoattack_has_a_column_of_its_own(tmp_path):
     ],
 )
 def test_runs_made_under_other_conditions_are_not_subtracted(tmp_path, with_igdm, named):
-    folders = [make_run(tmp_path / "base"), make_run(tmp_path / "with_igdm", "IGDM", **with_igdm)]
+    folders = make_pair(tmp_path, with_igdm=with_igdm)
     with pytest.raises(UserError, match="cannot subtract") as caught:
         compare(*folders)
     assert named in str(caught.value)
@@ -301,21 +305,20 @@ def test_settings_that_do_not_make_the_experiment_may_differ(tmp_path):
     """Also the defaults of flags that an earlier version did not have."""
     of_base = {"run_dir": "a", "data_dir": "a", "device": "cpu", "nowand": 1, "wandb_name": None, "aa_batch": 1}
     of_igdm = {"run_dir": "b", "data_dir": "b", "device": "cuda", "nowand": 0, "wandb_name": "x", "aa_batch": 2}
-    folders = [
-        make_run(tmp_path / "base", **of_base, checkpoint_minutes=1.0),
-        make_run(tmp_path / "igdm", "IGDM", **of_igdm, checkpoint_minutes=2.0, robust=0.41, **cli.LATER_SETTINGS),
-    ]
+    folders = make_pair(tmp_path, of_base, {**of_igdm, "robust": 0.41, **cli.LATER_SETTINGS})
     assert cells(compare(*folders), "AdaAD+IGDM")[7].startswith("+3.00 (")
 
 
-def test_different_methods_are_listed_and_not_subtracted(tmp_path):
-    folders = [
-        make_run(tmp_path / "a", method="AdaAD", lr=0.1),
-        make_run(tmp_path / "b", "IGDM", method="RSLAD", lr=0.2, examples=50),
-    ]
+def test_what_there_is_not_is_a_dash(tmp_path):
+    """A baseline, an attack, a teacher."""
+    folders = make_pair(tmp_path, {"robust": None}, {"robust": None})
+    folders.append(make_run(tmp_path / "b", "IGDM", method="RSLAD", lr=0.2, examples=50))
+    folders.append(make_run(tmp_path / "c", method="TRADES", teacher=None, config={"teacher_sha256": None}))
     printed = compare(*folders)
+    assert cells(printed, "AdaAD+IGDM")[6:] == ["-", "-", "1", "-"]
     assert cells(printed, "RSLAD+IGDM")[7] == "-"
     assert "no gain, because its baseline RSLAD is not among the runs" in printed
+    assert cells(printed, "TRADES")[1] == "-", "a teacher has no teacher"
 
 
 def test_each_variant_is_named_by_its_settings_and_finds_its_own_baseline(tmp_path):
@@ -324,11 +327,11 @@ def test_each_variant_is_named_by_its_settings_and_finds_its_own_baseline(tmp_pa
     folders.append(make_run(tmp_path / "alpha", "IGDM", lr=0.2, robust=0.5, alpha=100.0))
     printed = compare(*folders)
     assert printed.index("alpha 20") < printed.index("alpha 100"), "by number, not by letter"
-    assert printed == compare(*reversed(folders))
+    assert printed == compare(*reversed(folders)), "whatever the order given"
+    assert printed.index("AdaAD (") < printed.index("AdaAD+IGDM (")
     assert cells(printed, "AdaAD (lr 0.2)")[6] == "20.00"
-    assert cells(printed, "AdaAD+IGDM (lr 0.1, alpha 20)")[7].startswith("+10.00 (")
-    assert cells(printed, "AdaAD+IGDM (lr 0.2, alpha 20)")[7].startswith("+20.00 (")
-    assert cells(printed, "AdaAD+IGDM (lr 0.2, alpha 100)")[7].startswith("+30.00 (")
+    for variant, gain in (("0.1, alpha 20", 10), ("0.2, alpha 20", 20), ("0.2, alpha 100", 30)):
+        assert cells(printed, f"AdaAD+IGDM (lr {variant})")[7].startswith(f"+{gain}.00 (")
 
 
 def test_runs_below_the_first_level_that_has_some_are_counted(tmp_path):
@@ -362,123 +365,97 @@ def test_variants_that_differ_in_one_setting_are_subtracted_from_the_first(tmp_p
     assert " minus " not in compare(*two), "two settings differ"
 
 
-def test_alignment_and_robustness_are_counted_and_correlated(tmp_path):
-    """Six pairs made so that GC moves with AutoAttack, GD against it, and the logit's only in order."""
+def aligned(folder: Path, values) -> str:
+    """Six pairs with the AutoAttack accuracy and the gradients that `values` gives for (with IGDM or not, seed)."""
     for seed in range(6):
-        for adds, better in ((None, 0), ("IGDM", seed - 1)):  # the first pair loses, the second stays
-            scalar = {"gd": 1.0, "gc": 0.3 + 0.1 * bool(adds) + 0.01 * seed}
-            scalar |= {"remainder_student": 0.1 * (1 + bool(adds)), "remainder_teacher": 0.3}
-            gradients = {
-                "gd": 0.2 - 0.01 * better - 0.001 * seed,
-                "gc": 0.5001 + 0.01 * better + 0.001 * seed,
-                "definition": "g = something",
-                "scalars": dict.fromkeys(("probability", "logit"), scalar),
-                "scalars_examples": 400,
-            }
-            robust = 0.3 + 0.02 * better + 0.001 * seed
-            folder = tmp_path / "runs" / f"{adds}{seed}"
-            make_run(folder, adds, seed=seed, robust=robust, examples=1000, result={"gradients": gradients})
-    printed = compare(tmp_path / "runs")
+        for adds in (None, "IGDM"):
+            robust, gradients = values(bool(adds), seed)
+            result = {"gradients": {"definition": "g = something", **gradients}}
+            make_run(folder / f"{adds}{seed}", adds, seed=seed, robust=robust, examples=1000, result=result)
+    return compare(folder)
+
+
+def test_alignment_and_robustness_are_counted_and_correlated(tmp_path):
+    """GC moves with AutoAttack, GD against it, and the logit's only in order."""
+
+    def values(with_igdm, seed):
+        better = seed - 1 if with_igdm else 0  # the first pair loses, the second stays
+        scalar = {"gd": 1.0, "gc": 0.3 + 0.1 * with_igdm + 0.01 * seed}
+        scalar |= {"remainder_student": 0.1 * (1 + with_igdm), "remainder_teacher": 0.3}
+        gradients = {"gd": 0.2 - 0.01 * better - 0.001 * seed, "gc": 0.5001 + 0.01 * better + 0.001 * seed}
+        gradients |= {"scalars": dict.fromkeys(("probability", "logit"), scalar), "scalars_examples": 400}
+        return 0.3 + 0.02 * better + 0.001 * seed, gradients
+
+    printed = aligned(tmp_path / "runs", values)
     assert cells(printed, "AdaAD")[8:12] == ["0.1975 ± 0.0019", "0.503 ± 0.002", "1.000 ± 0.000", "0.325 ± 0.019"]
-    assert (
-        "over 12 students, in brackets within methods (each method's mean subtracted): GC +1.00 (+1.00), GD -1.00"
-        in printed
-    )
-    pairs = (
+    for note in (
+        "over 12 students, in brackets within methods (each method's mean subtracted): GC +1.00 (+1.00), GD -1.00",
         "of 6 pairs of one seed: AutoAttack rose in 4, GC rose in 4, GD fell in 4, logit GC rose in 6, logit GD fell "
-    )
-    assert f"{pairs}in 0." in printed
-    assert (
-        "Logit GD and logit GC: the same with g = gradient of logits[true class] (evaluate.py, the first 400" in printed
-    )
-    comparing.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
-    assert "logit GC" in (tmp_path / "out" / "alignment.svg").read_text()
+        "in 0.",
+        "Logit GD and logit GC: the same with g = gradient of logits[true class] (evaluate.py, the first 400",
+    ):
+        assert note in printed
+    figure = figures.all_figures(comparison_of(read_runs([tmp_path / "runs"])))["alignment"]
+    assert b"logit GC" in figures.rendered(figure, "svg")
 
 
 def test_differences_between_methods_are_subtracted(tmp_path):
     """Within each method the more robust students have the smaller GC; only the methods' means say otherwise."""
-    for seed in range(6):
-        for adds in (None, "IGDM"):
-            slope = 0.013 if adds else 0.01
-            gradients = {"gd": 0.1, "gc": 0.5 + 0.2 * bool(adds) - slope * seed, "definition": "g = something"}
-            robust = 0.3 + 0.2 * bool(adds) + slope * seed
-            folder = tmp_path / "runs" / f"{adds}{seed}"
-            make_run(folder, adds, seed=seed, robust=robust, examples=1000, result={"gradients": gradients})
-    assert "subtracted): GC +0.51 (-1.00)." in compare(tmp_path / "runs")
+
+    def values(with_igdm, seed):
+        slope = 0.013 if with_igdm else 0.01
+        return 0.3 + 0.2 * with_igdm + slope * seed, {"gd": 0.1, "gc": 0.5 + 0.2 * with_igdm - slope * seed}
+
+    assert "subtracted): GC +0.51 (-1.00)." in aligned(tmp_path / "runs", values)
 
 
-def test_a_column_that_some_seeds_lack_is_none_of_theirs(tmp_path):
-    for seed in (0, 1):
-        gradients = {"gd": 0.1, "gc": 0.5, "definition": "g = something"} if seed else None
-        make_run(tmp_path / "runs" / f"{seed}", seed=seed, result={"gradients": gradients})
-    make_run(tmp_path / "runs" / "with_igdm", "IGDM", result={"gradients": {"gd": 0.2, "gc": 0.6, "definition": "g"}})
-    printed = compare(tmp_path / "runs")
-    assert cells(printed, "AdaAD")[8:10] == ["-", "-"]
-    assert cells(printed, "AdaAD+IGDM")[8:10] == ["0.2000", "0.600"]
+def test_columns_are_those_that_were_measured(pair, tmp_path):
+    """A column that some seeds lack is not shown as that of all."""
+    best = {"epoch": 2, "clean": 0.8, "pgd20": 0.45, "autoattack": None}
+    other = make_run(tmp_path / "o", method="RSLAD", result={"gradients": GRADIENTS, "best": best})
+    printed = compare(*pair, other, make_run(tmp_path / "1", seed=1, result={"gradients": GRADIENTS}))
+    assert cells(printed, "method")[8:11] == ["GD", "GC", "best - last"]
+    assert cells(printed, "RSLAD")[8:11] == ["0.0911", "0.750", "+5.00"]
+    assert cells(printed, "AdaAD")[8:11] == ["-", "-", "-"]
+    assert "g = something" in printed
 
 
-def test_inserting_is_all_that_insert_does(pair, tmp_path, capsys):
-    """No other file, no two sources of one name, and no prose lost to a mark that does not end."""
-    kept, page = tmp_path / "my-runs.2.json", tmp_path / "page.md"
-    (tmp_path / "kept").mkdir()
-    comparing.main([*map(str, pair), "--out", str(tmp_path / "out"), "--records", str(kept)])
-    page.write_text("<!-- begin my-runs.2 -->\n\nprose\n\n<!-- begin my-runs.2 -->\n<!-- end my-runs.2 -->\n")
-    with pytest.raises(SystemExit):
-        comparing.main([str(kept), "--insert", str(page), "--csv", str(tmp_path / "a.csv")])
-    assert "not together with --csv" in capsys.readouterr().err
-    other = tmp_path / "other" / kept.name
-    other.parent.mkdir()
-    other.write_bytes(kept.read_bytes())
-    with pytest.raises(UserError, match=r"two sources are called my-runs\.2"):
-        fill_marks(page, [kept, other])
-    fill_marks(page, [kept])
-    assert "prose" in page.read_text()
-    assert "| AdaAD+IGDM |" in page.read_text()
-
-
-def test_a_part_of_the_data_is_nobodys_published_experiment(tmp_path):
-    names = {"epsilon": 8 / 255, "dataset": "cifar100", "epochs": 200}
-    whole = make_run(tmp_path / "whole", robust=0.29, **names)
+def test_published_figures_are_beside_ours(tmp_path):
+    """Not beside runs on a part of the data, or on other data."""
+    names = {"dataset": "cifar100", "epochs": 200}
+    run = make_run(tmp_path / "a", robust=0.29, **names)
     part = make_run(tmp_path / "part", method="RSLAD", train_examples=4000, **names)
-    printed = compare(whole, part)
-    assert "AutoAttack on 100 images here, on 10000 published." in printed
-    assert "RSLAD" in printed[: printed.index("published")]
-    assert "RSLAD" not in printed[printed.index("published") :].split("\n\n")[0]
+    waiting = make_run(tmp_path / "b", "IGDM", dataset="cifar100")
+    (waiting / "result.json").unlink()
+    found = comparison_of(read_runs([run, part, waiting]))
+    rows = {row[0]: row for row in tables_of(found)[1]}
+    assert rows["AdaAD"][-3:] == ["29.00", "28.06", "+0.94"]
+    assert rows["AdaAD+IGDM"][-3:] == ["-", "30.32", "-"], "a run that is not finished: theirs alone"
+    assert set(rows) == {"method", "AdaAD", "AdaAD+IGDM"}
+    assert "Published figures are those of the IGDM paper" in "\n".join(notes_of(found))
+    assert "published" not in compare(make_run(tmp_path / "c")).lower(), "other data"
 
 
-def test_any_method_and_addition_of_ones_own(tmp_path):
-    """Names come from the files; those that mean something to Markdown or to the plot are shown as they are."""
-    folders = [
-        make_run(tmp_path / "a", method="$My_|x`"),
-        make_run(tmp_path / "b", "Mine", method="$My_|x`", robust=0.4),
-    ]
-    printed = compare(*folders)
+def test_any_method_and_addition_of_ones_own(tmp_path, written):
+    """Names come from the files; those that mean something to Markdown or the terminal are shown as they are.
+
+    A path that is not UTF-8 reaches Python, and JSON, as lone surrogates.
+    """
+    mine = {"method": "$My_|x`", "teacher": "runs/\udcff"}
+    folders = [make_run(tmp_path / "a", **mine), make_run(tmp_path / "b", "Mine", robust=0.4, **mine)]
+    printed = written(*folders)
     assert cells(printed, "method")[7] == "Mine gain (95 % interval)"
     assert cells(printed, "$My_|x`+Mine")[7].startswith("+2.00 (")
-    comparing.main([*map(str, folders), "--out", str(tmp_path)])
-    assert r"| $My\_\|x\`+Mine |" in (tmp_path / "comparison.md").read_text()
-
-
-def test_what_a_run_does_not_have_is_a_dash(tmp_path):
-    folders = [make_run(tmp_path / "a", robust=None), make_run(tmp_path / "b", "IGDM", robust=None)]
-    folders.append(make_run(tmp_path / "c", method="TRADES", teacher=None, config={"teacher_sha256": None}))
-    printed = compare(*folders)
-    assert cells(printed, "AdaAD+IGDM")[6:] == ["-", "-", "1", "-"]
-    assert cells(printed, "TRADES")[1] == "-", "a teacher has no teacher"
+    assert cells(printed, "$My_|x`")[1] == r"\udcff"
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert r"| $My\_\|x\`+Mine |" in text
+    assert r"runs/\udcff" in text
 
 
 def test_other_hardware_and_versions_are_noted(tmp_path):
-    folders = [
-        make_run(tmp_path / "base"),
-        make_run(
-            tmp_path / "with_igdm",
-            "IGDM",
-            result={"hardware": "Some GPU"},
-            config={"versions": {"python": "3.11.9", "torch": "2.12.0"}},
-            attack={"warnings": ["gradients may be masked"]},
-        ),
-    ]
-    printed = compare(*folders)
+    other = {"result": {"hardware": "Some GPU"}, "config": {"versions": {"python": "3.11.9", "torch": "2.12.0"}}}
+    other["attack"] = {"warnings": ["gradients may be masked"]}
+    printed = compare(*make_pair(tmp_path, with_igdm=other))
     assert "hardware Some CPU and Some GPU; torch version 2.13.0 and 2.12.0" in printed
     assert "python version" not in printed
     assert "AdaAD+IGDM, seed 0, AutoAttack warned: gradients may be masked" in printed
@@ -505,8 +482,8 @@ def test_many_rows_are_drawn(tmp_path):
     ]
     rows = (folders[0] / "metrics.jsonl").read_text().splitlines()
     (folders[0] / "metrics.jsonl").write_text(rows[-1] + "\n")
-    comparing.main([*map(str, folders), "--out", str(tmp_path)])
-    assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
+    for figure in figures.all_figures(comparison_of(read_runs(folders))).values():
+        assert figures.rendered(figure, "png").startswith(PNG)
 
 
 def test_a_run_counts_once_however_often_it_is_given(pair, tmp_path):
@@ -534,77 +511,28 @@ def test_a_source_of_the_wrong_kind_names_what_to_do(name, message, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def measure_gradients(run: Path, logit_gc: float, examples: int = 450) -> None:
-    """A record of evaluate.py --attacks gradients."""
-    scalar = {"gd": 1.0, "gc": logit_gc, "remainder_student": 0.1, "remainder_teacher": 0.3}
-    report_ = {"gd": 0.1, "gc": 0.5, "definition": "g", "epsilon": 8 / 255, "examples": examples}
-    report_["scalars"] = dict.fromkeys(("probability", "logit"), scalar)
-    record = {"measured": ["gradients"], "student_sha256": "f" * 64, "dataset_sha256": "d" * 64}
-    evaluation.write_record(run, {**record, "teacher_sha256": "e" * 64, "gradients": report_})
-
-
 def test_gradients_are_those_on_the_most_images(tmp_path):
     run = make_run(tmp_path / "run", result={"student_sha256": "f" * 64})
-    measure_gradients(run, 0.4)
-    measure_gradients(run, 0.5)
-    measure_gradients(run, 0.6, examples=10)
+    for logit_gc, examples in ((0.4, 450), (0.5, 450), (0.6, 10)):
+        scalar = {"gd": 1.0, "gc": logit_gc, "remainder_student": 0.1, "remainder_teacher": 0.3}
+        report = {"gd": 0.1, "gc": 0.5, "definition": "g", "epsilon": 8 / 255, "examples": examples}
+        report["scalars"] = dict.fromkeys(("probability", "logit"), scalar)
+        record = {"measured": ["gradients"], "student_sha256": "f" * 64, "dataset_sha256": "d" * 64}
+        evaluation.write_record(run, {**record, "teacher_sha256": "e" * 64, "gradients": report})
     printed = compare(run)
     assert "0.500" in cells(printed, "AdaAD")
     assert "(evaluate.py, the first 450 test images)" in printed
 
 
-def test_gradients_on_other_numbers_of_images_are_not_put_side_by_side(tmp_path):
-    runs = [make_run(tmp_path / name, lr=lr, result={"student_sha256": "f" * 64}) for name, lr in (("a", 1), ("b", 2))]
-    measure_gradients(runs[0], 0.4)
-    measure_gradients(runs[1], 0.6, examples=10)
-    printed = compare(*runs)
-    assert "0.400" in cells(printed, "AdaAD (lr 1)")
-    assert "0.600" not in printed
-    assert f"Measure again with: python evaluate.py {runs[1]} --attacks gradients --examples 450" in printed
-
-
-def test_a_folder_of_runs_can_be_compared_again(tmp_path, capsys):
-    """comparison.md and the plots, which lie among the run folders, are no runs."""
-    make_run(tmp_path / "runs" / "base"), make_run(tmp_path / "runs" / "with_igdm", "IGDM", robust=0.41)
-    (tmp_path / "runs" / "logs").mkdir()
-    for _ in range(2):
-        comparing.main([str(tmp_path / "runs")])
-        assert cells(capsys.readouterr().out, "AdaAD+IGDM")[7].startswith("+3.00 (")
-    assert (tmp_path / "runs" / "comparison.md").exists()
-    assert "+3.00" in compare(tmp_path), "a level further up"
-
-
-def test_figures_of_a_records_file_go_to_the_current_folder(pair, tmp_path, monkeypatch):
-    """Not beside it: docs/results holds records only."""
-    (tmp_path / "kept").mkdir()
-    comparing.main([*map(str, pair), "--out", str(tmp_path / "out"), "--records", str(tmp_path / "kept" / "a.json")])
-    (tmp_path / "current").mkdir()
-    monkeypatch.chdir(tmp_path / "current")
-    comparing.main([str(tmp_path / "kept" / "a.json")])
-    assert (tmp_path / "current" / "comparison.md").is_file()
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["a.json"]
-
-
-def test_unfinished_runs_are_shown_and_never_compared(pair, tmp_path):
+def test_unfinished_runs_are_shown_and_never_compared(pair, tmp_path, written):
     (pair[1] / "result.json").unlink()
     printed = compare(*pair)
     assert cells(printed, "with_igdm") == ["with_igdm", "AdaAD+IGDM", "BDM", "RES-18", "0", "unfinished, 3 of 3 epochs"]
     assert "Not finished: 1 of the runs." in printed
     assert "points, 95 %" not in printed
     (pair[0] / "result.json").unlink()
-    comparing.main([*map(str, pair), "--out", str(tmp_path / "out")])
+    assert "no plots: no run is finished" in written(*pair)
     assert "unfinished" in (tmp_path / "out" / "comparison.md").read_text()
-
-
-def test_gradients_and_the_best_checkpoint_have_columns_where_measured(pair, tmp_path):
-    gradients = {"gd": 0.0911, "gc": 0.75, "definition": "g = something"}
-    best = {"epoch": 2, "clean": 0.8, "pgd20": 0.45, "autoattack": None}
-    other = make_run(tmp_path / "o", method="RSLAD", result={"gradients": gradients, "best": best})
-    printed = compare(*pair, other)
-    assert cells(printed, "method")[8:11] == ["GD", "GC", "best - last"]
-    assert cells(printed, "RSLAD")[8:11] == ["0.0911", "0.750", "+5.00"]
-    assert cells(printed, "AdaAD")[8:11] == ["-", "-", "-"]
-    assert "g = something" in printed
 
 
 def test_a_baseline_without_a_teacher_is_paired_with_what_brings_one(tmp_path):
@@ -639,7 +567,7 @@ def test_the_gain_at_the_best_epochs_is_beside_that_at_the_last(tmp_path):
         run("base", None, [5, 1, 1, 1], [5, 5, 1, 1]), run("with_igdm", "IGDM", [5, 5, 5, 1], [5, 5, 5, 1])
     )
     assert "best AutoAttack" in printed
-    assert "AdaAD+IGDM minus AdaAD: +25.00 points, 95 % interval" in printed
+    assert "held-out images), AdaAD+IGDM minus AdaAD (BDM, RES-18, digits): +25.00 points, 95 % interval" in printed
     assert "The last epoch's gain minus this gain: +25.00 points, 95 % interval" in printed
 
 
@@ -664,33 +592,14 @@ def test_unequal_training_of_different_methods_is_said(tmp_path):
     assert "epochs 2 (AdaAD), 3 (RSLAD)." in compare(*folders, other), "other data are trained on as they need"
 
 
-def test_published_figures_are_beside_ours(tmp_path):
-    run = make_run(tmp_path / "a", robust=0.29, epsilon=8 / 255, dataset="cifar100", epochs=200)
-    waiting = make_run(tmp_path / "b", "IGDM", epsilon=8 / 255, dataset="cifar100")
-    (waiting / "result.json").unlink()
-    printed = compare(run, waiting)
-    assert "28.06" in printed
-    rows = [line.split() for line in printed.splitlines() if line.startswith("AdaAD")]
-    ours, theirs = (next(row for row in rows if figure in row) for figure in ("28.06", "30.32"))
-    assert ours[-3:] == ["29.00", "28.06", "+0.94"]
-    assert theirs[-3:] == ["-", "30.32", "-"], "a run that is not finished: theirs alone"
-    assert "IGDM paper" in printed
-    assert "published" not in compare(make_run(tmp_path / "c", epsilon=8 / 255)), "other data"
-
-
-def test_records_give_the_same_tables_as_the_folders(tmp_path, capsys):
-    base, with_igdm = flags_of(20, 3)
-    gradients = {"gd": 0.0911, "gc": 0.75, "definition": "g = something"}
+def test_records_give_the_same_tables_as_the_folders(tmp_path, written):
     for seed in (0, 1):
-        make_run(tmp_path / "runs" / f"base{seed}", seed=seed, fell=base, result={"gradients": gradients})
-        make_run(
-            tmp_path / "runs" / f"with_igdm{seed}", "IGDM", seed=seed, fell=with_igdm, result={"gradients": gradients}
-        )
-    records, out = tmp_path / "mine.json", ["--out", str(tmp_path / "out")]
-    comparing.main([str(tmp_path / "runs"), "--records", str(records), *out])
-    first = capsys.readouterr().out.replace(f"records   {records}\n", "")
-    comparing.main([str(records), *out])
-    assert capsys.readouterr().out == first
+        for adds, fell in zip((None, "IGDM"), flags_of(20, 3), strict=True):
+            folder = tmp_path / "runs" / f"{adds}{seed}"
+            make_run(folder, adds, seed=seed, fell=fell, result={"gradients": GRADIENTS})
+    records = tmp_path / "mine.json"
+    first = written(tmp_path / "runs", "--records", records)
+    assert written(records) == first.replace(f"records   {records}\n", "")
     assert len(records.read_text().splitlines()) == 2 + 4, "a line per run"
 
     document = tmp_path / "results.md"
@@ -706,17 +615,17 @@ def test_records_give_the_same_tables_as_the_folders(tmp_path, capsys):
         fill_marks(document, [records.rename(tmp_path / "other.json")])
 
 
-def test_documents_take_figures_and_several_sources_at_once(tmp_path):
+def test_documents_take_figures_and_several_sources_at_once(tmp_path, written, monkeypatch):
     sources_of = []
     for method in ("AdaAD", "RSLAD"):
-        runs = [make_run(tmp_path / method / "a", method=method)]
-        runs.append(make_run(tmp_path / method / "b", "IGDM", method=method, robust=0.41))
+        runs = make_pair(tmp_path / method, {"method": method}, {"method": method, "robust": 0.41})
         sources_of.append(tmp_path / f"{method}.json")
-        comparing.main([*map(str, runs), "--out", str(tmp_path), "--records", str(sources_of[-1])])
+        written(*runs, "--records", sources_of[-1])
     document = tmp_path / "docs" / "results.md"
     document.parent.mkdir()
     marks = "AdaAD+RSLAD gains figure", "AdaAD+RSLAD table", "RSLAD", "other"
     document.write_text("".join(f"<!-- begin {mark} -->\nold\n<!-- end {mark} -->\n" for mark in marks))
+    monkeypatch.undo()  # draws
     said = fill_marks(document, sources_of)
     assert said == [f"{document}: {mark}" for mark in marks[:3]]
     spare = tmp_path / "spare.json"
@@ -727,12 +636,25 @@ def test_documents_take_figures_and_several_sources_at_once(tmp_path):
     assert text.count("| RSLAD+IGDM |") == 2
     assert "<!-- begin other -->\nold\n" in text, "its records were not given"
     figure = document.parent / "figures" / "AdaAD_RSLAD_gains.svg"
-    assert "RSLAD+IGDM" in (once := figure.read_text())
-    fill_marks(document, sources_of)
-    assert figure.read_text() == once
+    assert "RSLAD+IGDM" in figure.read_text()
     document.write_text("<!-- begin AdaAD other figure -->\n<!-- end AdaAD other figure -->")
     with pytest.raises(UserError, match="AdaAD has no figure 'other'; it has comparison, gains"):
         fill_marks(document, sources_of[:1])
+
+
+def test_inserting_is_all_that_insert_does(pair, tmp_path, written, capsys):
+    """No other file, no two sources of one name, and no prose lost to a mark that does not end."""
+    kept, page = tmp_path / "my-runs.2.json", tmp_path / "page.md"
+    written(*pair, "--records", kept)
+    page.write_text("<!-- begin my-runs.2 -->\n\nprose\n\n<!-- begin my-runs.2 -->\n<!-- end my-runs.2 -->\n")
+    with pytest.raises(SystemExit):
+        comparing.main([str(kept), "--insert", str(page), "--csv", str(tmp_path / "a.csv")])
+    assert "not together with --csv" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"two sources are called my-runs\.2"):
+        fill_marks(page, [tmp_path / "other" / kept.name, kept])
+    fill_marks(page, [kept])
+    assert "prose" in page.read_text()
+    assert "| AdaAD+IGDM |" in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -743,43 +665,32 @@ def test_documents_take_figures_and_several_sources_at_once(tmp_path):
         ("torchrun --nproc_per_node 2 ../code/ard.py", "torchrun --nproc_per_node 2 ard.py"),
     ],
 )
-def test_records_name_no_folder_of_the_machine(tmp_path, command, kept):
+def test_records_name_no_folder_of_the_machine(tmp_path, written, command, kept):
     folder = make_run(tmp_path / "a", config={"command": command}, result={"command": command})
-    comparing.main([str(folder), "--out", str(tmp_path), "--records", str(tmp_path / "r.json")])
+    written(folder, "--records", tmp_path / "r.json")
     (line,) = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert line["config"]["command"] == line["result"]["command"] == kept
 
 
-def test_damaged_records_are_refused(tmp_path):
-    path = tmp_path / "a.json"
-    for text, named in (("{}", "not a records file"), ('{"format": 1, "runs": [{}]}', "a record is damaged")):
-        path.write_text(text)
-        with pytest.raises(UserError, match=named):
-            compare(path)
-
-
-def test_csv_and_latex(pair, tmp_path):
+def test_csv_and_latex(pair, tmp_path, written):
     more = make_run(tmp_path / "m", method="M_1 & 50%", robust=0.395)
-    comparing.main(
-        [*map(str, (*pair, more)), "--out", str(tmp_path), "--csv", f"{tmp_path}/a.csv", "--latex", f"{tmp_path}/a.tex"]
-    )
+    written(*pair, more, "--csv", f"{tmp_path}/a.csv", "--latex", f"{tmp_path}/a.tex")
     with open(tmp_path / "a.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["AdaAD", "AdaAD+IGDM", "M_1 & 50%"]
     assert [float(row["autoattack"]) for row in rows] == [0.38, 0.41, 0.395]
     assert float(rows[1]["gain"]) == pytest.approx(0.03)
     latex = (tmp_path / "a.tex").read_text()
-    assert r"AdaAD+IGDM & \textbf{80.00}" not in latex, "the first of equals alone"
-    assert r"\textbf{41.00} & $+$3.00 {\tiny[$+0.00$, $+7.00$]}" in latex
+    assert r"AdaAD+IGDM & 80.00 & 41.00 & $+$3.00 {\tiny[$+0.00$, $+7.00$]}" in latex
     assert r"M\_1 \& 50\%" in latex
     assert latex.splitlines()[1:3] == [r"\begin{tabular}{@{}lrrr@{}}", r"\toprule"]
 
 
-def test_columns_are_chosen_for_every_format(pair, tmp_path, capsys):
+def test_columns_are_chosen_for_every_format(pair, tmp_path, written, capsys):
     files = [f"--{kind}={tmp_path}/a.{kind}" for kind in ("latex", "html")]
-    comparing.main([*map(str, pair), "--out", str(tmp_path), *files, "--columns", "method", "pgd20", "seeds"])
-    assert cells(capsys.readouterr().out, "AdaAD+IGDM") == ["AdaAD+IGDM", "40.00", "1"]
-    assert "| AdaAD+IGDM | 40.00 | 1 |" in (tmp_path / "comparison.md").read_text()
+    printed = written(*pair, *files, "--columns", "method", "pgd20", "seeds")
+    assert cells(printed, "AdaAD+IGDM") == ["AdaAD+IGDM", "40.00", "1"]
+    assert "| AdaAD+IGDM | 40.00 | 1 |" in (tmp_path / "out" / "comparison.md").read_text()
     assert r"method & PGD-20 & n seeds \\" in (tmp_path / "a.latex").read_text()
     assert '<th scope="col">n seeds</th></tr>' in (tmp_path / "a.html").read_text()
     with pytest.raises(SystemExit):
@@ -802,12 +713,14 @@ def test_columns_are_chosen_for_every_format(pair, tmp_path, capsys):
         ("metrics.jsonl", '{"epoch": 1, "clean": 50}\n', "clean is 50: Input should be less than or equal to 1"),
         ("metrics.jsonl", '{"epoch": 1, "clean": NaN}\n', "clean is NaN"),
         ("metrics.jsonl", "\udcff", "is not text"),
+        ("a.json", "{}", "a.json: format is absent"),
+        ("a.json", '{"format": 1, "runs": [{}]}', "a.json: runs.0.folder is absent"),
     ],
 )
-def test_damaged_files_are_refused_by_name(pair, tmp_path, name, content, named):
+def test_damaged_files_are_refused_by_name(pair, name, content, named):
     (pair[0] / name).write_text(content, errors="surrogateescape")
     with pytest.raises(UserError) as caught:
-        compare(*pair)
+        compare(pair[0] / name if name == "a.json" else pair[0])
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -848,12 +761,9 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path, data):
         pass  # the only error that is not a traceback
 
 
-def test_a_name_that_is_not_text_is_escaped(tmp_path, capsys):
-    """A path that is not UTF-8 reaches Python, and JSON, as lone surrogates."""
-    folders = [make_run(tmp_path / "a", teacher="runs/\udcff"), make_run(tmp_path / "b")]
-    comparing.main([*map(str, folders), "--out", str(tmp_path / "\udcff")])
-    assert cells(capsys.readouterr().out, "AdaAD")[1] == r"\udcff"
-    assert r"runs/\udcff" in (tmp_path / "\udcff" / "comparison.md").read_text()
+def test_flags_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match="flags are of 2 images, expected 100"):
+        compare(make_run(tmp_path / "a", attack={"flags": dict.fromkeys(STEPS, "01")}))
 
 
 def test_out_that_cannot_be_made_is_refused(pair, tmp_path):
@@ -861,6 +771,27 @@ def test_out_that_cannot_be_made_is_refused(pair, tmp_path):
     with pytest.raises(UserError, match="cannot be made a folder"):
         comparing.main([*map(str, pair), "--out", str(tmp_path / "file")])
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_output_goes_beside_the_runs_or_here(tmp_path, monkeypatch, capsys):
+    """Beside them, it is no run when the folder is compared again. Not beside records: docs/results holds no other."""
+    monkeypatch.setattr(figures, "all_figures", lambda comparison: {})
+    pair, records = make_pair(tmp_path / "runs", with_igdm={"robust": 0.41}), tmp_path / "kept" / "a.json"
+    records.parent.mkdir()
+    (tmp_path / "runs" / "logs").mkdir()
+    for _ in range(2):
+        comparing.main([str(tmp_path / "runs"), "--records", str(records)])
+        assert cells(capsys.readouterr().out, "AdaAD+IGDM")[7].startswith("+3.00 (")
+    assert (tmp_path / "runs" / "comparison.md").exists()
+    assert "+3.00" in compare(tmp_path), "a level further up"
+    elsewhere = make_run(tmp_path / "elsewhere" / "base")
+    for number, sources in enumerate(([elsewhere, pair[1]], [records])):
+        folder = tmp_path / f"here{number}"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        comparing.main([str(source) for source in sources])
+        assert (folder / "comparison.md").exists()
+    assert [path.name for path in records.parent.iterdir()] == ["a.json"]
 
 
 def test_output_that_nobody_reads_is_no_error(pair, tmp_path):
@@ -872,35 +803,11 @@ def test_output_that_nobody_reads_is_no_error(pair, tmp_path):
         assert process.wait() == 128 + 13
 
 
-def test_output_goes_beside_the_runs_or_here(pair, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    comparing.main(["base", "with_igdm"])
-    assert "plots     comparison.png, " in capsys.readouterr().out
-    elsewhere = make_run(tmp_path / "elsewhere" / "base")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    comparing.main([str(elsewhere), str(pair[1])])
-    assert (tmp_path / "here" / "comparison.md").exists()
-
-
-def test_script(pair, tmp_path):
-    """The command line: status 0 with the paths last, status 2 with one line on stderr for a mistake."""
-
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, str(ROOT / "compare.py"), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            check=False,
-        )
-
-    good = run(*pair, "--out", "a folder/new")
-    assert good.returncode == 0, good.stderr
-    assert good.stdout.endswith("markdown  a folder/new/comparison.md\n")
-    bad = run(pair[0], "none")
-    assert bad.returncode == 2
-    assert bad.stderr == "error: none is not a run folder, a folder that holds some, a study or a records file\n"
+def test_a_mistake_is_one_line_and_status_2():
+    command = [sys.executable, str(ROOT / "compare.py"), "none"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: none is not a run folder, a folder that holds some, a study or a records file\n"
 
 
 @pytest.mark.parametrize(

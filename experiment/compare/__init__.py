@@ -1,5 +1,5 @@
 """Runs side by side: read, compared, shown."""
 
-from experiment.compare.command import compare, main
+from experiment.compare.command import main
 
-__all__ = ["compare", "main"]
+__all__ = ["main"]

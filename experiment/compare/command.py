@@ -24,54 +24,6 @@ FILES = {
 """What can be written beside comparison.md and the plots, by flag."""
 
 
-def compare(sources: Sequence[Path], out: Path, columns: Sequence[str], files: Mapping[str, Path]) -> Comparison:
-    """Compare runs: print tables and notes; write comparison.md and the plots (PNG, PDF, SVG) into `out`.
-
-    Args:
-        sources: run folders, folders that hold run folders, studies (.toml) or records (.json).
-        out: created if it does not exist.
-        columns: keys of ``tables.HEADS`` to show in the table of results; if empty, what was measured.
-        files: what else to write, by a key of FILES.
-
-    Raises:
-        UserError: a source is none of these or damaged; two runs have the same settings and seed; a file cannot be
-            written. After all was written and shown: a run and its baseline differ in more than the addition.
-    """
-    comparison = comparison_of(read_runs(sources))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made a folder: {error.strerror}") from error
-    from experiment.compare.figures import all_figures, write_figures  # matplotlib takes a second
-
-    tables, notes, figures = tables_of(comparison, columns), notes_of(comparison), all_figures(comparison)
-    plots = write_figures(figures, out)
-    pictures = [f"![{name}]({name}.png)" for name in figures]
-    _write(out / "comparison.md", "\n\n".join([as_document(tables, notes), *pictures, *commands_of(comparison)]) + "\n")
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    lines = [*(as_text(table, width) + "\n" for table in tables), *notes]
-    lines += [f"\nplots     {', '.join(map(str, plots))}" if plots else "\nno plots: no run is finished"]
-    lines += [f"markdown  {out / 'comparison.md'}"]
-    short = tables_of(comparison, columns or short_columns(comparison))
-    contents = {
-        "csv": lambda: as_csv(comparison),
-        "latex": lambda: as_latex(comparison, columns),
-        "html": lambda: page(comparison, short, notes, figures),
-        "records": lambda: records_of([run for group in comparison.groups for run in group.runs]),
-    }
-    for name, path in files.items():
-        _write(path, contents[name]())
-        lines.append(f"{name:<8}  {path}")
-    print(escaped("\n".join(lines)))
-    if comparison.refusals:
-        raise UserError("; ".join(comparison.refusals))
-    return comparison
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(escaped(text).encode()))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse what to compare and where to write it, and compare."""
     parser = cli.Parser(
@@ -121,4 +73,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = [path for path in args.sources if path.is_dir()]
     parents = {path.parent if (path / "config.json").is_file() else path for path in folders}
     out = getattr(args, "out", parents.pop() if len(parents) == 1 else Path("."))
-    compare(args.sources, out, args.columns, files)
+    comparison = comparison_of(read_runs(args.sources))
+    _show(comparison, out, args.columns, files)
+    if comparison.refusals:  # after all was written and shown
+        raise UserError("; ".join(comparison.refusals))
+
+
+def _show(comparison: Comparison, out: Path, columns: Sequence[str], files: Mapping[str, Path]) -> None:
+    """Print tables and notes; write comparison.md and the plots (PNG, PDF, SVG) into `out`, and `files` by FILES."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made a folder: {error.strerror}") from error
+    from experiment.compare.figures import all_figures, write_figures  # matplotlib takes a second
+
+    tables, notes, figures = tables_of(comparison, columns), notes_of(comparison), all_figures(comparison)
+    plots = write_figures(figures, out)
+    parts = [as_document(tables, notes), *(f"![{name}]({name}.png)" for name in figures)]
+    if commands := commands_of(comparison):
+        parts += ["Commands:", "\n".join(["```sh", *commands, "```"])]
+    _write(out / "comparison.md", "\n\n".join(parts) + "\n")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    lines = [*(as_text(table, width) + "\n" for table in tables), *notes]
+    lines += [f"\nplots     {', '.join(map(str, plots))}" if plots else "\nno plots: no run is finished"]
+    lines += [f"markdown  {out / 'comparison.md'}"]
+    short = tables_of(comparison, columns or short_columns(comparison))
+    contents = {
+        "csv": lambda: as_csv(comparison),
+        "latex": lambda: as_latex(comparison, columns),
+        "html": lambda: page(comparison, short, notes, figures),
+        "records": lambda: records_of([run for group in comparison.groups for run in group.runs]),
+    }
+    for name, path in files.items():
+        _write(path, contents[name]())
+        lines.append(f"{name:<8}  {path}")
+    print(escaped("\n".join(lines)))
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(escaped(text).encode()))

@@ -6,7 +6,7 @@ AutoAttack accuracy minus the baseline's, needs runs that were made under the sa
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -33,23 +33,12 @@ class SeedGroup:
         return self.runs[0]
 
     @property
-    def pair(self) -> tuple[str, ...]:
-        """What a baseline and the version with an addition share."""
-        return _pair(self.first)
-
-    @property
-    def setting(self) -> tuple[str, str, str]:
-        """Teacher, student and dataset."""
-        return self.first.setting
-
-    @property
     def is_baseline(self) -> bool:
         """Whether it adds nothing to its method."""
         return self.first.added is None
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds, ascending."""
         return [run.seed for run in self.runs]
 
     def values(self, name: str) -> list[float]:
@@ -78,13 +67,7 @@ class Gain:
 
     @property
     def mean(self) -> float:
-        """The mean over the seeds."""
         return fmean(self.by_seed.values())
-
-    @property
-    def includes_0(self) -> bool:
-        """Whether the interval includes 0."""
-        return self.interval[0] <= 0 <= self.interval[1]
 
 
 @dataclass(frozen=True)
@@ -113,15 +96,13 @@ class Comparison:
     pending: list[PendingRun]
     deeper: list[Path]
     """Run folders further down, which are left out."""
-    remeasure: list[str]
-    """Runs whose logit GD and GC are left out, one sentence each."""
 
     @property
     def varying(self) -> list[str]:
         """Those of teacher, student and dataset in which students differ."""
-        students = [group.first for group in self.groups if group.is_student]
+        settings = [group.first.setting for group in self.groups if group.is_student]
         names = ("teacher", "student", "dataset")
-        return [name for name in names if len({getattr(run, name) for run in students}) > 1]
+        return [name for at, name in enumerate(names) if len({setting[at] for setting in settings}) > 1]
 
 
 def comparison_of(runs: Runs) -> Comparison:
@@ -132,41 +113,17 @@ def comparison_of(runs: Runs) -> Comparison:
     """
     if not runs.finished and not runs.pending:
         raise UserError("there are no runs to compare")
-    finished, remeasure = _on_equally_many_images(runs.finished)
-    groups = _grouped(finished)
+    groups = _grouped(runs.finished)
     gains, refusals = _gains(groups)
     best = [_gain_at_best(gain) for gain in gains if all(_is_paired(pair, "best_attack") for pair in gain.pairs)]
-    return Comparison(groups, gains, best, _ablations(groups), refusals, runs.pending, runs.deeper, remeasure)
-
-
-def _on_equally_many_images(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
-    """The runs, with logit GD and GC only where they were measured on as many images as any; what was left out."""
-    images = {run: gradients.scalars_examples for run in runs if (gradients := run.result.gradients)}
-    kept, left_out = [], []
-    for run in runs:
-        most = max(number for other, number in images.items() if other.dataset == run.dataset) if run in images else 0
-        if not run.result.gradients or not run.result.gradients.scalars or images[run] == most:
-            kept.append(run)
-            continue
-        gradients = run.result.gradients.model_copy(update={"scalars": None})
-        kept.append(replace(run, result=run.result.model_copy(update={"gradients": gradients})))
-        left_out.append(
-            f"Logit GD and GC of {run.folder.name} are left out: measured on {images[run]} images, others on {most}. "
-            f"Measure again with: python evaluate.py {run.folder} --attacks gradients --examples {most}"
-        )
-    return kept, left_out
-
-
-def _pair(run: RunRecord) -> tuple[str, ...]:
-    teacher = run.teacher if "teacher" not in run.config.added_settings else "-"  # added: the baseline has none
-    return run.method, run.base_script, teacher, run.student, run.dataset
+    return Comparison(groups, gains, best, _ablations(groups), refusals, runs.pending, runs.deeper)
 
 
 def _grouped(runs: Sequence[RunRecord]) -> list[SeedGroup]:
     """Pairs together, the baseline first, variants in the order of their numbers (alpha 2 before alpha 10)."""
     by_identity: dict[str, dict[int, RunRecord]] = {}
     for run in runs:
-        identity = json.dumps([*_pair(run), run.added, run.conditions], sort_keys=True)
+        identity = json.dumps([*run.pair, run.added, run.conditions], sort_keys=True)
         seeds = by_identity.setdefault(identity, {})
         if run.seed in seeds:
             raise UserError(
@@ -178,20 +135,20 @@ def _grouped(runs: Sequence[RunRecord]) -> list[SeedGroup]:
     def place(seeds: dict[int, RunRecord]) -> tuple:
         first = next(iter(seeds.values()))
         numbers = [value for _, value in sorted(first.conditions.items()) if isinstance(value, int | float)]
-        return order.index(_pair(first)), first.added is not None, numbers
+        return order.index(first.pair), first.added is not None, numbers
 
-    order = list(dict.fromkeys(map(_pair, runs)))
+    order = list(dict.fromkeys(run.pair for run in runs))
     groups = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in sorted(by_identity.values(), key=place)]
     firsts = [group[0] for group in groups]
-    added = {_pair(run) for run in firsts if run.added}
+    with_addition = {run.pair for run in firsts if run.added}
     return [
-        SeedGroup(group, _label(run, firsts), is_student=run.teacher != "-" or _pair(run) in added)
+        SeedGroup(group, _label(run, firsts), is_student=bool(run.settings.teacher) or run.pair in with_addition)
         for run, group in zip(firsts, groups, strict=True)
     ]
 
 
 def _label(run: RunRecord, others: Sequence[RunRecord]) -> str:
-    variants = [other for other in others if _pair(other) == _pair(run) and other.name == run.name]
+    variants = [other for other in others if other.pair == run.pair and other.name == run.name]
     varying = [f"{key} {short_text(run.conditions.get(key, ABSENT))}" for key in _differing(variants)]
     return f"{run.name} ({', '.join(varying)})" if varying else run.name
 
@@ -207,7 +164,7 @@ def _gains(groups: Sequence[SeedGroup]) -> tuple[list[Gain], list[str]]:
     """Subtract its baseline from every group that has one; a sentence for each group where that is not possible."""
     gains, refusals = [], []
     for group in groups:
-        baselines = [other for other in groups if other.pair == group.pair and other.is_baseline]
+        baselines = [other for other in groups if other.first.pair == group.first.pair and other.is_baseline]
         if group.is_baseline or not baselines:
             continue
         # Several baselines (another learning rate, say) may be listed: the one that fits is the one subtracted.
@@ -245,7 +202,7 @@ def _ablations(groups: Sequence[SeedGroup]) -> list[Gain]:
     found = []
     firsts: dict[object, SeedGroup] = {}
     for group in groups:
-        first = firsts.setdefault((group.pair, group.first.added), group)
+        first = firsts.setdefault((group.first.pair, group.first.added), group)
         pairs, differing = _pairs(group, first), _differing([first.first, group.first])
         one = len(differing) == 1 and differing != ["dataset_sha256"]  # other images cannot be paired
         if one and pairs and all(map(_is_paired, pairs)):

@@ -17,7 +17,7 @@ from typing import Any
 
 from experiment import UserError
 from experiment.compare.comparison import Comparison, comparison_of
-from experiment.compare.notes import notes_of, verdicts
+from experiment.compare.notes import notes_of, verdict
 from experiment.compare.read import PICTURES, read_runs
 from experiment.compare.tables import as_markdown, markdown_text, results_table, short_columns, tables_of
 from experiment.files import write_atomically
@@ -29,14 +29,6 @@ _MARK = re.compile(
 )
 FIGURES = "figures"
 """Folder beside the document."""
-ABOUT = {
-    "comparison": "PGD-20 and clean accuracy by epoch (bands: one standard deviation over seeds) and AutoAttack. "
-    "Dashed, hollow, hatched: a baseline. Solid: with its addition. Dotted: the teacher, as published by RobustBench.",
-    "gains": "Gain over the baseline, with its 95 % interval and a dot per seed.",
-    "alignment": "Gradient alignment against AutoAttack accuracy. Arrows lead from a baseline to the version with an "
-    "addition.",
-}
-"""The caption of each figure, also for screen readers."""
 
 
 def fill_marks(
@@ -90,14 +82,14 @@ def as_document(tables: Sequence[Table], notes: Sequence[str]) -> str:
 
 
 def commands_of(comparison: Comparison) -> list[str]:
-    """A block with the command of each finished run, and where it ran."""
+    """The command of each finished run, below a comment with where it ran."""
     lines = []
     for group in comparison.groups:
         for run in group.runs:
-            about = f"# {group.label}, {run.teacher}, {run.student}, seed {run.seed}: {run.result.hardware}"
+            about = f"# {group.label}, {comma_list(run.setting[:2])}, seed {run.seed}: {run.result.hardware}"
             # One line each: a line break in a quoted argument could end the code block.
             lines += [" ".join(text.split()) for text in (about, run.result.command)]
-    return ["Commands:", "\n".join(["```sh", *lines, "```"])] if lines else []
+    return lines
 
 
 def _described(comparison: Comparison, columns: Sequence[str]) -> str:
@@ -128,7 +120,7 @@ def _picture(comparison: Comparison, document: Path, names: str, name: str) -> s
 
 
 def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str], figures: Mapping[str, Any]) -> str:
-    """The gains in sentences, tables, notes, figures, and each run's command, versions and hashes."""
+    """The gains in sentences, tables, figures, notes, and each run's command."""
     from jinja2 import Environment
 
     from experiment.compare.figures import rendered  # matplotlib takes a second
@@ -136,7 +128,7 @@ def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str], 
     template = resources.files("experiment.compare").joinpath("page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     runs = [(group.label, run) for group in comparison.groups for run in group.runs]
-    pictures = [(ABOUT[name], "svg+xml", rendered(figure, "svg")) for name, figure in figures.items()]
+    pictures = [(name, "svg+xml", rendered(figure, "svg")) for name, figure in figures.items()]
     pictures += [
         (f"evaluate.py, {label}, seed {run.seed}: {path.stem}", PICTURES[path.suffix], path.read_bytes())
         for label, run in runs
@@ -144,7 +136,7 @@ def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str], 
     ]
     return environment.from_string(template).render(
         title=", ".join(dict.fromkeys(run.name for _, run in runs)) or "Runs that are not finished",
-        verdicts=verdicts(comparison),
+        verdicts=list(map(verdict, comparison.gains)),
         tables=tables,
         text_columns=TEXT_COLUMNS,
         notes=notes,
@@ -152,5 +144,5 @@ def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str], 
             (caption, f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
             for caption, kind, content in pictures
         ],
-        runs=runs,
+        commands=commands_of(comparison),
     )

@@ -73,8 +73,8 @@ def styles_of(comparison: Comparison) -> Styles:
     styles = {}
     for group in comparison.groups:
         run = group.first
-        key = (run.name, *group.setting)
-        place = (*group.setting, str(counts[key])) if group.is_student else ("",)
+        key = (run.name, *run.setting)
+        place = (*run.setting, str(counts[key])) if group.is_student else ("",)
         counts[key] += 1
         color = colors.get(run.method) or others[zlib.crc32(run.method.encode()) % len(others)]
         names = [run.names[name] for name in comparison.varying if group.is_student]
@@ -103,11 +103,10 @@ def _tidy(axes: Any, grid: str = "y") -> None:
 
 
 def _comparison_figure(groups: Sequence[SeedGroup], styles: Styles) -> Any:
-    """PGD-20 and clean accuracy by epoch, and AutoAttack bars; a published teacher as a dotted line."""
+    """PGD-20 and clean accuracy by epoch, and AutoAttack bars."""
     figure = _new_figure(12.0, max(5.0, 2.2 + 0.6 * len(groups)))
     robust, clean, bars = figure.subplots(1, 3, width_ratios=[1, 1, 1.15])
-    students = [group for group in groups if group.is_student]
-    curves = students or groups  # a teacher's many epochs would hide theirs
+    curves = [group for group in groups if group.is_student] or groups  # a teacher's many epochs would hide theirs
     for axes, key, title in ((robust, "pgd20", "PGD-20"), (clean, "clean", "clean")):
         _draw_curves(axes, curves, styles, key)
         axes.set_title(title, loc="left", fontsize=11)
@@ -115,11 +114,6 @@ def _comparison_figure(groups: Sequence[SeedGroup], styles: Styles) -> Any:
         _tidy(axes)
     robust.set_ylabel("test accuracy (%)")
     _draw_bars(bars, groups, styles)
-    if len({(group.first.teacher, group.first.dataset) for group in students}) == 1:
-        teacher = students[0].first.published_teacher
-        for draw, key in ((clean.axhline, "clean"), (bars.axvline, "autoattack")):
-            if teacher:
-                draw(100 * teacher[key], color="0.35", linestyle=":", linewidth=1.6)
     _legend(figure, robust, curves, styles)
     return figure
 
@@ -129,7 +123,7 @@ def _draw_curves(axes: Any, groups: Sequence[SeedGroup], styles: Styles, key: st
     from matplotlib.ticker import MaxNLocator
 
     for group in groups:
-        curves = [run.curves[key] for run in group.runs]
+        curves = [run.curve(key) for run in group.runs]
         epochs = sorted(set.intersection(*map(set, curves)))
         values = 100 * np.array([[curve[epoch] for epoch in epochs] for curve in curves])
         mean, few = values.mean(axis=0), max(1, len(epochs) // 10)  # many markers hide the line
@@ -230,7 +224,7 @@ def _alignment_figure(groups: Sequence[SeedGroup], styles: Styles) -> Any:
             axes.plot(x, y, **style, alpha=0.45, markersize=4)
             centres[group] = (fmean(x), fmean(y))
         for group in shown:
-            base = next((other for other in shown if other.pair == group.pair and other.is_baseline), None)
+            base = next((other for other in shown if other.first.pair == group.first.pair and other.is_baseline), None)
             if base is not None and not group.is_baseline:
                 arrow = {"arrowstyle": "-|>", "color": styles[group]["color"], "linewidth": 1.8}
                 axes.annotate("", centres[group], centres[base], arrowprops=arrow)

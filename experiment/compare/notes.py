@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from experiment.compare.comparison import Comparison, Gain, GainAtBest, SeedGroup
 from experiment.compare.runs import RunRecord, published
 from experiment.compare.statistics import seeds_needed
-from experiment.text import ABSENT, budget, comma_list, points, short_name, short_text
+from experiment.text import ABSENT, budget, comma_list, points, short_text
 
 GAINS_TO_FIND = (0.01, 0.02, 0.03)
 """Gains, in fractions, for which the number of seeds is given."""
@@ -14,8 +14,6 @@ MEASURES = {"GC": ("gc", 1), "GD": ("gd", -1), "logit GC": ("logit_gc", 1), "log
 """By name: the key in a run's values, and the sign of a change that brings the student closer to the teacher."""
 FEWEST = 6
 """Students or pairs needed for a note on alignment and robustness."""
-COMPARED_WITHIN = {"teacher_sha256": "teacher", "attack": "method"}
-"""Settings that are compared only among the rows of one teacher or method."""
 DIGITS = 9
 """Decimals of a value before it is ranked: far more than is printed, far fewer than a float has."""
 
@@ -30,23 +28,17 @@ def notes_of(comparison: Comparison) -> list[str]:
         *_notes_on_settings(comparison.groups),
         *_notes_on_published_figures(comparison.groups),
         *_notes_on_missing(comparison),
-        *comparison.remeasure,
         *(f"No gain: {refusal}." for refusal in comparison.refusals),
     ]
 
 
-def verdicts(comparison: Comparison) -> list[str]:
-    """Each gain over a baseline in one sentence."""
-    sentences = []
-    for gain in comparison.gains:
-        where = comma_list(gain.group.first.names[name] for name in comparison.varying)
-        low, high = (100 * end for end in gain.interval)
-        seeds = f"{len(gain.by_seed)} seed{'s' * (len(gain.by_seed) > 1)}"
-        sentences.append(
-            f"{gain.group.label} minus {gain.baseline.label}{f' ({where})' if where else ''}, AutoAttack: "
-            f"{100 * gain.mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, {seeds}."
-        )
-    return sentences
+def verdict(gain: Gain) -> str:
+    """A gain in one line, without a full stop."""
+    low, high = (100 * end for end in gain.interval)
+    return (
+        f"{gain.group.label} minus {gain.baseline.label} ({gain.group.first.where}): "
+        f"{100 * gain.mean:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
+    )
 
 
 def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
@@ -96,17 +88,14 @@ def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
 
 
 def _notes_on_gain(gain: Gain) -> Iterator[str]:
-    first, seeds = gain.group.first, list(gain.by_seed)
-    where = (first.names["teacher"], first.student, first.dataset)
-    low, high = (100 * end for end in gain.interval)
+    seeds, (low, high) = list(gain.by_seed), gain.interval
     how = "bootstrap over images"
     if len(seeds) > 1:
         how = "the wider of Student's t over seeds and the bootstrap over seeds and images"
     values = (f"{100 * gain.by_seed[seed]:+.2f} (p {_p_value(gain.p_values[seed])})" for seed in seeds)
     yield (
-        f"{gain.group.label} minus {gain.baseline.label} ({comma_list(where)}): "
-        f"{100 * gain.mean:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f} ({how}). The interval "
-        f"{'includes' if gain.includes_0 else 'excludes'} 0. By seed, with McNemar's exact p: {comma_list(values)}."
+        f"{verdict(gain)} ({how}). The interval {'includes' if low <= 0 <= high else 'excludes'} 0. "
+        f"By seed, with McNemar's exact p: {comma_list(values)}."
     )
     if len(seeds) > 1:
         deviation = stdev(gain.by_seed.values())
@@ -129,12 +118,10 @@ def _notes_on_gain(gain: Gain) -> Iterator[str]:
 
 
 def _note_on_best(at_best: GainAtBest) -> str:
-    gain, more = at_best.gain, 100 * at_best.last_minus_best
-    low, high, low_more, high_more = (100 * end for end in (*gain.interval, *at_best.interval))
+    more, low, high = (100 * value for value in (at_best.last_minus_best, *at_best.interval))
     return (
-        f"At the best epochs (chosen by PGD-10 on held-out images), {gain.group.label} minus {gain.baseline.label}: "
-        f"{100 * gain.mean:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}. The last epoch's gain minus this "
-        f"gain: {more:+.2f} points, 95 % interval {low_more:+.2f} to {high_more:+.2f}."
+        f"At the best epochs (chosen by PGD-10 on held-out images), {verdict(at_best.gain)}. The last epoch's gain "
+        f"minus this gain: {more:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}."
     )
 
 
@@ -144,17 +131,18 @@ def _p_value(value: float) -> str:
 
 def _notes_on_alignment(comparison: Comparison) -> Iterator[str]:
     """Per teacher, student and dataset: rank correlations over students, and how often which measure changed."""
-    for setting in dict.fromkeys(group.setting for group in comparison.groups):
-        groups = [list(filter(_is_measured, group.runs)) for group in comparison.groups if group.setting == setting]
+    for setting, where in {group.first.setting: group.first.where for group in comparison.groups}.items():
+        of_setting = [group for group in comparison.groups if group.first.setting == setting]
+        groups = [list(filter(_is_measured, group.runs)) for group in of_setting]
         runs = [run for group in groups for run in group]
-        pairs = [pair for gain in comparison.gains if gain.group.setting == setting for pair in gain.pairs]
+        pairs = [pair for gain in comparison.gains if gain.group.first.setting == setting for pair in gain.pairs]
         pairs = [pair for pair in pairs if all(map(_is_measured, pair))]
-        where = f"Alignment and robustness ({comma_list([short_name(setting[0]), *setting[1:]])})"
+        begin = f"Alignment and robustness ({where})"
         if len(runs) >= FEWEST and len({run.name for run in runs}) > 1:
             found = _correlations(groups)
             aside = ", in brackets within methods (each method's mean subtracted)" if "(" in found else ""
             yield (
-                f"{where}, rank correlation with AutoAttack accuracy over {len(runs)} students{aside}: {found}. "
+                f"{begin}, rank correlation with AutoAttack accuracy over {len(runs)} students{aside}: {found}. "
                 "This is no test: students of one method or of one seed are not independent."
             )
         if len(pairs) >= FEWEST:
@@ -163,7 +151,7 @@ def _notes_on_alignment(comparison: Comparison) -> Iterator[str]:
                 if all(key in run.values for pair in pairs for run in pair):
                     closer = sum(sign * _change(pair, key) > 0 for pair in pairs)
                     counts.append(f"{name} {'rose' if sign > 0 else 'fell'} in {closer}")
-            yield f"{where}, of {len(pairs)} pairs of one seed: {comma_list(counts)}."
+            yield f"{begin}, of {len(pairs)} pairs of one seed: {comma_list(counts)}."
 
 
 def _is_measured(run: RunRecord) -> bool:
@@ -185,14 +173,11 @@ def _correlations(groups: Sequence[Sequence[RunRecord]]) -> str:
     several = table[table.groupby("group").transform("size") > 1]
     # Rounded, so that float error does not break ties.
     within = (several - several.groupby("group").transform("mean")).round(DIGITS)
+    overall, inside = (frame.corr("spearman")["autoattack"] for frame in (table, within))
     found = []
     for name, (key, _) in MEASURES.items():
-        if key not in table or 1 in (table[key].nunique(), table["autoattack"].nunique()):
-            continue
-        text = f"{name} {table[key].corr(table['autoattack'], 'spearman'):+.2f}"
-        if len(within) >= FEWEST:
-            text += f" ({within[key].corr(within['autoattack'], 'spearman'):+.2f})"
-        found.append(text)
+        if key in overall.dropna():  # no correlation of a constant
+            found.append(f"{name} {overall[key]:+.2f}" + f" ({inside[key]:+.2f})" * (len(within) >= FEWEST))
     return comma_list(found) or "not available"
 
 
@@ -201,16 +186,17 @@ def _notes_on_settings(groups: Sequence[SeedGroup]) -> Iterator[str]:
 
     A difference between methods counts too: methods trained for different numbers of epochs are not comparable.
     """
-    for dataset in dict.fromkeys(group.first.dataset for group in groups):
-        rows = [group.first for group in groups if group.first.dataset == dataset]
+    for dataset in dict.fromkeys(group.first.settings.dataset for group in groups):
+        rows = [group.first for group in groups if group.first.settings.dataset == dataset]
         own = {key for run in rows for key in (*run.config.added_settings, *run.config.outer_settings)}
         own |= {"teacher", "student"}  # the table's columns show them
-        rows = [group.first for group in groups if group.first.dataset == dataset and group.is_student]
+        rows = [group.first for group in groups if group.first.settings.dataset == dataset and group.is_student]
         found = []
         for key in dict.fromkeys(key for run in rows for key in run.conditions if key not in own):
-            users_by_scope: dict[str, dict[str, dict[str, None]]] = {}
+            users_by_scope: dict[str | None, dict[str, dict[str, None]]] = {}
             for run in rows:
-                scope = getattr(run, COMPARED_WITHIN[key]) if key in COMPARED_WITHIN else ""
+                # Compared only among the rows of one teacher, or of one method.
+                scope = {"teacher_sha256": run.settings.teacher, "attack": run.method}.get(key)
                 value = short_text(run.conditions.get(key, ABSENT))
                 users_by_scope.setdefault(scope, {}).setdefault(value, {})[run.name] = None
             for users in users_by_scope.values():
@@ -221,31 +207,19 @@ def _notes_on_settings(groups: Sequence[SeedGroup]) -> Iterator[str]:
 
 
 def _notes_on_published_figures(groups: Sequence[SeedGroup]) -> Iterator[str]:
-    shown = [group.first for group in groups if group.first.published]
     source = published()["source"]
-    if not shown:
-        return
-    yield (
-        f"Published figures are those of the {source['name']}: one run each. Differences below 0.4 points carry no "
-        "information."
-    )
-    if images := sorted({run.attack.examples for run in shown if run.attack} - {source["images"]}):
-        yield f"AutoAttack on {comma_list(images)} images here, on {source['images']} published."
-    for method in dict.fromkeys(run.method for run in shown):
-        theirs = source["epochs"].get(method)
-        ours = sorted({run.settings["epochs"] for run in shown if run.method == method})
-        if theirs and ours != [theirs]:
-            yield f"{method}: {comma_list(ours)} epochs here, {theirs} published."
+    if any(group.first.published for group in groups):
+        yield (
+            f"Published figures are those of the {source['name']}: {source['about']}. Differences below 0.4 points "
+            "carry no information."
+        )
 
 
 def _notes_on_missing(comparison: Comparison) -> Iterator[str]:
-    baselines = {group.pair for group in comparison.groups if group.is_baseline}
-    alone = {
-        (run.name, run.names["teacher"], run.student, run.dataset): run
-        for run in (group.first for group in comparison.groups if group.pair not in baselines)
-    }
-    for (name, *where), run in alone.items():  # once for all variants
-        yield f"{name} ({comma_list(where)}): no gain, because its baseline {run.method} is not among the runs."
+    baselines = {group.first.pair for group in comparison.groups if group.is_baseline}
+    alone = [group.first for group in comparison.groups if group.first.pair not in baselines]
+    for run in {(run.name, run.where): run for run in alone}.values():  # once for all variants
+        yield f"{run.name} ({run.where}): no gain, because its baseline {run.method} is not among the runs."
     if comparison.pending:
         yield f"Not finished: {len(comparison.pending)} of the runs. They are listed and not compared."
     if deeper := comparison.deeper:

@@ -9,23 +9,39 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiment import UserError
 from experiment.compare.runs import PendingRun, RunRecord
 from experiment.files import advice, read_json, read_metrics
-from experiment.records import Config, Evaluation, Result, Row, Settings, checked
+from experiment.records import Config, Evaluation, Record, Result, Row, Settings, checked
 from experiment.study import is_locked, read_study
 
 DEPTH = 3
 """Folders of runs are looked for down to this level: runs/STUDY/RUN."""
-FORMAT = 1
-"""Of a records file."""
 DIGITS = 6
 """Significant digits in a records file of what metrics.jsonl holds; the rest is kept whole."""
 PICTURES = {".png": "png", ".svg": "svg+xml"}
 """Media types of evaluate.py's figures, by the ending of a file."""
+
+
+class KeptRun(Record):
+    """A run in a records file."""
+
+    folder: str
+    config: Config
+    result: Result
+    metrics: dict[str, list[Any]]
+    """By column; None where a row has no value."""
+
+
+class RecordsFile(Record):
+    """What ``compare.py --records`` writes."""
+
+    format: Literal[1]
+    runs: list[KeptRun]
 
 
 @dataclass
@@ -66,8 +82,10 @@ def read_runs(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
                 runs.pending.append(_read_unfinished(folder))
             else:
                 run = planned[folder]
-                method, adds = run.recipe["method"], run.recipe.get("adds")
-                runs.pending.append(PendingRun(method, adds, run.settings, run.name, run.state()))
+                settings = Settings.model_validate(run.settings)
+                runs.pending.append(
+                    PendingRun(run.recipe["method"], run.recipe.get("adds"), settings, run.name, run.state())
+                )
     return runs
 
 
@@ -91,61 +109,50 @@ def _is_export(folder: Path) -> bool:
 
 
 def _read_unfinished(folder: Path) -> PendingRun:
-    path = folder / "config.json"
+    path, metrics = folder / "config.json", folder / "metrics.jsonl"
     config = checked(Config, read_json(path), path)
-    epochs, metrics = checked(Settings, config.settings, path).epochs, folder / "metrics.jsonl"
+    settings = checked(Settings, config.settings, path)
     done = len(read_metrics(metrics)) if metrics.is_file() else 0
-    state = f"{'running' if is_locked(folder / '.lock') else 'unfinished'}, {done} of {epochs} epochs"
-    return PendingRun(config.method, config.adds, config.settings, folder.name, state)
+    state = f"{'running' if is_locked(folder / '.lock') else 'unfinished'}, {done} of {settings.epochs} epochs"
+    return PendingRun(config.method, config.adds, settings, folder.name, state)
 
 
 def _read_folder(folder: Path) -> RunRecord:
     """A finished run, with what evaluate.py measured of its final student."""
-    contents = (read_json(folder / name) for name in ("config.json", "result.json"))
-    run = _run(folder, *contents, read_metrics(folder / "metrics.jsonl"))
+    config = checked(Config, read_json(folder / "config.json"), folder / "config.json")
+    result = checked(Result, read_json(folder / "result.json"), folder / "result.json")
+    run = _run(folder, config, result, read_metrics(folder / "metrics.jsonl"))
     if not (folder / "evaluations").is_dir():
         return run
     from experiment.evaluation import records
 
     # Other checkpoints, such as best.pt, and other data leave their records in the same place.
-    wanted = (run.result.student_sha256, run.config.dataset_sha256)
+    wanted = (result.student_sha256, config.dataset_sha256)
     found = [checked(Evaluation, record, Path(record["file"])) for record in records(folder)]
     found = [record for record in found if (record.student_sha256, record.dataset_sha256) == wanted]
     if not found:
         return run
     pictures = tuple(path for path in sorted((folder / "evaluations").iterdir()) if path.suffix in PICTURES)
-    teacher, result = run.config.teacher_sha256, run.result
-    reports = [
-        record.gradients for record in reversed(found) if record.gradients and teacher in (None, record.teacher_sha256)
-    ]
+    found = [record for record in found if config.teacher_sha256 in (None, record.teacher_sha256)]
+    reports = [record.gradients for record in reversed(found) if record.gradients]
     if report := max(reports, key=lambda report: report.examples, default=None):  # of equally many images the newest
         update = {"scalars": report.scalars, "scalars_examples": report.examples}
         result = result.model_copy(update={"gradients": (result.gradients or report).model_copy(update=update)})
     return replace(run, result=result, pictures=pictures)
 
 
-def _run(folder: Path, config: dict[str, Any], result: dict[str, Any], rows: list[dict[str, Any]]) -> RunRecord:
-    """A run from what its files hold; UserError if a file holds what no run writes."""
-    made = checked(Config, config, folder / "config.json")
-    checked(Settings, made.settings, folder / "config.json")
-    ended = checked(Result, result, folder / "result.json")
+def _run(folder: Path, config: Config, result: Result, rows: list[dict[str, Any]]) -> RunRecord:
+    settings = checked(Settings, config.settings, folder / "config.json")
     epochs = [checked(Row, row, folder / "metrics.jsonl") for row in rows]
-    return RunRecord(made.method, made.adds, made.settings, folder, made, ended, epochs)
+    return RunRecord(config.method, config.adds, settings, folder, config, result, epochs)
 
 
 def _read_records(path: Path) -> list[RunRecord]:
-    content = read_json(path)
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a records file of this version (compare.py --records writes one)")
+    kept = checked(RecordsFile, read_json(path), path).runs
     try:
-        return [
-            _run(Path(record["folder"]), record["config"], record["result"], _by_row(record["metrics"]))
-            for record in content["runs"]
-        ]
+        return [_run(Path(run.folder), run.config, run.result, _by_row(run.metrics)) for run in kept]
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: a record is damaged: {type(error).__name__} {error}") from error
 
 
 def records_of(runs: Sequence[RunRecord]) -> str:
@@ -159,7 +166,7 @@ def records_of(runs: Sequence[RunRecord]) -> str:
         metrics = _by_column([row.model_dump(exclude_unset=True) for row in run.rows])
         record = {"folder": run.folder.as_posix(), "config": config, "result": result, "metrics": metrics}
         lines.append(json.dumps(record, separators=(",", ":")))
-    return f'{{"format":{FORMAT},"runs":[\n' + ",\n".join(lines) + "\n]}\n"
+    return '{"format":1,"runs":[\n' + ",\n".join(lines) + "\n]}\n"
 
 
 def _by_column(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -172,5 +179,5 @@ def _rounded(value: Any) -> Any:
 
 
 def _by_row(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    rows = zip(*columns.values(), strict=True)
+    rows = zip_longest(*columns.values())
     return [{key: value for key, value in zip(columns, row, strict=True) if value is not None} for row in rows]

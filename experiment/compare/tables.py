@@ -1,7 +1,6 @@
 """The tables of a comparison, as Markdown, LaTeX and CSV: results, beside published figures, and unfinished runs."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -14,7 +13,6 @@ HEADS = {
     **{name: name for name in ("method", "teacher", "student", "dataset", "clean")},
     "pgd20": "PGD-20",
     "autoattack": "AutoAttack",
-    "few_classes": "fewer than 10 classes",
     "gain": "gain (95 % interval)",
     "gd": "GD",
     "gc": "GC",
@@ -28,9 +26,8 @@ HEADS = {
     "images": "AutoAttack images",
 }
 """The head of each column, by its name for --columns."""
-STANDARD = "standard"
 OPTIONAL = (
-    *("few_classes", "gd", "gc", "logit_gd", "logit_gc"),
+    *("gd", "gc", "logit_gd", "logit_gc"),
     *("best_minus_last", "best_autoattack", "holdout_pgd10", "swa_autoattack"),
 )
 """Columns that are left out where nothing was measured for them, unless they are asked for."""
@@ -80,11 +77,8 @@ def _cell(group: SeedGroup, name: str, comparison: Comparison) -> str:
     }
     if name in what:
         return what[name]
-    version = run.attack.version if run.attack else STANDARD
-    if name == "few_classes":  # never beside the standard version
-        return "-" if version == STANDARD else f"{points(group.values('autoattack'))}, {version}"
-    if name == "autoattack" and version != STANDARD:
-        return "-"
+    if name == "autoattack" and run.attack and run.attack.version != "standard":
+        return f"{points(group.values(name))}, {run.attack.version}"
     # Measured of some seeds only, an optional value would be shown beside "n seeds" as if of all.
     values = group.all_values(name) if name in OPTIONAL else group.values(name)
     return spread(values, DIGITS[name]) if name in DIGITS else points(values, SIGNED.get(name, ""))
@@ -114,7 +108,10 @@ def _published_table(comparison: Comparison) -> Table:
 
 def _pending_table(pending: Sequence[PendingRun]) -> Table:
     names = ("teacher", "student")
-    rows = [[run.folder, run.name, *(run.names[name] for name in names), str(run.seed), run.state] for run in pending]
+    rows = [
+        [run.folder, run.name, *(run.names[name] for name in names), str(run.settings.seed), run.state]
+        for run in pending
+    ]
     return [["run", "method", *names, "seed", "state"], *rows] if rows else []
 
 
@@ -140,7 +137,8 @@ def as_csv(comparison: Comparison) -> str:
         {
             "method": group.label,
             "base_method": run.method,
-            **{name: getattr(run, name) for name in ("teacher", "student", "dataset", "seed")},
+            **dict(zip(("teacher", "student", "dataset"), run.setting, strict=True)),
+            "seed": run.seed,
             **{name: run.values.get(name) for name in names},
             "gain": gains.get(group, {}).get(run.seed),
             "test_examples": run.result.test_examples,
@@ -154,20 +152,13 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def as_latex(comparison: Comparison, columns: Sequence[str] = ()) -> str:
-    r"""A booktabs tabular of the results that fits a column; the best of a teacher, student and dataset is bold.
-
-    It needs ``\usepackage{booktabs}``.
-    """
+    r"""A booktabs tabular of the results that fits a column; it needs ``\usepackage{booktabs}``."""
     from pandas import DataFrame
 
-    names = list(columns or short_columns(comparison))
-    table = results_table(comparison, names)
-    best = _best(comparison.groups)
-    bold = [["textbf:--rwrap;" if (group, name) in best else "" for name in names] for group in comparison.groups]
+    table = results_table(comparison, columns or short_columns(comparison))
     frame = DataFrame(table[1:], columns=table[0])
     styler = frame.style.hide(axis="index").format(_latex_cell, escape="latex")
     styler = styler.format_index(_latex_cell, escape="latex", axis=1)
-    styler = styler.apply(lambda cells: DataFrame(bold, cells.index, cells.columns), axis=None)
     alignment = "".join("l" if head in TEXT_COLUMNS else "r" for head in table[0])
     made = styler.to_latex(hrules=True, column_format=f"@{{}}{alignment}@{{}}")
     return f"{{\\scriptsize\\setlength{{\\tabcolsep}}{{1.5pt}}%\n{made}}}\n"
@@ -179,14 +170,3 @@ def _latex_cell(text: str) -> str:
     text = re.sub(r" \(([+-][\d.]+) to ([+-][\d.]+)\)", r" {\\tiny[$\1$, $\2$]}", text)
     text = re.sub(r" \(95 \\% interval\)", r" {\\tiny[95\\,\\%]}", text)
     return re.sub(r"^([+-])(?=\d)", r"$\1$", text)
-
-
-def _best(groups: Sequence[SeedGroup]) -> set[tuple[SeedGroup, str]]:
-    """(group, column) of the highest mean accuracy among two or more of one teacher, student and dataset."""
-    best = set()
-    for setting, number in Counter(group.setting for group in groups).items():
-        for name in FIGURES:
-            rivals = [group for group in groups if group.setting == setting and group.values(name)]
-            if number > 1 and rivals:
-                best.add((max(rivals, key=lambda group: fmean(group.values(name))), name))
-    return best
