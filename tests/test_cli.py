@@ -150,7 +150,7 @@ def test_device_and_precision_follow_the_machine(monkeypatch, capsys):
     assert (args.device, args.precision) == ("cpu", "fp32")
     assert parse("adaad", "--precision", "bf16").precision == "bf16"
     for device in ("cuda", "cuda:0"):
-        assert f"{device!r} is not allowed; torch sees no CUDA device here" in refused(
+        assert f"{device!r} is not allowed; torch sees no CUDA device(s) here" in refused(
             capsys, "adaad", "--device", device
         )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

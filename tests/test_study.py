@@ -67,7 +67,7 @@ def test_another_machines_device_is_planned_and_not_run_here(tmp_path, capsys, m
     with pytest.raises(SystemExit) as refused:
         study_main(start)
     assert refused.value.code == 2
-    assert "'cuda' is not allowed; torch sees no CUDA device here" in capsys.readouterr().err
+    assert "'cuda' is not allowed; torch sees no CUDA device(s) here" in capsys.readouterr().err
     assert not (tmp_path / "mine").exists()
 
 

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiment import UserError
-from experiment.data.arrays import Arrays, draw, reduce_side, shuffle_test
-from experiment.data.own_files import check_image_folder, read_image_folder, read_npz
+from experiment.data.sources import (
+    SMALLEST_SIDE,
+    Arrays,
+    check_image_folder,
+    read_digits,
+    read_image_folder,
+    read_npz,
+)
 from experiment.data.torchvision_sets import SETS, read_torchvision
+
+SEED = 0
+"""Seed of the shuffled test set and of the subsets. NumPy guarantees that a RandomState's numbers never change."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ def load_data(
     if dataset in SETS:
         arrays = read_torchvision(dataset, Path(data_dir))
     elif dataset == "digits":
-        arrays = _digits()
+        arrays = read_digits()
     else:
         arrays = read_npz(Path(dataset)) if dataset.endswith(".npz") else read_image_folder(Path(dataset))
     shuffled = dataset not in ("cifar100", "cifar10", "digits")
@@ -159,18 +168,51 @@ def load_data(
     )
 
 
-def _digits() -> Arrays:
-    """scikit-learn's digits, grey repeated to three channels. Its order groups writers, so the split is random."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+def shuffle_test(arrays: Arrays) -> Arrays:
+    """Put the test images in a fixed random order: the first N of a set sorted by class are no sample of it."""
+    order = np.random.RandomState(SEED).permutation(len(arrays.y_test))
+    return replace(arrays, x_test=arrays.x_test[order], y_test=arrays.y_test[order])
 
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    images = np.repeat(images[..., None], 3, axis=3)
-    x_train, x_test, y_train, y_test = train_test_split(
-        images, digits.target, test_size=360, random_state=0, stratify=digits.target
-    )
-    return Arrays(x_train, y_train, x_test, y_test, tuple("0123456789"))
+
+def reduce_side(arrays: Arrays, side: int) -> Arrays:
+    """Reduce images to side x side pixels: each is the mean of a block, rounded half up."""
+    height, width = arrays.x_train.shape[1:3]
+    if side < SMALLEST_SIDE or height != width or height % side:
+        raise UserError(
+            f"--side {side} is not possible for images of {height} x {width} pixels (expected square images and a "
+            f"divisor of their side, at least {SMALLEST_SIDE})"
+        )
+    block = height // side
+
+    def means(x: np.ndarray) -> np.ndarray:
+        sums = x.reshape(-1, side, block, side, block, 3).sum(axis=(2, 4), dtype=np.uint32)
+        return ((sums + block**2 // 2) // block**2).astype(np.uint8)
+
+    return replace(arrays, x_train=means(arrays.x_train), x_test=means(arrays.x_test))
+
+
+def draw(labels: np.ndarray, count: int, flag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Draw `count` images in proportion to their classes: their indices, and those of the rest, both ascending.
+
+    Raises:
+        UserError: a class would be lost among the training images, which --train_examples draws, --holdout leaves.
+    """
+    labels = labels.astype(np.int64)
+    sizes = np.bincount(labels)
+    shares = count * sizes / sizes.sum()
+    quotas = np.floor(shares).astype(int)
+    # The images lost by rounding down go to the largest remainders, of equal ones to the first class.
+    quotas[np.argsort(quotas - shares, kind="stable")[: count - quotas.sum()]] += 1
+    order = np.random.RandomState(SEED).permutation(len(labels))
+    by_class = [order[labels[order] == label][:quota] for label, quota in enumerate(quotas)]
+    drawn = np.sort(np.concatenate(by_class))
+    rest = np.setdiff1d(np.arange(len(labels)), drawn)
+    kept = drawn if flag == "train_examples" else rest
+    if count > len(labels) or len(np.unique(labels[kept])) < len(np.unique(labels)):
+        raise UserError(
+            f"--{flag} {count} is not possible with {len(labels)} training images; one of each class must be kept"
+        )
+    return drawn, rest
 
 
 def as_float(images: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
 """CIFAR-10, CIFAR-100 and SVHN through torchvision, which checks every file's MD5; missing files are downloaded."""
 
 import os
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from experiment import UserError
-from experiment.data.arrays import Arrays
+from experiment.data.sources import Arrays
 from experiment.download import download
 
 SETS = {
@@ -36,19 +36,14 @@ def read_torchvision(dataset: str, folder: Path) -> Arrays:
     except RuntimeError:  # a file is missing or has another MD5
         from filelock import FileLock  # only downloads need it
 
-        aside = folder / f".{dataset}.part"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / f".{dataset}.lock"):
+            with FileLock(folder / f".{dataset}.lock"), TemporaryDirectory(prefix=".part", dir=folder) as aside:
                 try:
                     parts = read()  # another process may have downloaded it while this one waited
                 except RuntimeError:
-                    shutil.rmtree(aside, ignore_errors=True)  # a killed process may have left it
-                    aside.mkdir()
-                    _complete(kind, datasets.utils, folder, aside)
+                    _complete(kind, datasets.utils, folder, Path(aside))
                     parts = read()
-                finally:
-                    shutil.rmtree(aside, ignore_errors=True)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write to {folder}: {reason}; choose another --data_dir") from error
@@ -59,32 +54,26 @@ def read_torchvision(dataset: str, folder: Path) -> Arrays:
 
 def _complete(kind: Any, utils: ModuleType, folder: Path, aside: Path) -> None:
     """Download the files that are missing; CIFAR's archive is then unpacked. Each appears in `folder` as a whole."""
-    if not hasattr(kind, "base_folder"):
-        for split in ("train", "test"):
-            _fetch(*kind.split_list[split], utils, folder, aside)
-        return
-    unpacked = folder / kind.base_folder
-    if unpacked.exists():  # perhaps altered on purpose: noisy labels, a subset
+    is_archive = hasattr(kind, "base_folder")
+    unpacked = folder / getattr(kind, "base_folder", "")
+    if is_archive and unpacked.exists():  # perhaps altered on purpose: noisy labels, a subset
         raise UserError(
             f"{unpacked} is incomplete or altered (MD5); move it away to have {kind.filename} unpacked again"
         )
-    _fetch(kind.url, kind.filename, kind.tgz_md5, utils, folder, aside)
-    utils.extract_archive(str(folder / kind.filename), str(aside))
-    os.replace(aside / kind.base_folder, unpacked)
-
-
-def _fetch(url: str, name: str, md5: str, utils: ModuleType, folder: Path, aside: Path) -> None:
-    """Download a file unless it exists; either way its MD5 must be right."""
-    file, by_hand = folder / name, f"download {url} in a browser and save it as {folder / name}"
-    if file.exists():
-        if not utils.check_integrity(str(file), md5):  # not ours to delete
+    parts = [kind.split_list[split] for split in ("train", "test")] if not is_archive else ()
+    for url, name, md5 in parts or [(kind.url, kind.filename, kind.tgz_md5)]:
+        file, by_hand = folder / name, f"download {url} in a browser and save it as {folder / name}"
+        if not file.exists():
+            print(f"{file} is missing; downloading {url}", flush=True)
+            try:
+                download(url, aside / name)
+                if not utils.check_integrity(str(aside / name), md5):
+                    raise UserError(f"MD5 of the download is not {md5}")
+            except UserError as error:
+                raise UserError(f"{file} is missing and could not be downloaded ({error}); {by_hand}") from error
+            os.replace(aside / name, file)
+        elif not utils.check_integrity(str(file), md5):  # not ours to delete
             raise UserError(f"{file} is damaged or incomplete (its MD5 is not {md5}); remove it, then {by_hand}")
-        return
-    print(f"{file} is missing; downloading {url}", flush=True)
-    try:
-        download(url, aside / name)
-        if not utils.check_integrity(str(aside / name), md5):
-            raise UserError(f"MD5 of the download is not {md5}")
-    except UserError as error:
-        raise UserError(f"{file} is missing and could not be downloaded ({error}); {by_hand}") from error
-    os.replace(aside / name, file)
+    if is_archive:
+        utils.extract_archive(str(folder / kind.filename), str(aside))
+        os.replace(aside / kind.base_folder, unpacked)

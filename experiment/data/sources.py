@@ -1,15 +1,79 @@
-"""Data sets of the user's own: an .npz file, or a folder of images in folders of their classes."""
+"""Data sets as NumPy arrays, checked: .npz files, folders of images, and scikit-learn's digits."""
 
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from experiment import UserError
-from experiment.data.arrays import Arrays, check_arrays
+from experiment.files import MOST_CLASSES
+
+SMALLEST_SIDE = 8
+"""Pixels; the networks need as many."""
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 SUFFIXES = (".png", ".jpg", ".jpeg")
 ANNOTATIONS = "val_annotations.txt"
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images (N, H, W, 3) uint8 and integer labels (N,), as a source holds them; no names: as many as labels."""
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names) if self.class_names else int(self.y_train.max()) + 1
+
+
+def check_arrays(arrays: Arrays, source: Path) -> Arrays:
+    """Return the arrays, or raise UserError with the first problem; warn of named classes without a training image."""
+    problem = next(_problems(arrays), None)
+    if problem:
+        raise UserError(f"{source}: {problem}")
+    missing = arrays.num_classes - len(np.unique(arrays.y_train))
+    if missing:
+        print(f"warning: {source}: {missing} of {arrays.num_classes} classes have no training image", file=sys.stderr)
+    return arrays
+
+
+def _problems(arrays: Arrays) -> Iterator[str]:
+    """What is wrong, in an order in which each check can rely on those before it."""
+    yield from _problems_of_split("train", arrays.x_train, arrays.y_train)
+    yield from _problems_of_split("test", arrays.x_test, arrays.y_test)
+    if arrays.x_train.shape[1:] != arrays.x_test.shape[1:]:
+        yield f"images are {arrays.x_train.shape[1:]} in x_train and {arrays.x_test.shape[1:]} in x_test"
+    classes = arrays.num_classes
+    if classes < 2:
+        yield f"there are {classes} classes; expected at least 2"
+    if arrays.class_names is None:
+        for label in np.setdiff1d(np.arange(classes), arrays.y_train):
+            yield f"y_train has no image of class {label}; add one, or class_names for all classes"
+    for split, y in (("train", arrays.y_train), ("test", arrays.y_test)):
+        if y.max() >= classes:
+            yield f"y_{split} has label {y.max()}; expected 0 to {classes - 1}, as there are {classes} classes"
+
+
+def _problems_of_split(split: str, x: np.ndarray, y: np.ndarray) -> Iterator[str]:
+    if x.dtype != np.uint8:
+        yield f"x_{split} is {x.dtype}; expected uint8"
+    if x.ndim != 4 or x.shape[3] != 3 or min(x.shape[1:3]) < SMALLEST_SIDE:
+        yield f"x_{split} has shape {x.shape}; expected (N, H, W, 3) with H and W of at least {SMALLEST_SIDE}"
+    if y.dtype.kind not in "iu":  # np.integer would include timedelta64
+        yield f"y_{split} is {y.dtype}; expected integers"
+    if y.shape != (len(x),):
+        yield f"y_{split} has shape {y.shape}; expected ({len(x)},), one label per image"
+    if len(x) < 2:
+        yield f"x_{split} has {len(x)} images; expected at least 2"
+    if y.min() < 0 or y.max() >= MOST_CLASSES:
+        yield f"y_{split} has labels from {y.min()} to {y.max()}; expected 0 to {MOST_CLASSES - 1} at most"
 
 
 def read_npz(path: Path) -> Arrays:
@@ -98,3 +162,17 @@ def _read(file: Path) -> np.ndarray:
     if mode.startswith(("I", "F")):  # the conversion would clip them at 255
         raise UserError(f"{file} has pixels of more than 8 bits (mode {mode}); expected 8 bits per channel")
     return pixels
+
+
+def read_digits() -> Arrays:
+    """scikit-learn's digits, grey repeated to three channels. Its order groups writers, so the split is random."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = np.repeat(images[..., None], 3, axis=3)
+    x_train, x_test, y_train, y_test = train_test_split(
+        images, digits.target, test_size=360, random_state=0, stratify=digits.target
+    )
+    return Arrays(x_train, y_train, x_test, y_test, tuple("0123456789"))
