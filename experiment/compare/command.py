@@ -1,6 +1,5 @@
 """compare.py: runs side by side on the terminal, as Markdown, plots, CSV, LaTeX, a page, and records."""
 
-import argparse
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        default=argparse.SUPPRESS,  # depends on the others: keeps "default: None" out of --help
         help="folder for comparison.md and the plots; default the one folder that holds the runs, else .",
     )
     parser.add_argument(
@@ -66,15 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     files = {flag: path for flag in FILES if (path := getattr(args, flag))}
     if args.insert:
-        if others := [*(["out"] if "out" in args else []), *files]:
-            parser.error(f"argument --insert: writes nothing else; not together with --{others[0]}")
+        if args.out or files:
+            parser.error(f"argument --insert: writes nothing else; not together with --{[*files, 'out'][0]}")
         print(*fill_marks(args.insert, args.sources, args.columns), sep="\n")
         return
     folders = [path for path in args.sources if path.is_dir()]
     parents = {path.parent if (path / "config.json").is_file() else path for path in folders}
-    out = getattr(args, "out", parents.pop() if len(parents) == 1 else Path("."))
+    out = parents.pop() if len(parents) == 1 else Path(".")
     comparison = comparison_of(read_runs(args.sources))
-    _show(comparison, out, args.columns, files)
+    _show(comparison, args.out or out, args.columns, files)
     if comparison.refusals:  # after all was written and shown
         raise UserError("; ".join(comparison.refusals))
 

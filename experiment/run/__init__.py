@@ -1,7 +1,7 @@
 """A training run and its folder: checkpoints, resume and the final result."""
 
-from experiment.run.folder import free_settings
+from experiment.run.folder import find_run
 from experiment.run.loop import Run
 from experiment.run.provenance import provenance
 
-__all__ = ["Run", "free_settings", "provenance"]
+__all__ = ["Run", "find_run", "provenance"]

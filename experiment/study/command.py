@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from experiment import UserError, cli
-from experiment.study.costs import EXPECTED, cost_of, counted
+from experiment.study.costs import counted, hours_of
 from experiment.study.plan import FINISHED, ROOT, Study, read_study
 from experiment.study.processes import Processes
 from experiment.text import as_text
-
-UNKNOWN = "not known before the first of its kind is finished"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,9 +33,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     where.add_argument("--jobs", type=cli.whole(1), default=1, metavar="N", help="runs at a time, sharing the threads")
     where.add_argument("--devices", nargs="+", default=[], metavar="DEVICE", help="one run at a time on each: cuda:0 …")
     parser.add_argument("--slurm", **switch, help="1 submits the runs to SLURM as an array, --jobs at a time")
-    parser.add_argument(
-        "--slurm_cluster", choices=("slurm", "local", "debug"), default="slurm", help="local and debug: this machine"
-    )
     parser.add_argument(
         "--slurm_options",
         nargs="+",
@@ -61,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.slurm:
         from experiment.study.slurm import submit
 
-        submit(study, cluster=args.slurm_cluster, jobs=args.jobs, options=dict(args.slurm_options))
+        submit(study, args.jobs, dict(args.slurm_options))
     else:
         _run(study, args.jobs, args.devices)
 
@@ -86,21 +81,21 @@ def _progress(study: Study) -> str:
 
 
 def _show_costs(study: Study) -> None:
-    """Print each run's command, state and cost, and the cost of all."""
+    """Print each run's command, state and expected hours, and the hours of all that is not finished."""
     rows, hours = [], []
     for run in study.all_runs:
         print(run.command)
-        cost, state = cost_of(run, study), run.state()
-        rows.append([run.name, state, *((f"{cost.hours:.2f}", cost.source) if cost else ("-", UNKNOWN))])
+        state, expected = run.state(), hours_of(run)
+        rows.append([run.name, state, f"{expected:.2f}" if expected else "-"])
         if state != FINISHED:
-            hours.append(cost.hours if cost else None)
-    known = [value for value in hours if value is not None]
-    total = f"{sum(known):.1f} hours, one run at a time" if known or not hours else UNKNOWN
-    more = f"; {len(hours) - len(known)} of them {UNKNOWN}" if 0 < len(known) < len(hours) else ""
-    print("\n" + as_text([["run", "state", "hours", "from"], *rows]))
-    print(f"\n{len(hours)} unfinished runs: {total}{more}")
-    if any(row[3].startswith(EXPECTED) for row in rows):
-        print(f"{EXPECTED}: operations counted, at the speed expected (not measured) of {counted()['expected']['on']}")
+            hours.append(expected)
+    known = [value for value in hours if value]
+    total = f": {sum(known):.1f} hours, one run at a time" if known else ""
+    unknown = f"; the hours of {len(hours) - len(known)} are not known" if len(known) < len(hours) else ""
+    print("\n" + as_text([["run", "state", "hours"], *rows]))
+    print(f"\n{len(hours)} unfinished runs{total}{unknown}")
+    if known:
+        print(f"hours: operations counted, at the speed expected (not measured) of {counted()['expected']['on']}")
 
 
 def _run(study: Study, jobs: int, devices: Sequence[str]) -> None:

@@ -1,31 +1,18 @@
-"""What a run would cost: as a finished run like it took, else from counted operations."""
+"""Hours that a run is expected to take on a GPU: its operations, counted, at the speed that costs.toml expects."""
 
 import functools
 import math
 import re
 import tomllib
-from dataclasses import dataclass
 from importlib import resources
-from statistics import fmean
 from typing import Any
 
 from cifar100_models import build_model
 from experiment import UserError, cli
-from experiment.files import read_json
-from experiment.records import Result, checked
-from experiment.study.plan import FINISHED, PlannedRun, Study
+from experiment.study.plan import PlannedRun
 
-EXPECTED = "expected"
 COUNTED_STEPS = 10
 """Steps of the attack in the passes of costs.toml."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Hours of one run from its start, and where the number comes from."""
-
-    hours: float
-    source: str
 
 
 @functools.cache
@@ -34,34 +21,16 @@ def counted() -> dict[str, Any]:
     return tomllib.loads(resources.files("experiment.study").joinpath("costs.toml").read_text(encoding="utf-8"))
 
 
-def cost_of(run: PlannedRun, study: Study) -> Cost | None:
-    """What a run takes; None if no run like it is finished and its operations are not known."""
-    return _measured(run, study) or _counted(run)
-
-
-def _measured(run: PlannedRun, study: Study) -> Cost | None:
-    """The mean of the study's finished runs with the same script, networks and data."""
-    keys, seconds = cli.settings_with(cli.Role.COST), []
-    for other in study.all_runs:
-        alike = other.script == run.script and all(other.settings.get(key) == run.settings.get(key) for key in keys)
-        if alike and other.state() == FINISHED:
-            path = other.folder / "result.json"
-            seconds.append(sum(checked(Result, read_json(path), path).seconds.values()))
-    return Cost(fmean(seconds) / 3600, f"measured, {len(seconds)} runs") if seconds else None
-
-
-def _counted(run: PlannedRun) -> Cost | None:
-    """Operations of its passes, for networks and data whose size is known, at the expected speed of a GPU."""
+def hours_of(run: PlannedRun) -> float | None:
+    """Hours of a run from its start; None for a method, a network or data that costs.toml does not know."""
     from experiment.evaluation import MONITOR_PASSES
 
     table, settings = counted(), run.settings
     passes, images = table["passes"].get(run.method), table["training_images"].get(settings["dataset"])
     student, teacher = forward_macs(settings["student"]), forward_macs(str(settings.get("teacher")))
-    if None in (passes, images, student, teacher) or settings.get("side"):
+    if None in (passes, images, student, teacher) or settings["side"]:
         return None
-    if "device" in run.given and settings["device"] == "cpu":
-        return None
-    images = (settings.get("train_examples") or images) - settings.get("holdout", 0)
+    images = (settings["train_examples"] or images) - settings["holdout"]
     of_student = passes[0] + passes[1] + 2 * passes[2] + 2 * (settings["steps"] - COUNTED_STEPS)
     of_teacher = passes[3] + passes[4]
     if passes[4]:  # the attack evaluates the teacher, forward and backward
@@ -74,8 +43,7 @@ def _counted(run: PlannedRun) -> Cost | None:
     precision = settings["precision"] if "precision" in run.given else "tf32"
     speeds = table["expected"]["flops_per_second"]
     # Evaluation and AutoAttack never run in bfloat16.
-    seconds = training / speeds[precision] + measuring / speeds["fp32" if precision == "fp32" else "tf32"]
-    return Cost(seconds / 3600, f"{EXPECTED} in {precision}")
+    return (training / speeds[precision] + measuring / speeds["fp32" if precision == "fp32" else "tf32"]) / 3600
 
 
 @functools.cache

@@ -7,6 +7,7 @@
 [settings.SCRIPT]     flags for one script, which beat those above
 """
 
+import argparse
 import fcntl
 import functools
 import itertools
@@ -52,14 +53,24 @@ class PlannedRun:
         return "+".join(part for part in (self.recipe["method"], self.recipe.get("adds")) if part)
 
     def state(self) -> str:
-        """finished, running (a process has its folder), unfinished or to do."""
-        if (self.folder / "result.json").is_file():
-            attacked = read_json(self.folder / "result.json").get("autoattack") is not None
-            if attacked or not self.settings["aa_examples"]:
-                return FINISHED
+        """finished, running (a process has its folder), unfinished or to do.
+
+        Raises:
+            UserError: the folder holds something else, or a run with other settings than the study gives.
+        """
+        from experiment.run import find_run
+
+        path, settings = self.folder / "config.json", dict(self.settings)
+        written = read_json(path).get("settings") if path.is_file() else None
+        if isinstance(written, dict):  # the run itself decides on what the study does not give, and on the device
+            asked = set(self.given) - {"device", "run_name"}
+            settings |= {flag: value for flag, value in written.items() if flag not in asked}
+        config, result = find_run(self.folder, self.script.name, argparse.Namespace(**settings))
+        if result is not None:
+            return FINISHED
         if is_locked(self.folder / ".lock"):
             return RUNNING
-        return UNFINISHED if (self.folder / "config.json").is_file() else TO_DO
+        return UNFINISHED if config else TO_DO
 
 
 @dataclass(frozen=True)
@@ -98,13 +109,13 @@ def read_study(path: Path, run_dir: Path = Path("runs")) -> Study:
     teacher = None
     if "teacher" in content:
         flags = dict(content["teacher"])
-        name, parent = str(flags.pop("run_name", "teacher")), Path(str(flags.pop("run_dir", folder)))
-        teacher = _planned(path, name, parent, "train_teacher", flags)
+        name = str(flags.pop("run_name", "teacher"))
+        teacher = _planned(path, name, folder, "train_teacher", flags)
         if "teacher" not in grid:
             settings = {"teacher": str(teacher.folder), **settings}
     study = Study(path.stem, folder, teacher, _grid_runs(path, folder, grid, settings))
     for run in study.all_runs:
-        _check_folder(run)
+        run.state()  # a folder with other settings is an error before any work
     return study
 
 
@@ -202,23 +213,3 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     return False
-
-
-def _check_folder(run: PlannedRun) -> None:
-    """The settings of a run that its folder holds must be those that the study gives."""
-    from experiment.run import free_settings
-
-    path = run.folder / "config.json"
-    if not path.is_file():
-        return
-    # Where it is resumed, the run itself decides on the device and on what was attacked.
-    free = {*RESERVED, "device", *cli.settings_with(cli.Role.AUTOATTACK), *free_settings(run.settings)}
-    written = read_json(path).get("settings")
-    written = cli.LATER_SETTINGS | (written if isinstance(written, dict) else {})
-    differing = [
-        f"{flag} is {written.get(flag)}, {run.settings[flag]} in the study"
-        for flag in run.given
-        if flag in run.settings and flag not in free and written.get(flag) != run.settings[flag]
-    ]
-    if differing:
-        raise UserError(f"{run.folder} holds a run with other settings ({'; '.join(differing[:4])}); move it away")

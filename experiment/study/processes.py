@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from experiment import RunStopped
 from experiment.study.plan import FINISHED, RUNNING, PlannedRun
@@ -22,12 +21,6 @@ class _Child:
     run: PlannedRun
     process: subprocess.Popen
     device: str | None
-    log: Path
-    output: IO[bytes]
-
-
-def _report(line: str) -> None:
-    print(line, flush=True)
 
 
 class Processes:
@@ -47,11 +40,10 @@ class Processes:
         self._threads = max(1, len(os.sched_getaffinity(0)) // len(self._places))
         self._children: list[_Child] = []
         self._stopped_by: signal.Signals | None = None
-        self.failed: dict[str, str] = {}
-        """By name the last line that each failed run printed."""
+        self._failed: dict[str, str] = {}
 
     def work(self, runs: Sequence[PlannedRun]) -> dict[str, str]:
-        """Run all of them and return the failed ones; a failed run does not stop the others.
+        """Run all of them; return by name the last line of each failed run, which does not stop the others.
 
         Raises:
             RunStopped: a signal came; the children have ended.
@@ -73,47 +65,48 @@ class Processes:
         if self._stopped_by:
             name = self._stopped_by.name
             raise RunStopped(f"stopped by {name}; the same command resumes it", RunStopped.INTERRUPTED)
-        return self.failed
+        return self._failed
 
     def _start(self, run: PlannedRun) -> None:
         state = run.state()  # now: another process may have taken it since the grid was read
         if state in (FINISHED, RUNNING):
-            _report(f"{run.name}: {state}{' in another process' if state == RUNNING else ''}, skipped")
+            print(f"{run.name}: {state}{' in another process' if state == RUNNING else ''}, skipped", flush=True)
             return
         device = self._places.pop(0)
-        log = self._logs / f"{run.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        output = log.open("ab")
-        # A group of its own: the terminal's Ctrl-C must reach it once, through this process, and not twice.
-        process = subprocess.Popen(
-            [sys.executable, *started_as(run.script), *run.arguments, *(["--device", device] if device else [])],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={"OMP_NUM_THREADS": str(self._threads), **os.environ},
-            process_group=0,
-        )
-        self._children.append(_Child(run, process, device, log, output))
+        self._logs.mkdir(parents=True, exist_ok=True)
+        with self._log(run).open("ab") as output:
+            # A group of its own: the terminal's Ctrl-C must reach it once, through this process, and not twice.
+            process = subprocess.Popen(
+                [sys.executable, *started_as(run.script), *run.arguments, *(["--device", device] if device else [])],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={"OMP_NUM_THREADS": str(self._threads), **os.environ},
+                process_group=0,
+            )
+        self._children.append(_Child(run, process, device))
         if self._stopped_by:  # while the process was made: it was no child yet
             process.send_signal(signal.SIGTERM)
-        _report(f"{run.name}: {'resumed' if (run.folder / 'last.pt').exists() else 'started'}")
+        print(f"{run.name}: {'resumed' if (run.folder / 'last.pt').exists() else 'started'}", flush=True)
+
+    def _log(self, run: PlannedRun) -> Path:
+        return self._logs / f"{run.name}.log"
 
     def _has_ended(self, child: _Child) -> bool:
-        status, name = child.process.poll(), child.run.name
+        status, run = child.process.poll(), child.run
         if status is None:
             return False
-        child.output.close()
         self._places.append(child.device)
-        if status == 0:
-            _report(f"{name}: finished")
-        elif self._stopped_by and status == RunStopped.INTERRUPTED:
-            saved = (child.run.folder / "last.pt").is_file()
-            _report(f"{name}: stopped, {'saved' if saved else 'before it had anything to save'}")
-        else:
-            lines = [line.strip() for line in child.log.read_text(errors="replace").split("\n") if line.strip()]
-            last = lines[-1] if lines else "it printed nothing"
-            self.failed[name] = f"{last} (exit status {status}, {child.log})"
-            _report(f"{name}: failed: {self.failed[name]}")
+        end = "finished"
+        if self._stopped_by and status == RunStopped.INTERRUPTED:
+            saved = (run.folder / "last.pt").is_file()
+            end = f"stopped, {'saved' if saved else 'before it had anything to save'}"
+        elif status:
+            lines = self._log(run).read_text(errors="replace").strip().splitlines()
+            last = lines[-1].strip() if lines else "it printed nothing"
+            self._failed[run.name] = f"{last} (exit status {status}, {self._log(run)})"
+            end = f"failed: {self._failed[run.name]}"
+        print(f"{run.name}: {end}", flush=True)
         return True
 
     def _on_signal(self, number: int, _frame: object) -> None:

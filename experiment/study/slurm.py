@@ -44,11 +44,13 @@ class Job:
         return DelayedSubmission(Job(self.command))
 
 
-def submit(study: Study, *, cluster: str, jobs: int, options: Mapping[str, Any]) -> list[Any]:
+def submit(study: Study, jobs: int, options: Mapping[str, Any], cluster: str = "slurm") -> list[Any]:
     """Send what is not finished as one array, at most `jobs` at a time, after a missing teacher; return its jobs.
 
-    `cluster` is slurm, or submitit's local and debug executors, which run it here. No SLURM, an unknown option, and a
-    teacher that is being trained elsewhere are UserErrors.
+    `cluster` may also be submitit's local executor, which starts processes on this machine.
+
+    Raises:
+        UserError: no SLURM, an unknown option, or a teacher that is being trained elsewhere.
     """
     import submitit
 
