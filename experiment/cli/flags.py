@@ -29,7 +29,6 @@ class Role(enum.Flag):
     MAY_DIFFER = enum.auto()  # may differ between compared runs: the experiment is the same
     PRIVATE = enum.auto()  # not published with an exported student
     LATER = enum.auto()  # not in config.json of the first runs of format 1, which did what the default does
-    COST = enum.auto()  # runs that share it, and the script, take the same time
 
 
 class Flag(NamedTuple):
@@ -114,7 +113,7 @@ def _not_allowed(text: str, expected: str) -> argparse.ArgumentTypeError:
 
 # The table
 
-METHOD, NAMED, FREE, AUTOATTACK, MAY_DIFFER, PRIVATE, LATER, COST = Role
+METHOD, NAMED, FREE, AUTOATTACK, MAY_DIFFER, PRIVATE, LATER = Role
 _TRACKING = FREE | MAY_DIFFER | PRIVATE
 _SWITCH: dict[str, Any] = {"type": switch, "metavar": "{0,1}", "default": 0}
 _COUNT: dict[str, Any] = {"type": whole(0), "default": 0}
@@ -129,9 +128,9 @@ GROUPS: dict[str, dict[str, Flag]] = {
         "preset": _flag("the documented recipe, or the papers' published one", choices=("default", "paper"),
                         default="default"),
         "teacher": _flag("BDM, DEC, LTD, a RobustBench Linf name, checkpoint, run folder or architecture",
-                         METHOD | COST),
+                         METHOD),
         "teacher_path": _flag("downloaded RobustBench .pt file of --teacher", FREE | MAY_DIFFER, default=None),
-        "student": _flag("RES-18, MN-V2, RES-20, RES-8, WRN-d-w, or FILE.py:function", METHOD | COST, type=model_name),
+        "student": _flag("RES-18, MN-V2, RES-20, RES-8, WRN-d-w, or FILE.py:function", METHOD, type=model_name),
         "objective": _flag("adversarial training objective", METHOD, choices=("TRADES", "PGD-AT")),
         "trades_weight": _flag("weight of TRADES' robust term (1/lambda in its paper)", METHOD, type=number()),
         "target": _flag("teacher's target: T(x_adv) or T(x)", METHOD, choices=("adversarial", "clean")),
@@ -145,8 +144,8 @@ GROUPS: dict[str, dict[str, Flag]] = {
                              type=positive_int),
     },
     "optimisation": {
-        "epochs": _flag("number of epochs", METHOD | COST, type=positive_int),
-        "batch": _flag("images per optimizer step, over all GPUs together", METHOD | COST, type=positive_int),
+        "epochs": _flag("number of epochs", METHOD, type=positive_int),
+        "batch": _flag("images per optimizer step, over all GPUs together", METHOD, type=positive_int),
         "lr": _flag("learning rate of SGD", METHOD, type=number(above=True)),
         "momentum": _flag("momentum of SGD", METHOD, type=number(0, 1)),
         "wd": _flag("weight decay; 2e-4 in the released code", METHOD, type=number()),
@@ -154,29 +153,29 @@ GROUPS: dict[str, dict[str, Flag]] = {
                                type=positive_int, nargs="*"),
     },
     "attack": {
-        "attack": _flag("inner maximisation of attacks.perturb", METHOD | COST, choices=attacks.INNER_MAXIMISATIONS),
+        "attack": _flag("inner maximisation of attacks.perturb", METHOD, choices=attacks.INNER_MAXIMISATIONS),
         "epsilon": _flag("Linf budget, pixels in [0, 1]", METHOD, type=fraction),
         "step_size": _flag("size of an attack step, pixels in [0, 1]", METHOD, type=fraction),
-        "steps": _flag("number of attack steps", METHOD | COST, type=positive_int),
+        "steps": _flag("number of attack steps", METHOD, type=positive_int),
         "teacher_every": _flag("evaluate the teacher at every K-th attack step; 1 in the paper",
-                               METHOD | LATER | COST, type=positive_int, default=1),
+                               METHOD | LATER, type=positive_int, default=1),
     },
     "data": {
-        "dataset": _flag("cifar100, cifar10, svhn, digits (in scikit-learn), an .npz file, or a folder of images", COST,
+        "dataset": _flag("cifar100, cifar10, svhn, digits (in scikit-learn), an .npz file, or a folder of images",
                          default="cifar100"),
         "data_dir": _flag("data directory; CIFAR and SVHN are downloaded here if missing", _TRACKING,
                           type=os.path.expanduser, default="data"),
         "side": _flag("side in pixels to which images are reduced, by block means (0: unchanged)",
-                      NAMED | LATER | COST, **_COUNT),
+                      NAMED | LATER, **_COUNT),
         "train_examples": _flag("size of a fixed subset of the training set, stratified by class (0: all)",
-                                NAMED | LATER | COST, **_COUNT),
+                                NAMED | LATER, **_COUNT),
         "holdout": _flag("training images held out, stratified by class, to measure PGD-10 on (0: none)",
-                         NAMED | LATER | COST, **_COUNT),
+                         NAMED | LATER, **_COUNT),
     },
     "evaluation": {
         "eval_after": _flag("epoch after which clean and PGD-20 accuracy are measured; the last epoch always is",
                             MAY_DIFFER, type=whole(0), default=90),
-        "aa_examples": _flag("test images for AutoAttack (standard), the first N (0: none)", AUTOATTACK | COST,
+        "aa_examples": _flag("test images for AutoAttack (standard), the first N (0: none)", AUTOATTACK,
                              type=whole(0), default=10_000),
         "aa_batch": _flag("images per AutoAttack chunk; each has its own random draws and is saved when done",
                           AUTOATTACK | MAY_DIFFER, type=positive_int, default=250),
@@ -188,9 +187,9 @@ GROUPS: dict[str, dict[str, Flag]] = {
     "run": {
         "seed": _flag("seed of weights, order, augmentation, attacks and AutoAttack", MAY_DIFFER, **_COUNT),
         "device": _flag("auto, cpu, cuda or cuda:N", MAY_DIFFER, default="auto"),
-        "compile": _flag("1 compiles the networks with torch.compile", NAMED | COST, **_SWITCH),
+        "compile": _flag("1 compiles the networks with torch.compile", NAMED, **_SWITCH),
         "deterministic": _flag("1 makes runs on CUDA bit-identical too, slower", NAMED, **_SWITCH),
-        "precision": _flag("arithmetic of the networks (default: fp32 on the CPU, tf32 on CUDA)", NAMED | COST,
+        "precision": _flag("arithmetic of the networks (default: fp32 on the CPU, tf32 on CUDA)", NAMED,
                            choices=("fp32", "tf32", "bf16")),
         "stop_on_collapse": _flag("0 continues with a student that predicts one class only", FREE | MAY_DIFFER | LATER,
                                   **_SWITCH | {"default": 1}),
