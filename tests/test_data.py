@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import hashlib
-import http.server
 import io
 import pickle
 import socket
@@ -17,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from web_server import served
 
 from experiment import UserError, compat, data, download
 from experiment.data import as_float, augment, load_data
@@ -317,25 +317,13 @@ def test_bad_arrays_are_an_error(case, tmp_path):
     assert expected in line
 
 
-def member(name, content):
+def member(key, content):
     """An .npz with the arrays, one of them replaced by these bytes."""
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
-        for key, value in (arrays() | {"class_names": np.array(["cat", "dog", "fox"])}).items():
-            saved = io.BytesIO()
-            np.save(saved, value)
-            archive.writestr(f"{key}.npy", content if key == name else saved.getvalue())
+    np.savez(stream, **{name: value for name, value in arrays().items() if name != key})
+    with zipfile.ZipFile(stream, "a") as archive:
+        archive.writestr(f"{key}.npy", content)
     return stream.getvalue()
-
-
-def with_header(header):
-    """A member whose header claims anything."""
-    text = header.encode().ljust(117) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
-
-
-def claims(shape):
-    return with_header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}")
 
 
 class Bomb:
@@ -349,24 +337,17 @@ def objects(key):
     return stream.getvalue()
 
 
-WHOLE = member("none", b"")
 FILES = {
-    "empty": b"",
     "a web page": b"<!DOCTYPE html><html>Sign in</html>",
-    "truncated": WHOLE[: len(WHOLE) // 2],
-    "without its end": WHOLE[:-10],
-    "a flipped byte": WHOLE[:1000] + bytes([WHOLE[1000] ^ 255]) + WHOLE[1001:],
+    "truncated": member("class_names", b"")[:-1000],
     "a pickle": pickle.dumps(Bomb()),
     "pickled labels": objects("y_test"),
     "pickled names": objects("class_names"),
-    "a bare .npy": claims((0,)),
     "an empty member": member("x_train", b""),
     "a member that is not an array": member("y_test", b"not an array at all"),
     "names that are not an array": member("class_names", b"cat dog fox"),
-    "a header without data": member("x_train", claims((9, 8, 8, 3))),
-    "a header of a petabyte": member("x_train", claims((2**40, 32, 32, 3))),
-    "a header of code": member("x_train", with_header("__import__('os').abort()")),
 }
+"""Further ones are among the faults."""
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -462,33 +443,12 @@ def source(monkeypatch):
 
 
 @contextlib.contextmanager
-def served(source, monkeypatch, answer):
-    """A web server in a thread whose GET does what `answer` does with its handler."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            answer(self)
-
-        def log_message(self, *args):
-            """Stay quiet."""
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setattr(source.kind, "url", f"http://127.0.0.1:{server.server_port}/{source.kind.filename}")
-    try:
-        yield
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def reply(handler, body):
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(body)))
-    handler.end_headers()
-    handler.wfile.write(body)
+def serving(source, monkeypatch, answer):
+    """A server from which the source's archive is downloaded."""
+    with served(answer) as server:
+        url = f"http://127.0.0.1:{server.server_port}/{source.kind.filename}"
+        monkeypatch.setattr(source.kind, "url", url)
+        yield server
 
 
 @pytest.mark.parametrize("dataset", FILES_OF)
@@ -505,7 +465,7 @@ def test_cifar_files_of_the_real_format(dataset, tmp_path, monkeypatch, capsys):
 def test_several_processes_download_once(source, tmp_path, monkeypatch, capsys):
     """Threads instead of processes: the lock is held per open file."""
     folder, found = tmp_path / "deep" / "data", []
-    with served(source, monkeypatch, lambda handler: reply(handler, source.archive)):
+    with serving(source, monkeypatch, lambda handler: handler.reply(source.archive)):
         threads = [threading.Thread(target=lambda: found.append(load_data("cifar100", str(folder)))) for _ in range(3)]
         for thread in threads:
             thread.start()
@@ -531,30 +491,25 @@ def failed_download(source, folder):
 
 
 ANSWERS = {
-    "MD5 of the download": lambda handler: reply(handler, b"<!DOCTYPE html><html>Quota</html>"),
+    "MD5 of the download": lambda handler: handler.reply(b"<!DOCTYPE html><html>Quota</html>"),
     "404": lambda handler: handler.send_error(404),
     "SSH": lambda handler: handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n"),
     "IncompleteRead": lambda handler: handler.wfile.write(
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfff\r\ncut"
     ),
-    "timed out": lambda handler: handler.server.silence.wait(20),
+    "timed out": lambda handler: handler.wait(),
 }
 
 
 # After an answer that breaks HTTP, urllib leaves its socket to the garbage collector.
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
-@pytest.mark.parametrize("reason", ANSWERS)
-def test_failed_downloads_leave_nothing(reason, source, tmp_path, monkeypatch):
+def test_failed_downloads_leave_nothing(source, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "SECONDS_OF_SILENCE", 0.5)
-    monkeypatch.setattr(http.server.ThreadingHTTPServer, "silence", threading.Event(), raising=False)
-    with served(source, monkeypatch, ANSWERS[reason]):
-        assert reason in failed_download(source, tmp_path)
-        http.server.ThreadingHTTPServer.silence.set()
+    with serving(source, monkeypatch, None) as server:
+        for reason, server.answer in ANSWERS.items():
+            assert reason in failed_download(source, tmp_path)
+    assert "refused" in failed_download(source, tmp_path)  # the server is closed
     gc.collect()  # within the filter of warnings
-
-
-def test_no_network(source, tmp_path):
-    assert "refused" in failed_download(source, tmp_path)
 
 
 def test_a_damaged_archive_is_an_error_and_left_in_place(source, tmp_path):

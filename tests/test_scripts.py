@@ -1,4 +1,4 @@
-"""The six scripts as a user runs them: from the command line, on digits, down to result.json."""
+"""The six scripts and the examples as a user runs them: flags, result, resume, evaluation, comparison, study."""
 
 import json
 import os
@@ -6,52 +6,50 @@ import subprocess
 import sys
 
 import pytest
-from fault_server import ROOT, TEACHER, TIMES
+from fault_server import ROOT, TIMES, reproduces, result_of, stopped_run
 from limits import HANGS
+from reference import EXAMPLES
+
+from experiment.study import plan
 
 SCRIPTS = [f"{method}{igdm}_cifar100" for method in ("ard", "rslad", "adaad") for igdm in ("", "_IGDM")]
+SCRIPTS += [f"examples.{example}_cifar100" for example in EXAMPLES]
+WITHOUT_TEACHER = ("examples.pgd_at_cifar100", "examples.trades_cifar100")
 # An epsilon at which AutoAttack is over after its first attack.
 FLAGS = [
-    *("--dataset", "digits", "--student", "RES-8", "--teacher", "teacher", "--batch", "256", "--epochs", "2"),
-    *("--steps", "2", "--epsilon", "0.4", "--step_size", "0.2", "--aa_examples", "8", "--device", "cpu"),
+    *("--dataset", "digits", "--student", "RES-8", "--batch", "128", "--epochs", "2", "--steps", "2"),
+    *("--train_examples", "600", "--epsilon", "0.4", "--step_size", "0.2", "--aa_examples", "8", "--device", "cpu"),
 ]
+TERMS = {"pgd_at": {"robust"}, "trades": {"clean", "robust"}, "saad": {"saad", "igdm", "clean"}}
 
 
-def run(home, script, *flags, **environment):
-    """Run a script as a user would."""
-    return subprocess.run(
-        [sys.executable, ROOT / f"{script}.py", *map(str, flags)],
-        cwd=home,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-        check=False,
-    )
+def flags_of(script):
+    return [*FLAGS, *(() if script in WITHOUT_TEACHER else ("--teacher", "teacher"))]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with a teacher made by train_teacher.py."""
-    folder = tmp_path_factory.mktemp("user")
-    done = run(folder, "train_teacher", *TEACHER)
-    assert done.returncode == 0, done.stderr
-    return folder
+def python(*words, cwd, **environment):
+    """A process as a user starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    words = [sys.executable, *map(str, words)]
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
 
 
 @pytest.fixture(scope="module")
-def finished(home):
-    """The run folder of a script, made on first use."""
+def finished(small):
+    """The run folder of a script, made on first use, with what the run printed."""
 
     def folder(script):
-        if not (home / "runs" / script).exists():
-            done = run(home, script, *FLAGS, "--run_name", script)
-            assert done.returncode == 0, done.stderr
-            (home / f"{script}.txt").write_text(done.stdout)
-        return home / "runs" / script
+        path = small.home / "runs" / f"{script.removeprefix('examples.')}_flags"
+        if not path.exists():
+            done = small.server.run(script, [*flags_of(script), "--run_name", path.name], small.home).expect(0)
+            (path / "printed.txt").write_text(done.out)
+        return path
 
     return folder
+
+
+def read(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def rows_of(folder):
@@ -60,62 +58,137 @@ def rows_of(folder):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_script_from_flags_to_result(finished, home, script):
+def test_script_from_flags_to_result(finished, script):
     folder = finished(script)
-    result, config = (json.loads((folder / f"{name}.json").read_text()) for name in ("result", "config"))
-    assert result["script"] == config["script"] == f"{script}.py"
-    assert result["adds"] == ("IGDM" if "IGDM" in script else None)
+    result, config, name = read(folder, "result"), read(folder, "config"), script.removeprefix("examples.")
+    assert result["script"] == config["script"] == f"{name}.py"
+    method, adds, _ = name.removesuffix("_cifar100").partition("_IGDM")
+    assert result["adds"] == ("IGDM" if adds else None)
     assert result["autoattack"]["examples"] == 8
     assert result["autoattack"]["version"] == "standard"
     assert result["autoattack"]["accuracy"] <= result["autoattack"]["clean"]
     assert 0 <= result["pgd20"] <= result["clean"] <= 1
     assert result["autoattack"]["student_sha256"] == result["student_sha256"]
-    terms = {key for key in rows_of(folder)[-1] if key.startswith("loss_")}
-    assert ("loss_igdm" in terms) == ("IGDM" in script)
+    terms = {key.removeprefix("loss_") for key in rows_of(folder)[-1] if key.startswith("loss_")}
+    assert terms == TERMS.get(method, {method}) | ({"igdm"} if adds else set())
     assert all(row["loss"] > 0 for row in rows_of(folder))
-    printed = (home / f"{script}.txt").read_text()
-    for text in ("PGD-20", "AutoAttack", "GD, GC", "of 8 test images", "hardware", f"runs/{script}/result.json"):
+    distils = script not in WITHOUT_TEACHER
+    assert ("teacher" in config["settings"], bool(result["teacher"]), bool(result["gradients"])) == (distils,) * 3
+    printed = (folder / "printed.txt").read_text()
+    for text in ("PGD-20", "AutoAttack", "of 8 test images", "hardware", f"runs/{folder.name}/result.json"):
         assert text in printed
-    short_ramp = (
-        "largest weight of the IGDM term is 0.2, not alpha 20: the run has 2 of 200 ramp epochs. Use --ramp_epochs"
-    )
-    assert (short_ramp in printed) == ("IGDM" in script)
+    assert ("GD, GC" in printed) == distils
+    weight = "largest weight of the IGDM term is 0.2, not alpha 20: the run has 2 of 200 ramp epochs. Use --ramp_epochs"
+    assert (weight in printed) == bool(adds)
 
 
-def test_compare_prints_the_gain(finished, home):
-    folders = [finished(script) for script in ("adaad_cifar100", "adaad_IGDM_cifar100")]
-    done = run(home, "compare", *folders)
+@pytest.mark.parametrize("script", ["examples.trades_cifar100", "examples.saad_cifar100"])
+def test_a_script_stopped_and_resumed_is_the_same_run(script, finished, small):
+    """The six are in the table of faults."""
+    folder, name = finished(script), f"{script}_resumed"
+    stopped_run(small.server, small.home, name, script, flags_of(script))
+    reproduces(small.server, script, small.home, name, result_of(folder), flags_of(script))
+
+
+def test_a_baseline_without_teacher_has_no_flag_for_one(small):
+    outcome = small.server.run("examples.trades_cifar100", [*FLAGS, "--teacher", "teacher"], small.home)
+    outcome.expect(2, r"unrecognized arguments: --teacher.*\(see python -m examples.trades_cifar100 --help\)")
+
+
+def test_the_command_that_starts_an_example_is_the_one_that_resumes_it(tmp_path):
+    flags = [*FLAGS, "--epochs", "1", "--aa_examples", "0", "--run_dir", tmp_path, "--run_name", "pgd_at"]
+    done = python("-m", "examples.pgd_at_cifar100", *flags, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "AdaAD+IGDM" in done.stdout
+    command = read(tmp_path / "pgd_at", "config")["command"]
+    assert command == " ".join(["python", "-m", "examples.pgd_at_cifar100", *map(str, flags)])
+    again = python(*command.split()[1:], cwd=ROOT)
+    assert "finished run" in again.stdout, again.stderr
+    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+
+
+def test_an_example_that_is_started_as_a_file_names_the_command():
+    done = python("examples/trades_cifar100.py", cwd=ROOT)
+    line = "error: start an example from the project's folder: python -m examples.trades_cifar100\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "gain"),
+    [
+        ("adaad", "AdaAD+IGDM minus AdaAD (teacher, RES-8, digits)"),
+        ("examples.pgd_at", "PGD-AT+IGDM minus PGD-AT (teacher, RES-8, digits)"),  # though the baseline has no teacher
+    ],
+)
+def test_compare_prints_the_gain(baseline, gain, finished, small):
+    folders = [finished(f"{baseline}{adds}_cifar100") for adds in ("", "_IGDM")]
+    done = python(ROOT / "compare.py", *folders, "--out", f"compared_{baseline}", cwd=small.home)
+    assert done.returncode == 0, done.stderr
     assert "AutoAttack" in done.stdout
-    assert list(home.rglob("*.png"))
+    folder = small.home / f"compared_{baseline}"
+    written = (folder / "comparison.md").read_text()
+    assert gain in written
+    assert "cannot subtract" not in written
+    assert list(folder.glob("*.png"))
 
 
-def test_evaluate_agrees_with_the_run(finished, home):
-    folder = finished("adaad_cifar100")
-    done = run(home, "evaluate", folder, "--attacks", "clean", "pgd")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((folder / "result.json").read_text())
-    again = json.loads(next((folder / "evaluations").glob("*_clean-pgd.json")).read_text())
+@pytest.mark.parametrize("script", ["adaad_cifar100", "examples.pgd_at_cifar100"])
+def test_evaluate_agrees_with_the_run(script, finished, small):
+    folder = finished(script)
+    small.server.run("evaluate", [folder, "--attacks", "clean", "pgd"], small.home).expect(0)
+    (record,) = (folder / "evaluations").glob("*_clean-pgd.json")
+    result, again = read(folder, "result"), json.loads(record.read_text())
     for name, kind in (("clean", "clean"), ("pgd20", "pgd")):
         (found,) = again["accuracies"][kind]
         assert found["accuracy"] == result[name]
     assert again["student_sha256"] == result["student_sha256"]
 
 
-def test_wandb_offline_changes_nothing(finished, home):
+def test_wandb_offline_changes_nothing(finished, small):
     plain = finished("rslad_cifar100")
-    flags = [*FLAGS, "--nowand", "0", "--run_name", "mirrored"]
-    done = run(home, "rslad_cifar100", *flags, WANDB_MODE="offline")
+    flags = [*flags_of("rslad_cifar100"), "--nowand", "0", "--run_name", "mirrored"]
+    done = python(ROOT / "rslad_cifar100.py", *flags, cwd=small.home, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
-    assert rows_of(home / "runs" / "mirrored") == rows_of(plain)
-    identity = json.loads((home / "runs" / "mirrored" / "config.json").read_text())["id"]
-    assert len(list(home.glob(f"wandb/offline-run-*-{identity}/*.wandb"))) == 1
+    assert rows_of(small.home / "runs" / "mirrored") == rows_of(plain)
+    identity = read(small.home / "runs" / "mirrored", "config")["id"]
+    assert len(list(small.home.glob(f"wandb/offline-run-*-{identity}/*.wandb"))) == 1
 
 
-def test_wandb_without_login_fails_before_training(home):
-    clean = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(home), "NETRC": str(home / "none")}
-    done = run(home, "rslad_cifar100", *FLAGS, "--nowand", "0", "--run_name", "nobody", **clean)
+def test_wandb_without_login_fails_before_training(small):
+    clean = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(small.home), "NETRC": str(small.home / "none")}
+    flags = [*flags_of("rslad_cifar100"), "--nowand", "0", "--run_name", "nobody"]
+    done = python(ROOT / "rslad_cifar100.py", *flags, cwd=small.home, **clean)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --wandb 1: not logged in")
-    assert not (home / "runs" / "nobody" / "config.json").exists()
+    assert not (small.home / "runs" / "nobody" / "config.json").exists()
+
+
+STUDY = """
+[grid]
+seed = [0]
+script = ["examples.trades_cifar100", "examples.trades_IGDM_cifar100"]
+
+[settings]
+dataset = "digits"
+student = "RES-8"
+teacher = "teacher"
+epochs = 1
+batch = 512
+steps = 1
+aa_examples = 0
+device = "cpu"
+
+[settings."examples.trades_IGDM_cifar100"]
+alpha = 5
+"""
+
+
+def test_examples_are_studied(small):
+    """From a folder that is not the project's."""
+    path = small.home / "methods.toml"
+    path.write_text(STUDY)
+    study = plan.read_study(path, small.home / "runs")
+    assert [run.name for run in study.runs] == ["trades_seed0", "trades_IGDM_seed0"]
+    assert study.runs[1].command.startswith("python -m examples.trades_IGDM_cifar100 --dataset digits")
+    assert (study.runs[1].settings["alpha"], "teacher" in study.runs[0].settings) == (5.0, False)
+    done = python(ROOT / "study.py", path, "--only", "trades_IGDM_seed0", cwd=small.home)
+    assert "1 of 1 runs finished, 0 failed" in done.stdout, done.stdout + done.stderr
