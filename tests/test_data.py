@@ -165,7 +165,7 @@ def test_digits_are_scikit_learns_in_a_stratified_split():
     digits, source = load_data("digits"), load_digits()
     assert digits.sha256 == "30937357f2f9d82f36d5db43a214cd2ae5e1d99f5909b82315547be2f09ce23c"  # of every run on them
     assert (digits.x_train.shape, digits.x_test.shape) == ((1437, 3, 8, 8), (360, 3, 8, 8))
-    assert (digits.num_classes, digits.pad, digits.flip, digits.test_order) == (10, 1, False, "shuffled")
+    assert (digits.num_classes, digits.pad, digits.flip) == (10, 1, False)
     x = torch.from_numpy(np.round(source.images * 255 / 16).astype(np.uint8))[:, None].expand(-1, 3, -1, -1)
     both = torch.cat([digits.x_train, digits.x_test]), torch.cat([digits.y_train, digits.y_test])
     assert rows(*both) == rows(x, torch.from_numpy(source.target))
@@ -224,7 +224,7 @@ def test_npz_of_the_documented_format(tmp_path, dtype):
     path = npz(tmp_path, content)
     loaded = load_data(path)
     assert (loaded.name, loaded.num_classes, loaded.class_names) == (path, 3, None)
-    assert (loaded.pad, loaded.flip, loaded.test_order) == (4, True, "shuffled")
+    assert (loaded.pad, loaded.flip) == (4, True)
     assert torch.equal(loaded.x_train, torch.from_numpy(content["x_train"]).permute(0, 3, 1, 2))
     assert loaded.x_train.is_contiguous()
     assert loaded.y_train.dtype == torch.int64
@@ -457,7 +457,7 @@ def test_cifar_files_of_the_real_format(dataset, tmp_path, monkeypatch, capsys):
     source.unpack(tmp_path)
     loaded = load_data(dataset, str(tmp_path))
     source.check(loaded)
-    assert (loaded.name, loaded.pad, loaded.flip, loaded.test_order) == (dataset, 4, True, "as stored")
+    assert (loaded.name, loaded.pad, loaded.flip) == (dataset, 4, True)
     assert loaded.class_names == tuple(f"class {i}" for i in range(source.classes))
     assert capsys.readouterr() == ("", "")
 
@@ -591,7 +591,7 @@ def test_a_folder_of_images(folder):
     assert loaded.x_train[:, :, 3, 3].tolist() == [[100 * label + i, 3, 7] for label in (0, 1) for i in range(3)]
     assert sorted(loaded.x_test[:, 0, 0, 0].tolist()) == [0, 1, 100, 101]
     assert torch.equal(loaded.y_test, loaded.x_test[:, 0, 0, 0] // 100)
-    assert (loaded.test_order, loaded.pad, loaded.flip) == ("shuffled", 4, True)
+    assert (loaded.pad, loaded.flip) == (4, True)
     (folder / "val").rename(folder / "test")
     image(folder / "train" / "cat" / "0.png", 5, mode="L")
     assert load_data(str(folder)).x_train[0, :, 0, 0].tolist() == [5, 5, 5]

@@ -38,7 +38,6 @@ class Data:
         sha256: hash of all arrays, so of the training images and the order of the test images.
         x_holdout, y_holdout: training images held out by --holdout; empty without it.
         class_names: one name per class, or None where the source has none.
-        test_order: "as stored" (CIFAR) or "shuffled", with a fixed seed.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Data:
     x_holdout: Tensor = field(default_factory=lambda: torch.empty(0, 3, 0, 0, dtype=torch.uint8))
     y_holdout: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     class_names: tuple[str, ...] | None = None
-    test_order: str = "as stored"
 
     def steps(self, batch: int) -> int:
         """Number of batches in an epoch. A last batch of one image is left out: BatchNorm cannot train on it."""
@@ -138,8 +136,7 @@ def load_data(
         arrays = read_digits()
     else:
         arrays = read_npz(Path(dataset)) if dataset.endswith(".npz") else read_image_folder(Path(dataset))
-    shuffled = dataset not in ("cifar100", "cifar10", "digits")
-    if shuffled:
+    if dataset not in ("cifar100", "cifar10", "digits"):
         arrays = shuffle_test(arrays)
     if side:
         arrays = reduce_side(arrays, side)
@@ -164,7 +161,6 @@ def load_data(
         flip=dataset not in ("digits", "svhn"),
         sha256=digest.hexdigest(),
         class_names=arrays.class_names,
-        test_order="shuffled" if shuffled or dataset == "digits" else "as stored",
     )
 
 

@@ -127,7 +127,7 @@ def header(
     sizes = f"{len(images.x_train)} training and {len(images.x_test)} test images"
     rows += [
         ("student", f"{settings['student']}, {size(student)}, {images.num_classes} classes"),
-        ("data", f"{images.name}: {sizes} ({images.test_order})"),
+        ("data", f"{images.name}: {sizes}"),
         ("schedule", f"{epochs} epochs, lr {settings['lr']:g}, {drops}"),
         ("device", f"{config['device']}, {settings['precision']}, torch {torch.__version__}"),
         ("attack", f"epsilon {epsilon:.4g}, {settings['steps']} steps of {settings['step_size']:.4g}"),
