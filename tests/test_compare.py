@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -197,18 +198,18 @@ def test_bootstrap_of_one_seed_is_the_normal_interval():
     """Of many images: +-1.96 standard errors; the ends scatter by some 3 % of its width with 4,000 resamples."""
     generator = random.Random(0)
     row = [generator.choice((-1, 0, 0, 0, 1, 1)) for _ in range(2000)]
-    low, high = statistics.bootstrap_interval([row])
+    low, high = statistics.bootstrap_interval(np.array([row]))
     half = 1.96 * stdev(row) / math.sqrt(len(row))
     assert (low + high) / 2 == pytest.approx(fmean(row), abs=0.1 * half)
     assert (high - low) / 2 == pytest.approx(half, rel=0.06)
 
 
 def test_bootstrap_sees_the_noise_of_seeds_and_of_images():
-    rows = [[1] * 50, [0] * 50, [1] * 50, [0] * 50]  # seeds differ, images do not
+    rows = np.repeat([[1], [0], [1], [0]], 50, axis=1)  # seeds differ, images do not
     # One of 16 draws of four seeds has none, and one has only, of those that gained.
     assert statistics.bootstrap_interval(rows) == pytest.approx((0.0, 1.0), abs=1e-12)
-    assert statistics.bootstrap_interval([[1, 0] * 25] * 4)[0] > 0.3, "50 images, equal in every seed"
-    assert statistics.bootstrap_interval([[1] * 50] * 4) == pytest.approx((1.0, 1.0), abs=1e-12)
+    assert statistics.bootstrap_interval(np.tile([1, 0], (4, 25)))[0] > 0.3, "50 images, equal in every seed"
+    assert statistics.bootstrap_interval(np.ones((4, 50))) == pytest.approx((1.0, 1.0), abs=1e-12)
 
 
 def flags_of(igdm_wins: int, baseline_wins: int, images: int = 400) -> tuple[list[int], list[int]]:

@@ -6,9 +6,11 @@ AutoAttack accuracy minus the baseline's, needs runs that were made under the sa
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+
+import numpy as np
 
 from experiment import UserError
 from experiment.compare.read import Runs
@@ -71,24 +73,14 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class GainAtBest:
-    """A gain at the epochs that the held-out images chose, and how much larger it is at the last epoch."""
-
-    gain: Gain
-    last_minus_best: float
-    interval: tuple[float, float]
-    """95 %, of `last_minus_best`."""
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Groups of finished runs, their gains, and runs that are not compared."""
 
     groups: list[SeedGroup]
     gains: list[Gain]
     """Of additions over their baselines."""
-    gains_at_best: list[GainAtBest]
-    """Of the same groups, where AutoAttack measured the best epochs too (--aa_best)."""
+    gains_at_best: list[tuple[Gain, Gain]]
+    """(gain at the best epochs, gain at the last ones minus it) of the same groups, where AutoAttack measured both."""
     ablations: list[Gain]
     """Of variants of one method that differ in one setting from the first: each minus the first."""
     refusals: list[str]
@@ -222,18 +214,19 @@ def _is_paired(pair: tuple[RunRecord, RunRecord], attack: str = "attack") -> boo
     return all(flags) and len(flags[0]) == len(flags[1])
 
 
-def _gain_at_best(last: Gain) -> GainAtBest:
+def _gain_at_best(last: Gain) -> tuple[Gain, Gain]:
     best = _gain(last.group, last.baseline, last.pairs, "best_attack")
-    tables = zip(_differences(last.pairs), _differences(last.pairs, "best_attack"), strict=True)
-    table = [[of_last - of_best for of_last, of_best in zip(*rows, strict=True)] for rows in tables]
-    by_seed = [last.by_seed[seed] - best.by_seed[seed] for seed in last.by_seed]
-    return GainAtBest(best, fmean(by_seed), interval_of_gain(table, by_seed))
+    more = _differences(last.pairs) - _differences(last.pairs, "best_attack")
+    by_seed = {seed: value - best.by_seed[seed] for seed, value in last.by_seed.items()}
+    interval = interval_of_gain(more, list(by_seed.values()))
+    return best, replace(best, by_seed=by_seed, p_values={}, interval=interval)
 
 
-def _differences(pairs: Sequence[tuple[RunRecord, RunRecord]], attack: str = "attack") -> list[list[int]]:
+def _differences(pairs: Sequence[tuple[RunRecord, RunRecord]], attack: str = "attack") -> np.ndarray:
     """Seeds x images: 1 where only the second run is correct under attack, -1 where only the first is, else 0."""
-    flags = [[getattr(run, attack).flags for run in pair] for pair in pairs]
-    return [[(flag == "-") - (of_base == "-") for of_base, flag in zip(*pair, strict=True)] for pair in flags]
+    flags = np.array([[list(getattr(run, attack).flags) for run in pair] for pair in pairs])
+    correct = (flags == "-").astype(int)
+    return correct[:, 1] - correct[:, 0]
 
 
 def _gain(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 
-from experiment.compare.comparison import Comparison, Gain, GainAtBest, SeedGroup
+from experiment.compare.comparison import Comparison, Gain, SeedGroup
 from experiment.compare.runs import RunRecord, published
 from experiment.compare.statistics import seeds_needed
 from experiment.text import ABSENT, budget, comma_list, points, short_text
@@ -23,7 +23,7 @@ def notes_of(comparison: Comparison) -> list[str]:
     return [
         *_notes_on_columns(comparison.groups),
         *(note for gain in (*comparison.gains, *comparison.ablations) for note in _notes_on_gain(gain)),
-        *map(_note_on_best, comparison.gains_at_best),
+        *(_note_on_best(best, more) for best, more in comparison.gains_at_best),
         *_notes_on_alignment(comparison),
         *_notes_on_settings(comparison.groups),
         *_notes_on_published_figures(comparison.groups),
@@ -117,11 +117,11 @@ def _notes_on_gain(gain: Gain) -> Iterator[str]:
         yield f"The environments of these runs differ: {'; '.join(changed)}."
 
 
-def _note_on_best(at_best: GainAtBest) -> str:
-    more, low, high = (100 * value for value in (at_best.last_minus_best, *at_best.interval))
+def _note_on_best(best: Gain, more: Gain) -> str:
+    low, high = (100 * end for end in more.interval)
     return (
-        f"At the best epochs (chosen by PGD-10 on held-out images), {verdict(at_best.gain)}. The last epoch's gain "
-        f"minus this gain: {more:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}."
+        f"At the best epochs (chosen by PGD-10 on held-out images), {verdict(best)}. The last epoch's gain minus this "
+        f"gain: {100 * more.mean:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}."
     )
 
 

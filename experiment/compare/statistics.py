@@ -16,19 +16,18 @@ CHUNK = 250
 """Resamples at a time: their draws stay below 20 MB each for 10,000 images."""
 
 
-def mcnemar(differences: Sequence[int]) -> float:
+def mcnemar(differences: np.ndarray) -> float:
     """Two-sided p value of McNemar's exact test that two networks are correct under attack on equally many images.
 
     Source: McNemar, Psychometrika 1947; exact, as the binomial test of the images on which the two differ.
     """
     from scipy.stats import binomtest  # takes a second to import
 
-    second_only, first_only = differences.count(1), differences.count(-1)
-    differing = second_only + first_only
+    first_only, differing = int((differences == -1).sum()), int((differences != 0).sum())
     return float(binomtest(first_only, differing).pvalue) if differing else 1.0
 
 
-def interval_of_gain(differences: Sequence[Sequence[int]], gains: Sequence[float]) -> tuple[float, float]:
+def interval_of_gain(differences: np.ndarray, gains: Sequence[float]) -> tuple[float, float]:
     """95 % interval of a mean gain: the bootstrap's, or with several seeds Student's t over them where that is wider.
 
     Args:
@@ -44,19 +43,18 @@ def interval_of_gain(differences: Sequence[Sequence[int]], gains: Sequence[float
     return max(bootstrap, (mean - half, mean + half), key=lambda ends: ends[1] - ends[0])
 
 
-def bootstrap_interval(differences: Sequence[Sequence[int]]) -> tuple[float, float]:
+def bootstrap_interval(differences: np.ndarray) -> tuple[float, float]:
     """95 % percentile interval of the mean of a table of seeds x images, both drawn anew with replacement.
 
     Source: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007 (rows and columns drawn independently).
     """
-    table = np.asarray(differences, dtype=np.float64)
-    seeds, images = table.shape
+    seeds, images = differences.shape
     generator = np.random.default_rng(0)
     means = []
     for _ in range(RESAMPLES // CHUNK):
         of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=CHUNK) / seeds
         drawn = generator.integers(images, size=(CHUNK, images))
-        means.append(np.take_along_axis(of_seeds @ table, drawn, axis=1).mean(axis=1))
+        means.append(np.take_along_axis(of_seeds @ differences, drawn, axis=1).mean(axis=1))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
 
