@@ -100,13 +100,6 @@ def run_name(text: str) -> str:
     return text
 
 
-def flag_like(value: Any) -> Callable[[str], Any]:
-    """A parser of values of a default's type; of any number where the default is computed."""
-    if callable(value):
-        return number(-math.inf)
-    return {bool: switch, int: whole(0), float: number(-math.inf)}.get(type(value), str)
-
-
 def _not_allowed(text: str, expected: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(f"{text!r} is not allowed; expected {expected}")
 
@@ -121,6 +114,13 @@ _COUNT: dict[str, Any] = {"type": whole(0), "default": 0}
 
 def _flag(text: str, roles: Role = Role.NONE, **options: Any) -> Flag:
     return Flag(roles, {"help": text, **options})
+
+
+def own_flag(default: Any) -> Flag:
+    """A flag that only this script's RECIPE has: of its default's type, or any number where the default is computed."""
+    types = {bool: switch, int: whole(0), float: number(-math.inf)}
+    kind = number(-math.inf) if callable(default) else types.get(type(default), str)
+    return _flag("this script's own: see RECIPE and training_loss", METHOD, type=kind)
 
 
 GROUPS: dict[str, dict[str, Flag]] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from experiment import UserError
-from experiment.cli.flags import ALIASES, FLAGS, GROUPS, Role, flag_like, settings_with
+from experiment.cli.flags import ALIASES, FLAGS, GROUPS, Role, own_flag, settings_with
 from experiment.entry import batch_of_script
 from experiment.text import budget, short_name, started_as
 
@@ -166,20 +166,17 @@ def build_parser(script: str, recipe: dict[str, Any]) -> Parser:
     networks = "--teacher BDM --student RES-18" if distils else "--student RES-18"
     examples = (networks, f"{networks} --epochs 100 --seed 1 --wandb 1")
     parser = Parser(program, examples=examples, usage="%(prog)s [--FLAG VALUE ...]", description=title)
-    needs = {"preset": PAPER in recipe, "teacher_path": distils}
-    groups = {heading: parser.add_argument_group(heading) for heading in GROUPS}
+    absent = {"preset": PAPER not in recipe, "teacher_path": not distils}
+    own = {name: own_flag(value) for name, value in defaults.items() if name not in FLAGS}
     for heading, flags in GROUPS.items():
-        for name, flag in flags.items():
-            if Role.METHOD not in flag.roles and needs.get(name, True):
-                groups[heading].add_argument(f"--{name}", **flag.options)
-            elif name in defaults:
-                # Without a teacher, as in train_teacher.py: --model is another name of --student.
-                alias = ["--model"] if name == "student" and not distils else []
-                options = flag.options | {"default": shown[name]}
-                groups[heading].add_argument(*alias, f"--{name}", dest=name, **options)
-    for name in (name for name in defaults if name not in FLAGS):
-        options = {"type": flag_like(defaults[name]), "default": shown[name]}
-        groups["method"].add_argument(f"--{name}", help="this script's own: see RECIPE and training_loss", **options)
+        group = parser.add_argument_group(heading)
+        for name, flag in (flags | own if heading == "method" else flags).items():
+            if absent.get(name, Role.METHOD in flag.roles and name not in defaults):
+                continue
+            # Without a teacher, as in train_teacher.py: --model is another name of --student.
+            alias = ["--model"] if name == "student" and not distils else []
+            options = flag.options | ({"default": shown[name]} if name in shown else {})
+            group.add_argument(*alias, f"--{name}", dest=name, **options)
     return parser
 
 
@@ -210,12 +207,10 @@ def parse_args(
         changed = fill(args, given, defaults)
     except UserError as error:
         parser.error(str(error))
-    _check(parser, args, given, defaults.get("attack"))
     args.device = resolve_device(parser, args.device, elsewhere=elsewhere)
     precision = "tf32" if args.device.startswith("cuda") else "fp32"
     args.precision = args.precision or precision
-    if args.precision == "tf32" and args.device == "cpu":
-        parser.error("argument --precision: 'tf32' is not allowed on the CPU; expected fp32 or bf16")
+    _check(parser, args, given, defaults.get("attack"))
     if args.run_name is None:
         usual = {name: FLAGS[name].options.get("default") for name in settings_with(Role.NAMED)}
         usual["precision"] = precision
@@ -228,23 +223,27 @@ def parse_args(
 
 def _check(parser: Parser, args: argparse.Namespace, given: set[str], recipe_attack: str | None) -> None:
     """Replace --wandb by --nowand, which a run's settings have; exit with an error if flags contradict each other."""
+
+    def refuse(flag: str, reason: str) -> None:
+        parser.error(f"argument --{flag}: {getattr(args, flag)!r} is not allowed{reason}")
+
     if "wandb" in given:
         if "nowand" in given and args.nowand == args.wandb:
             parser.error(f"argument --wandb: {args.wandb} contradicts --nowand {args.nowand}; give one of the two")
         args.nowand = 1 - args.wandb
     del args.wandb
     if "lr_milestones" in given and sorted(set(args.lr_milestones)) != args.lr_milestones:
-        parser.error(f"argument --lr_milestones: {args.lr_milestones} is not allowed; expected epochs in rising order")
+        refuse("lr_milestones", "; expected epochs in rising order")
     if getattr(args, "teacher_every", 1) > 1 and args.attack != recipe_attack:
-        allowed = f"is not allowed with --attack {args.attack} (expected --attack {recipe_attack})"
-        parser.error(f"argument --teacher_every: {args.teacher_every} {allowed}")
+        refuse("teacher_every", f" with --attack {args.attack} (expected --attack {recipe_attack})")
     if args.aa_best and not args.holdout:
-        parser.error("argument --aa_best: 1 is not allowed without --holdout, which selects the best epoch")
+        refuse("aa_best", " without --holdout, which selects the best epoch")
     if args.swa_after >= args.epochs:
-        expected = f"expected less than --epochs {args.epochs}"
-        parser.error(f"argument --swa_after: {args.swa_after} is not allowed; {expected}")
+        refuse("swa_after", f"; expected less than --epochs {args.epochs}")
     if args.wandb_artifact and args.nowand:
-        parser.error("argument --wandb_artifact: 1 is not allowed without --wandb 1")
+        refuse("wandb_artifact", " without --wandb 1")
+    if args.precision == "tf32" and args.device == "cpu":
+        refuse("precision", " on the CPU; expected fp32 or bf16")
 
 
 def resolve_device(parser: Parser, device: str, *, elsewhere: bool = False) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,15 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiment import UserError
-from experiment.data.sources import (
-    SMALLEST_SIDE,
-    Arrays,
-    check_image_folder,
-    read_digits,
-    read_image_folder,
-    read_npz,
-)
-from experiment.data.torchvision_sets import SETS, read_torchvision
+from experiment.data.sources import SMALLEST_SIDE, Arrays, read
 
 SEED = 0
 """Seed of the shuffled test set and of the subsets. NumPy guarantees that a RandomState's numbers never change."""
@@ -90,20 +81,6 @@ def selection(args: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(args, name) for name in ("side", "train_examples", "holdout")}
 
 
-def check_dataset(dataset: str) -> None:
-    """Raise UserError for a --dataset that does not exist, before anything is read or downloaded."""
-    if dataset.endswith(".npz"):
-        if not os.path.isfile(dataset):  # Path.is_file raises for a name that is too long
-            raise UserError(f"--dataset {dataset}: no such file")
-    elif dataset not in (*SETS, "digits"):
-        if not os.path.isdir(dataset):
-            allowed = ", ".join((*SETS, "digits"))
-            raise UserError(
-                f"--dataset {dataset!r} is not allowed; expected {allowed}, a .npz file or a folder of images"
-            )
-        check_image_folder(Path(dataset))
-
-
 def load_data(
     dataset: str,
     data_dir: str = "data",
@@ -129,13 +106,7 @@ def load_data(
     Raises:
         UserError: unknown name; missing or damaged file; failed download; a side or number that the set does not allow.
     """
-    check_dataset(dataset)
-    if dataset in SETS:
-        arrays = read_torchvision(dataset, Path(data_dir))
-    elif dataset == "digits":
-        arrays = read_digits()
-    else:
-        arrays = read_npz(Path(dataset)) if dataset.endswith(".npz") else read_image_folder(Path(dataset))
+    arrays = read(dataset, Path(data_dir))
     if dataset not in ("cifar100", "cifar10", "digits"):
         arrays = shuffle_test(arrays)
     if side:

@@ -1,13 +1,19 @@
-"""Data sets as NumPy arrays, checked: .npz files, folders of images, and scikit-learn's digits."""
+"""Data sets as NumPy arrays: CIFAR and SVHN by torchvision, scikit-learn's digits, .npz files, folders of images."""
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from experiment import UserError
+from experiment.compat import import_torchvision
+from experiment.download import download
 from experiment.files import MOST_CLASSES
 
 SMALLEST_SIDE = 8
@@ -16,6 +22,13 @@ SMALLEST_SIDE = 8
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 SUFFIXES = (".png", ".jpg", ".jpeg")
 ANNOTATIONS = "val_annotations.txt"
+
+SETS = {
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}, "targets"),
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}, "targets"),
+    "svhn": ("SVHN", {"split": "train"}, {"split": "test"}, "labels"),
+}
+"""By --dataset: torchvision's class, its arguments for the training and for the test set, its attribute of labels."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,37 @@ class Arrays:
         return len(self.class_names) if self.class_names else int(self.y_train.max()) + 1
 
 
-def check_arrays(arrays: Arrays, source: Path) -> Arrays:
+def check_dataset(dataset: str) -> None:
+    """Raise UserError for a --dataset that does not exist, before anything is read or downloaded."""
+    if dataset.endswith(".npz"):
+        if not os.path.isfile(dataset):  # Path.is_file raises for a name that is too long
+            raise UserError(f"--dataset {dataset}: no such file")
+    elif dataset not in (*SETS, "digits"):
+        if not os.path.isdir(dataset):
+            allowed = ", ".join((*SETS, "digits"))
+            raise UserError(
+                f"--dataset {dataset!r} is not allowed; expected {allowed}, a .npz file or a folder of images"
+            )
+        if not os.path.isdir(f"{dataset}/train") or not _test_splits(Path(dataset)):
+            raise UserError(f"--dataset {dataset}: expected train/ and test/ or val/, with a folder per class in each")
+
+
+def read(dataset: str, data_dir: Path) -> Arrays:
+    """Read a data set; missing files of torchvision's are downloaded into data_dir."""
+    check_dataset(dataset)
+    if dataset in SETS:
+        return _torchvision(dataset, data_dir)
+    if dataset == "digits":
+        return _digits()
+    arrays = _npz(Path(dataset)) if dataset.endswith(".npz") else _image_folder(Path(dataset))
+    return _checked(arrays, dataset)
+
+
+def _test_splits(folder: Path) -> list[Path]:
+    return [folder / name for name in ("test", "val") if (folder / name).is_dir()]
+
+
+def _checked(arrays: Arrays, source: str) -> Arrays:
     """Return the arrays, or raise UserError with the first problem; warn of named classes without a training image."""
     problem = next(_problems(arrays), None)
     if problem:
@@ -76,7 +119,7 @@ def _problems_of_split(split: str, x: np.ndarray, y: np.ndarray) -> Iterator[str
         yield f"y_{split} has labels from {y.min()} to {y.max()}; expected 0 to {MOST_CLASSES - 1} at most"
 
 
-def read_npz(path: Path) -> Arrays:
+def _npz(path: Path) -> Arrays:
     """The four arrays of an .npz, and its class_names if it has any."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
@@ -97,21 +140,15 @@ def read_npz(path: Path) -> Arrays:
         if names.ndim != 1:
             raise UserError(f"{path}: class_names has shape {names.shape}; expected a name per class")
         names = tuple(names.astype(str).tolist())
-    return check_arrays(Arrays(**found, class_names=names), path)
+    return Arrays(**found, class_names=names)
 
 
-def check_image_folder(folder: Path) -> None:
-    """Raise UserError if the folder has no training or no test images; nothing is read."""
-    if not (folder / "train").is_dir() or not any((folder / name).is_dir() for name in ("test", "val")):
-        raise UserError(f"--dataset {folder}: expected train/ and test/ or val/, with a folder per class in each")
-
-
-def read_image_folder(folder: Path) -> Arrays:
+def _image_folder(folder: Path) -> Arrays:
     """All images, grey ones repeated to three channels; classes are the folders of train/ in alphabetical order.
 
     The test images are in test/ or val/: a folder per class, or a table in val/ as in Tiny-ImageNet.
     """
-    splits = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
+    splits = _test_splits(folder)
     # Tiny-ImageNet has a test/ too, without labels.
     test = next((split for split in splits if (split / ANNOTATIONS).is_file()), splits[0])
     classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
@@ -133,7 +170,7 @@ def read_image_folder(folder: Path) -> Arrays:
             if images[-1].shape != shape:
                 raise UserError(f"{file} is {images[-1].shape[:2]}, others are {shape[:2]}; expected equal sizes")
         arrays += [np.stack(images), np.array([classes.index(name) for _, name in files])]
-    return check_arrays(Arrays(*arrays, tuple(classes)), folder)
+    return Arrays(*arrays, tuple(classes))
 
 
 def _by_folder(split: Path) -> list[tuple[Path, str]]:
@@ -164,7 +201,7 @@ def _read(file: Path) -> np.ndarray:
     return pixels
 
 
-def read_digits() -> Arrays:
+def _digits() -> Arrays:
     """scikit-learn's digits, grey repeated to three channels. Its order groups writers, so the split is random."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -176,3 +213,60 @@ def read_digits() -> Arrays:
         images, digits.target, test_size=360, random_state=0, stratify=digits.target
     )
     return Arrays(x_train, y_train, x_test, y_test, tuple("0123456789"))
+
+
+def _torchvision(dataset: str, folder: Path) -> Arrays:
+    """One of SETS, in the order of its files."""
+    datasets = import_torchvision().datasets
+    name, train, test, labels = SETS[dataset]
+    kind = getattr(datasets, name)
+
+    def read() -> tuple[Any, Any]:
+        return kind(str(folder), **train), kind(str(folder), **test)
+
+    try:
+        parts = read()
+    except RuntimeError:  # a file is missing or has another MD5
+        from filelock import FileLock  # only downloads need it
+
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / f".{dataset}.lock"), TemporaryDirectory(prefix=".part", dir=folder) as aside:
+                try:
+                    parts = read()  # another process may have downloaded it while this one waited
+                except RuntimeError:
+                    _complete(kind, datasets.utils, folder, Path(aside))
+                    parts = read()
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write to {folder}: {reason}; choose another --data_dir") from error
+    x = [part.data.transpose(0, 2, 3, 1) if dataset == "svhn" else part.data for part in parts]
+    y = [np.asarray(getattr(part, labels)) for part in parts]
+    return Arrays(x[0], y[0], x[1], y[1], tuple(getattr(parts[0], "classes", "0123456789")))
+
+
+def _complete(kind: Any, utils: ModuleType, folder: Path, aside: Path) -> None:
+    """Download the files that are missing; CIFAR's archive is then unpacked. Each appears in `folder` as a whole."""
+    is_archive = hasattr(kind, "base_folder")
+    unpacked = folder / getattr(kind, "base_folder", "")
+    if is_archive and unpacked.exists():  # perhaps altered on purpose: noisy labels, a subset
+        raise UserError(
+            f"{unpacked} is incomplete or altered (MD5); move it away to have {kind.filename} unpacked again"
+        )
+    parts = [kind.split_list[split] for split in ("train", "test")] if not is_archive else ()
+    for url, name, md5 in parts or [(kind.url, kind.filename, kind.tgz_md5)]:
+        file, by_hand = folder / name, f"download {url} in a browser and save it as {folder / name}"
+        if not file.exists():
+            print(f"{file} is missing; downloading {url}", flush=True)
+            try:
+                download(url, aside / name)
+                if not utils.check_integrity(str(aside / name), md5):
+                    raise UserError(f"MD5 of the download is not {md5}")
+            except UserError as error:
+                raise UserError(f"{file} is missing and could not be downloaded ({error}); {by_hand}") from error
+            os.replace(aside / name, file)
+        elif not utils.check_integrity(str(file), md5):  # not ours to delete
+            raise UserError(f"{file} is damaged or incomplete (its MD5 is not {md5}); remove it, then {by_hand}")
+    if is_archive:
+        utils.extract_archive(str(folder / kind.filename), str(aside))
+        os.replace(aside / kind.base_folder, unpacked)
