@@ -11,7 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-from experiment import UserError, cli
+from experiment import UserError, cli, data, evaluation, files, records, teachers
+from experiment.engine import Engine
+from experiment.run import provenance
+from experiment.text import short_name
 
 WHITE_BOX = ("fgsm", "pgd", "cw")
 ATTACKS = ("clean", *WHITE_BOX, "autoattack", "gradients")
@@ -57,19 +60,21 @@ def parse_args(argv=None):
     """Parse the flags; those of FROM_RUN default to the run's settings (the teacher only for a run folder).
 
     Returns:
-        The flags, and config.json and result.json of the network's run ({} where there is none).
+        The flags, and config.json and result.json of a run folder (None where there is none).
     """
     parser = build_parser()
     args = parser.parse_args(argv)
     run, config, result = read_run(args)
+    path = Path(args.what)
     # A file may have been moved away from its teacher, so --teacher has no default then.
-    names = [name for name in FROM_RUN if Path(args.what).is_dir() or not name.startswith("teacher")]
+    names = [name for name in FROM_RUN if path.is_dir() or not name.startswith("teacher")]
     own = {name: run[name] for name in names if run.get(name) is not None}
     if own.get("aa_examples") == 0:  # the run skipped AutoAttack; the evaluation does not
         del own["aa_examples"]
     # As text, so that argparse checks a hand-edited value like a flag.
     parser.set_defaults(**{name: str(value) for name, value in own.items()})
     args = parser.parse_args(argv)
+    args.folder = path if path.is_dir() else path.parent if path.exists() else Path()  # of the records
     lacking = {
         "gradients": args.teacher is None and "--teacher",
         "autoattack": not args.aa_examples and "--aa_examples",
@@ -104,143 +109,90 @@ def parse_args(argv=None):
 
 
 def read_run(args):
-    """Return the settings of the network's run, its config.json and its result.json; {} for what is unknown."""
-    from experiment.files import read_json, read_student
-    from experiment.records import Config, Result, checked
-    from experiment.teachers import check_teacher_name
-
+    """Return the settings of the network's run ({} if unknown), its config.json and its result.json (or None)."""
     path = Path(args.what)
     if not path.exists():
-        check_teacher_name(args.what, args.weights, "--weights")
-        return {}, {}, {}
-    files = [folder_of(args) / name for name in ("config.json", "result.json")]
-    config, result = (read_json(file) if file.is_file() else {} for file in files)
-    if args.arch:
-        return {}, config, result
+        teachers.check_teacher_name(args.what, args.weights, "--weights")
+    if args.arch or not path.exists():
+        return {}, None, None
     try:
-        info = read_student(path, unfinished=True)["info"]
+        info = files.read_student(path, unfinished=True)["info"]
     except UserError as error:
         raise UserError(f"{error}{'; bare weights are measured with --arch' if path.is_file() else ''}") from error
-    if path.is_dir():
-        for model, content, file in zip((Config, Result), (config, result), files, strict=True):
-            if content:
-                checked(model, content, file)
-    of_file = info.get("settings") if path.is_file() and isinstance(info, dict) else None
-    settings = of_file or config.get("settings", {})
-    for name in ("train_examples", "holdout", "compile", "batch", "seed"):
-        if not isinstance(settings.get(name, 0), int):
-            raise UserError(f"{path}: {name} is {settings[name]!r:.40} in the run's settings. Was the file edited?")
+    config = result = None
+    if path.is_dir() or info is None:  # a last.pt has no settings of its own
+        folder = path if path.is_dir() else path.parent
+        config = records.read_config(folder) if (folder / "config.json").is_file() else None
+        result = records.read_result(folder) if (folder / "result.json").is_file() else None
+    settings = config.settings if config else (info or {}).get("settings", {})
+    if settings:
+        records.checked(records.Settings, settings, path / "config.json" if path.is_dir() else path)
     return settings, config, result
 
 
-def folder_of(args):
-    """Return the folder for records: the run folder, the folder of a file, or the current one for a name."""
-    path = Path(args.what)
-    return path if path.is_dir() else path.parent if path.exists() else Path()
-
-
-def load_networks(args, data, device, result):
+def load_networks(args, images, device, result):
     """Load the network, those of --beside, and the teacher (None if not needed); also return the network's SHA-256."""
-    from experiment import evaluation, files
-    from experiment.teachers import load_network, load_teacher
-
-    options = {"num_classes": data.num_classes, "dataset": args.dataset, "device": device}
-    network = load_network(args.what, arch=args.arch, weights=args.weights, **options)
+    options = {"num_classes": images.num_classes, "dataset": args.dataset, "device": device}
+    network = teachers.load_network(args.what, arch=args.arch, weights=args.weights, **options)
     digest = files.state_sha256(network.model)
-    measured = result.get("student_sha256", digest)
-    if Path(args.what).is_dir() and measured != digest:
-        raise UserError(
-            f"{folder_of(args) / 'result.json'} was measured on another student (SHA-256 {measured}, "
-            f"{network.path.name} has {digest})"
-        )
+    if result:
+        records.check_student(args.folder, result, digest)
     teacher = None
     if "gradients" in args.attacks or args.figure:
-        teacher = load_teacher(args.teacher, data.num_classes, args.teacher_path, args.dataset, device=device)
-    beside = [load_network(name, **options) for name in args.beside]
+        teacher = teachers.load_teacher(
+            args.teacher, images.num_classes, args.teacher_path, args.dataset, device=device
+        )
+    beside = [teachers.load_network(name, **options) for name in args.beside]
     for each in (network, *beside, *([teacher] if teacher else [])):
-        evaluation.check_network(each.name, each.model, data.x_test, data.num_classes)
+        evaluation.check_network(each.name, each.model, images.x_test, images.num_classes)
     return network, digest, beside, teacher
 
 
-def measure(args, data, student, fast, teacher):
-    """Run the measurements; return entries of the record, and the state after the last white-box attack.
+def measure(args, x, y, class_names, student, fast, teacher):
+    """Run the measurements; return entries of the record, and predictions and x_adv of the last white-box attack.
 
     Args:
         fast: the accelerated network, for all but AutoAttack.
     """
-    from experiment import evaluation
-
-    x, y = data.x_test[: args.examples], data.y_test[: args.examples]
-    found, attacked, seed = {"accuracies": {}}, None, {"seed": args.start_seed}
+    accuracies, kept, seed = {}, (), {"seed": args.start_seed}
     for name in (name for name in ("clean", *WHITE_BOX) if name in args.attacks):
-        epsilons, keep = [0.0] if name == "clean" else args.epsilons, bool(args.save_adversarial)
-        options = {"steps": args.steps, "restarts": args.restarts, "keep": keep, **seed}
-        found["accuracies"][name], attacked = evaluation.accuracy_curve(fast, x, y, name, epsilons, **options)
+        epsilons = [0.0] if name == "clean" else args.epsilons
+        options = {"steps": args.steps, "restarts": args.restarts, "keep": bool(args.save_adversarial), **seed}
+        accuracies[name], *kept = evaluation.accuracy_curve(fast, x, y, name, epsilons, **options)
     if "autoattack" in args.attacks:
         x_aa, y_aa = x[: args.aa_examples], y[: args.aa_examples]
         # Separate chunk files, so that a run's AutoAttack is measured again.
-        options = {"folder": folder_of(args) / "evaluations" / "autoattack", "batch": args.aa_batch, "seed": args.seed}
-        found["accuracies"]["autoattack"] = evaluation.autoattack_curve(student, x_aa, y_aa, args.epsilons, **options)
-    if args.per_class and found["accuracies"]:
-        found["per_class"] = by_class(args, found["accuracies"], y, data)
+        options = {"folder": args.folder / "evaluations" / "autoattack", "batch": args.aa_batch, "seed": args.seed}
+        accuracies["autoattack"] = evaluation.autoattack_curve(student, x_aa, y_aa, args.epsilons, **options)
+    found = {"accuracies": accuracies}
+    if args.per_class and accuracies:
+        # At --epsilon, or at the largest of --epsilons; clean accuracy has one point.
+        at = args.epsilons.index(args.epsilon) if args.epsilon in args.epsilons else -1
+        points = {name: points[0 if name == "clean" else at] for name, points in accuracies.items()}
+        rows = {
+            name: evaluation.per_class(point["flags"], y[: point["examples"]], class_names)
+            for name, point in points.items()
+        }
+        found["per_class"] = {"epsilon": args.epsilons[at], "attacks": rows}
     if args.torchattacks:
         found["torchattacks"] = evaluation.beside_torchattacks(student, x, y, args.epsilon, steps=args.steps, **seed)
     if "gradients" in args.attacks:
         found["gradients"] = evaluation.gradient_report(student, teacher, x, y, args.epsilon, **seed)
-    return found, attacked
-
-
-def class_names(data):
-    """Return a name per class."""
-    return data.class_names or tuple(map(str, range(data.num_classes)))
-
-
-def by_class(args, accuracies, y, data):
-    """Return the accuracy of every class under every attack, at --epsilon or the largest of --epsilons."""
-    from experiment import evaluation
-
-    epsilon, rows = args.epsilon if args.epsilon in args.epsilons else args.epsilons[-1], {}
-    for attack, points in accuracies.items():
-        (point,) = (point for point in points if point["epsilon"] == (0 if attack == "clean" else epsilon))
-        rows[attack] = evaluation.per_class(point["flags"], y[: point["examples"]], class_names(data))
-    return {"epsilon": epsilon, "attacks": rows}
-
-
-def draw(args, data, networks, teacher, accuracies):
-    """Write the figures of --curve_figure and --figure."""
-    from experiment import evaluation
-
-    if args.curve_figure:
-        curves = {
-            evaluation.attack_label(name, args.steps, args.restarts, points): points
-            for name, points in accuracies.items()
-            if name != "clean"
-        }
-        evaluation.curve_figure(args.curve_figure, curves, f"{args.what} on {args.dataset}")
-    if args.figure:
-        short = [Path(each.name).resolve().name for each in networks]
-        titles = [each.name if short.count(name) > 1 else name for each, name in zip(networks, short, strict=True)]
-        students = {title: each.model for title, each in zip(titles, networks, strict=True)}
-        x, y = data.x_test[: args.examples][:6], data.y_test[: args.examples][:6]
-        evaluation.alignment_figure(args.figure, teacher, students, x, y, args.epsilon, class_names(data))
+    return found, kept
 
 
 def main():
     """Measure, write the record and print it."""
     args, config, result = parse_args()
-    from experiment import data, evaluation
-    from experiment.engine import Engine
-    from experiment.run import provenance
-    from experiment.teachers import published_accuracy
-
-    files = [path for path in (args.save_adversarial, args.curve_figure, args.figure) if path]
-    evaluation.check_outputs(folder_of(args), args.out, *files)
+    others = [path for path in (args.save_adversarial, args.curve_figure, args.figure) if path]
+    evaluation.check_outputs(args.folder, args.out, *others)
     engine = Engine(args)
     images = data.load_data(args.dataset, args.data_dir, engine.device, **data.selection(args))
     network, digest, beside, teacher = load_networks(args, images, engine.device, result)
-    started = time.perf_counter()
-    found, attacked = measure(args, images, network.model, engine.accelerate(network.model), teacher)
     x, y = images.x_test[: args.examples], images.y_test[: args.examples]
+    class_names = images.class_names or tuple(map(str, range(images.num_classes)))
+    started, fast = time.perf_counter(), engine.accelerate(network.model)
+    found, kept = measure(args, x, y, class_names, network.model, fast, teacher)
     settings = (*FROM_RUN, "epsilons", "steps", "restarts", "seed", "start_seed", "deterministic")
     position = {name: network.info[name] for name in ("epoch", "step") if network.info.get(name) is not None}
     record = {
@@ -262,23 +214,27 @@ def main():
         **provenance(Path(__file__)),
         "command": shlex.join(["python", *sys.argv]),
     }
-    record["differences"] = evaluation.differences(record, config, result)
+    record["differences"] = evaluation.differences(record, config, result) if config else []
     if not engine.main:
         return
-    path = evaluation.write_record(folder_of(args), record, args.out)
+    path = evaluation.write_record(args.folder, record, args.out)
     if args.save_adversarial:
-        evaluation.save_adversarial(args.save_adversarial, x, y, attacked)
-    draw(args, images, (network, *beside), teacher, found["accuracies"])
+        evaluation.save_adversarial(args.save_adversarial, x, y, *kept)
+    if args.curve_figure:
+        curves = {name: points for name, points in found["accuracies"].items() if name != "clean"}
+        evaluation.curve_figure(args.curve_figure, curves, args.restarts, f"{args.what} on {args.dataset}")
+    if args.figure:
+        students = [(short_name(each.name), each.model) for each in (network, *beside)]
+        evaluation.alignment_figure(args.figure, teacher, students, x[:6], y[:6], args.epsilon, class_names)
     state = f" (last.pt: epoch {record['epoch']}, step {record['step']})" if position else ""
     print(f"{args.what}{state}, {network.architecture}: {len(x)} images of {args.dataset}, {args.precision}")
     print(evaluation.record_text(record))
-    published = published_accuracy(args.what, args.dataset)
-    if published:
+    if published := teachers.published_accuracy(args.what, args.dataset):
         clean, robust = (f"{100 * accuracy:.2f} %" for accuracy in published)
         print(f"published by RobustBench: clean {clean}, AutoAttack {robust} (10,000 images, epsilon 8/255)")
     for line in record["differences"]:
         print(f"note: {line}")
-    print(f"written to {', '.join(map(str, (path, *files)))}")
+    print(f"written to {', '.join(map(str, (path, *others)))}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ import shlex
 import warnings
 from pathlib import Path
 
-from experiment import UserError, cli, files, records
+import torch
+
+import attacks
+from experiment import UserError, cli, data, files, records, teachers
 
 HUB_DATASETS = {"cifar100": "uoft-cs/cifar100", "cifar10": "uoft-cs/cifar10", "svhn": "ufldl-stanford/svhn"}
 PRIVATE_SETTINGS = cli.settings_with(cli.Role.PRIVATE)
@@ -99,19 +102,14 @@ def main():
     if not (args.run / "result.json").is_file():
         advice = files.advice(args.run)
         raise UserError(f"{args.run} is not the folder of a finished run: it has no result.json. {advice}")
-    path = args.run / "config.json"
-    config = records.checked(records.Config, files.read_json(path), path)
-    path = args.run / "result.json"
-    result = records.checked(records.Result, files.read_json(path), path)
-    student, entry = files.load_student(args.run), files.read_student(args.run)
-    if args.hub and ".py:" in entry["architecture"]:
+    config, result = records.read_config(args.run), records.read_result(args.run)
+    student = teachers.load_network(args.run, unfinished=False)
+    records.check_student(args.run, result, files.state_sha256(student.model))
+    if args.hub and ".py:" in student.architecture:
         raise UserError(
-            f"--hub: others cannot build {entry['architecture']}, a network from your own file. Use --safetensors or "
+            f"--hub: others cannot build {student.architecture}, a network from your own file. Use --safetensors or "
             "--onnx"
         )
-    digest = files.state_sha256(student)
-    if result.student_sha256 != digest:
-        raise UserError(f"{args.run}/result.json was measured on another student than student.pt (SHA-256 {digest})")
     folders = [path.parent for path in (args.onnx, args.safetensors) if path]
     for folder in [*folders, *filter(None, [args.hub])]:
         try:
@@ -119,24 +117,19 @@ def main():
         except OSError as error:
             raise UserError(f"cannot create {folder}: {error.strerror}") from error
     if args.onnx:
-        write_onnx(args.onnx, student, check_images(config.settings, args.data_dir, student))
+        write_onnx(args.onnx, student.model, check_images(config.settings, args.data_dir, student.model))
     if args.safetensors:
-        write_safetensors(args.safetensors, student, entry)
+        write_safetensors(args.safetensors, student)
     if args.hub:
-        write_hub(args.hub, student, entry, config, result, args.license)
+        write_hub(args.hub, student, config, result, args.license)
     if args.push:
         push(args.hub, args.push)
 
 
 def check_images(settings, data_dir, student):
     """Return the first test images, (N, C, H, W) float32, and the same images attacked by PGD."""
-    import torch
-
-    import attacks
-    from experiment.data import as_float, load_data
-
-    data = load_data(settings["dataset"], data_dir or settings["data_dir"], "cpu", side=settings.get("side", 0))
-    x, y = as_float(data.x_test[:EXAMPLES]), data.y_test[:EXAMPLES]
+    images = data.load_data(settings["dataset"], data_dir or settings["data_dir"], side=settings.get("side", 0))
+    x, y = data.as_float(images.x_test[:EXAMPLES]), images.y_test[:EXAMPLES]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         x_adv = attacks.pgd(student, x, y, settings["epsilon"], settings["step_size"], settings["steps"])
@@ -149,8 +142,6 @@ def write_onnx(path, student, x):
     Raises:
         UserError: onnxruntime's logits differ by more than rounding.
     """
-    import torch
-
     with warnings.catch_warnings():  # deprecations inside the exporter
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -174,44 +165,33 @@ def write_onnx(path, student, x):
     print(f"{path}: ONNX, x (batch, {shape}) in [0, 1] -> logits; onnxruntime agrees on {about}")
 
 
-def write_safetensors(path, student, entry):
+def write_safetensors(path, student):
     """Write the state dict, with architecture and number of classes as metadata."""
     from safetensors.torch import save
 
-    metadata = {"architecture": entry["architecture"], "num_classes": str(entry["num_classes"]), "format": "pt"}
-    tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
+    metadata = {"architecture": student.architecture, "num_classes": str(student.num_classes), "format": "pt"}
+    tensors = student.model.state_dict()
     content = save(tensors, metadata=metadata)
     files.write_atomically(path, lambda file: file.write(content))
-    print(f"{path}: safetensors, {len(tensors)} tensors of {entry['architecture']}, {entry['num_classes']} classes")
+    print(f"{path}: safetensors, {len(tensors)} tensors of {student.architecture}, {student.num_classes} classes")
 
 
-def write_hub(folder, student, entry, config, result, licence):
+def write_hub(folder, student, config, result, licence):
     """Write a Hugging Face repository: model.safetensors, config.json, README.md (the model card)."""
-    write_safetensors(folder / "model.safetensors", student, entry)
+    write_safetensors(folder / "model.safetensors", student)
     settings = {name: value for name, value in config.settings.items() if name not in PRIVATE_SETTINGS}
-    origin = {name: getattr(config, name) for name in ("method", "adds", "commit", "versions", "teacher_sha256")}
     described = {
-        "architecture": entry["architecture"],
-        "num_classes": entry["num_classes"],
+        "architecture": student.architecture,
+        "num_classes": student.num_classes,
         "input": "float32 pixels in [0, 1], (N, C, H, W); no normalisation outside the network",
         "student_sha256": result.student_sha256,
-        **origin,
+        **{name: getattr(config, name) for name in ("method", "adds", "commit", "versions", "teacher_sha256")},
         "settings": settings,
     }
     files.write_json(folder / "config.json", described)
     card = model_card(folder.resolve().name, described, result, licence)
     files.write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
     print(f"{folder}: model.safetensors, config.json, README.md (model card)")
-
-
-def measured(result):
-    """Return (name, per cent, number of images) of each accuracy of a run."""
-    rows = [("Clean accuracy", 100 * result.clean, result.test_examples)]
-    rows += [("PGD-20 accuracy", 100 * result.pgd20, result.test_examples)]
-    if attack := result.autoattack:
-        name = f"AutoAttack accuracy ({attack.version}, epsilon {attack.epsilon:.6f})"
-        rows += [(name, 100 * attack.accuracy, attack.examples)]
-    return rows
 
 
 def model_card(name, described, result, licence):
@@ -221,7 +201,13 @@ def model_card(name, described, result, licence):
     settings = described["settings"]
     method = "+".join(filter(None, (described["method"], described["adds"])))
     dataset, teacher = settings["dataset"], settings.get("teacher")
-    rows = measured(result)
+    rows = [
+        ("Clean accuracy", 100 * result.clean, result.test_examples),
+        ("PGD-20 accuracy", 100 * result.pgd20, result.test_examples),
+    ]
+    if attack := result.autoattack:
+        label = f"AutoAttack accuracy ({attack.version}, epsilon {attack.epsilon:.6f})"
+        rows.append((label, 100 * attack.accuracy, attack.examples))
     head = ModelCardData(
         license=licence,
         library_name="pytorch",

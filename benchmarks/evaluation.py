@@ -60,7 +60,7 @@ def autoattack_rows(student: nn.Module, device: torch.device, args: argparse.Nam
     with torch.no_grad():
         y = model(x).argmax(dim=1)
     for batch in args.aa_batches:
-        found = evaluation.autoattack(model, x, y, AUTOATTACK_EPSILON, batch=batch, show_progress=False)
+        found = evaluation.autoattack(model, x, y, AUTOATTACK_EPSILON, batch=batch)
         yield {"batch": batch, **{name: found[name] for name in ("examples", "attack_seconds", "accuracy")}}
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from experiment import UserError
+from experiment.files import read_json
 from experiment.text import ABSENT, short_text
 
 STEPS = ("clean", "apgd-ce", "apgd-t", "fab-t", "square")
@@ -179,3 +180,19 @@ def checked(model: type[Model], values: Any, path: Path) -> Model:
         where = ".".join(map(str, first["loc"])) or "the content"
         found = ABSENT if first["type"] == "missing" else short_text(first["input"])
         raise UserError(f"{path}: {where} is {found}: {first['msg']}. Was the file edited?") from error
+
+
+def read_config(folder: Path) -> Config:
+    """Read a run's config.json; UserError if it is missing or holds what no run writes."""
+    return checked(Config, read_json(folder / "config.json"), folder / "config.json")
+
+
+def read_result(folder: Path) -> Result:
+    """Read a finished run's result.json; UserError if it is missing or holds what no run writes."""
+    return checked(Result, read_json(folder / "result.json"), folder / "result.json")
+
+
+def check_student(folder: Path, result: Result, sha256: str) -> None:
+    """Raise UserError if student.pt, whose state dict has this SHA-256, is not the student of result.json."""
+    if result.student_sha256 not in (None, sha256):
+        raise UserError(f"{folder}/result.json was measured on another student than student.pt (SHA-256 {sha256})")

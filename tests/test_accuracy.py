@@ -1,5 +1,7 @@
-"""Accuracies: closed forms, intervals, what they leave untouched, what they refuse, and torchattacks beside them."""
+"""Accuracies and curves: closed forms, what they leave untouched, what is an error, and torchattacks beside them."""
 
+import itertools
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -28,7 +30,7 @@ def test_attacked_accuracy_of_a_linear_classifier_is_the_closed_form():
     assert 0 < robust < evaluation.accuracy(network, x, y)
     assert evaluation.pgd_accuracy(network, x, y, EPSILON, batch=64) == robust
     for attack in ("fgsm", "pgd", "cw"):
-        points, _ = evaluation.accuracy_curve(network, x, y, attack, [0, EPSILON])
+        points, *_ = evaluation.accuracy_curve(network, x, y, attack, [0, EPSILON])
         assert [point["accuracy"] for point in points] == [evaluation.accuracy(network, x, y), robust]
     # Eight steps of epsilon / 4 reach the corner from any start in the ball; one cannot from every start.
     assert evaluation.pgd_accuracy(network, x, y, EPSILON, steps=8) == robust
@@ -112,7 +114,7 @@ def test_nothing_is_left_behind(measure, quick_autoattack):
     elif measure == "gradient_alignment":
         evaluation.gradient_alignment(network, teacher, x, y)
     elif measure == "autoattack":
-        evaluation.autoattack(network, x, y, EPSILON, show_progress=False)
+        evaluation.autoattack(network, x, y, EPSILON)
     else:
         evaluation.accuracy_curve(network, x, y, measure, [EPSILON])
     assert (network.facts(), teacher.facts()) == before[:2]
@@ -158,7 +160,7 @@ def test_a_network_that_is_broken_or_changes_its_mode_gets_no_accuracy():
     x, y = labelled(tiny_network())
     broken = tiny_network()
     broken[3].weight.data[4, 4] = float("nan")
-    for measure in (evaluation.accuracy, lambda *a: evaluation.autoattack(*a, EPSILON, show_progress=False)):
+    for measure in (evaluation.accuracy, lambda *a: evaluation.autoattack(*a, EPSILON)):
         with pytest.raises(UserError, match="NaN or infinite logits"):
             measure(broken, x, y)
     switching = nn.Sequential(tiny_network())
@@ -184,16 +186,121 @@ def test_accuracy_does_not_depend_on_the_memory():
         evaluation.accuracy(SmallMemory(network, 0), x, y)
 
 
-@pytest.fixture(scope="module")
-def torchattacks():
+# Curves over epsilon
+
+
+@pytest.fixture
+def attacked_images(monkeypatch):
+    """The numbers of images that PGD was asked to attack, call by call."""
+    calls, pgd = [], attacks.pgd
+
+    def counted(model, x, *arguments):
+        calls.append(len(x))
+        return pgd(model, x, *arguments)
+
+    monkeypatch.setattr(attacks, "pgd", counted)
+    return calls
+
+
+def test_a_curve_attacks_only_images_that_are_still_robust(attacked_images):
+    network = tiny_network()
+    x, y = labelled(network, 60, 6)
+    epsilons = [0.02, 0, 0.002, 0.006]
+    points, predictions, _ = evaluation.accuracy_curve(network, x, y, "pgd", epsilons, steps=5, restarts=2)
+    assert [point["epsilon"] for point in points] == [0, 0.002, 0.006, 0.02]
+    assert points[0]["flags"] == "1" * 54 + "0" * 6
+    accuracies = [point["accuracy"] for point in points]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert 0 < accuracies[3] < accuracies[2] < accuracies[1] < 1
+    # Attacked are images robust at the epsilon before, and in the second restart those that the first left robust.
+    for before, point in itertools.pairwise(points):
+        first, second = point["attacked"]
+        assert first == before["flags"].count("1")
+        assert point["flags"].count("1") <= second <= first
+        assert all(was >= now for was, now in zip(before["flags"], point["flags"], strict=True))
+    assert attacked_images == [count for point in points[1:] for count in point["attacked"]]
+    assert (predictions == y).tolist() == [flag == "1" for flag in points[-1]["flags"]]
+
+
+def test_the_first_point_is_what_a_run_measures():
+    network = tiny_network()
+    x, y = labelled(network, 40, 4)
+    for seed in (0, 3):
+        (point,), *_ = evaluation.accuracy_curve(network, x, y, "pgd", [0.004], steps=3, seed=seed)
+        assert point["accuracy"] == evaluation.pgd_accuracy(network, x, y, 0.004, steps=3, seed=seed)
+
+
+def test_restarts_are_other_starts_and_all_count():
+    network = tiny_network()
+    x, y = labelled(network, 200, 0)
+    one, five = (
+        evaluation.accuracy_curve(network, x, y, "pgd", [0.004], steps=1, restarts=restarts)[0][0]["flags"]
+        for restarts in (1, 5)
+    )
+    assert five.count("1") < one.count("1")  # one step: the start decides
+    assert all(a <= b for a, b in zip(five, one, strict=True))
+    (fgsm,), *_ = evaluation.accuracy_curve(network, x, y, "fgsm", [0.004], restarts=5)
+    assert fgsm["attacked"] == [200]  # it has no random start
+
+
+def test_kept_images_are_the_first_misclassified_ones():
+    network = tiny_network()
+    x, y = labelled(network, 30, 3)
+    options = {"steps": 5, "restarts": 2, "keep": True}
+    (first, _), predictions, x_adv = evaluation.accuracy_curve(network, x, y, "pgd", [0.003, 0.01], **options)
+    moved = (x_adv - x / 255).abs().flatten(1).max(dim=1).values
+    assert (moved[[flag == "0" for flag in first["flags"]]] <= 0.003 + 1e-6).all()
+    assert (moved <= 0.01 + 1e-6).all()
+    assert torch.equal(network(x_adv).argmax(dim=1), predictions)
+
+
+def test_the_curve_of_autoattack_attacks_only_images_that_are_still_robust(quick_autoattack, tmp_path):
+    network = tiny_network()
+    x, y = labelled(network, 24, 3)
+    points = evaluation.autoattack_curve(network, x, y, [0, 0.002, 0.01], folder=tmp_path)
+    assert points[0]["accuracy"] == 21 / 24
+    assert [point["attacked"] for point in points[1:]] == [[21], [points[1]["flags"].count("1")]]
+    single = evaluation.autoattack(network, x[:21], y[:21], 0.002)
+    assert points[1]["flags"] == single["flags"]["square"] + "000"
+    quick_autoattack.clear()
+    again = evaluation.autoattack_curve(network, x, y, [0, 0.002, 0.01], folder=tmp_path)
+    assert [point["flags"] for point in again] == [point["flags"] for point in points]
+    assert not quick_autoattack  # read from its chunks
+
+
+def test_autoattack_chunks_belong_to_one_arithmetic(monkeypatch, tmp_path):
+    """The record says CPU, TF32 or FP32; chunks of another one are not read for it."""
+    network, folders = tiny_network(), set()
+    x, y = labelled(network)
+
+    def answer(*_, folder, **__):
+        folders.add(folder)
+        return {"flags": {"square": "0" * len(x)}}
+
+    module = sys.modules["experiment.evaluation.accuracy"]  # in the package, the function has this name
+    monkeypatch.setattr(module, "autoattack", answer)
+    for device, tf32 in (("cpu", True), ("cuda", True), ("cuda", False)):
+        monkeypatch.setattr(module, "device_of", lambda *_, kind=device: torch.device(kind))
+        monkeypatch.setattr("torch.backends.cudnn.allow_tf32", tf32)
+        evaluation.autoattack_curve(network, x, y, [EPSILON], folder=tmp_path)
+    assert len(folders) == 3
+
+
+def test_accuracy_by_class_is_worst_first():
+    rows = evaluation.per_class("110100", torch.tensor([2, 2, 0, 0, 1, 1]), ["cat", "dog", "emu"])
+    found = [(row["class"], row["accuracy"], row["examples"]) for row in rows]
+    assert found == [("dog", 0, 2), ("cat", 0.5, 2), ("emu", 1, 2)]
+    assert rows[0]["interval"] == [*evaluation.wilson_interval(0, 2)]
+
+
+# torchattacks
+
+
+def test_fgsm_and_pgd_agree_with_torchattacks():
     with warnings.catch_warnings():
         # requests 2.25.1, which torchattacks pins, complains about the versions of chardet and urllib3.
         warnings.simplefilter("ignore")
         import torchattacks
-    return torchattacks
-
-
-def test_fgsm_and_pgd_agree_with_torchattacks(torchattacks):
     network = tiny_network()
     x, y = labelled(network, 16)
     x = x / 255
@@ -207,3 +314,18 @@ def test_fgsm_and_pgd_agree_with_torchattacks(torchattacks):
         torch.manual_seed(5)  # both draw uniform noise of x's shape once
         ours = attacks.pgd(network, x, y, EPSILON, EPSILON / 4, 20, random_start)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_a_difference_from_torchattacks_is_found(monkeypatch):
+    network = tiny_network()
+    x, y = labelled(network, 60, 0)
+    fgsm, pgd = evaluation.beside_torchattacks(network, x, y, 0.004, steps=3)
+    assert (fgsm["attack"], pgd["attack"], pgd["steps"]) == ("fgsm", "pgd", 3)
+    assert 0 < fgsm["ours"] == fgsm["torchattacks"] < 1
+    assert pgd["ours"] == evaluation.pgd_accuracy(network, x, y, 0.004, steps=3)
+    assert pgd["p"] > 0.05
+    monkeypatch.setattr(attacks, "pgd", lambda model, x, *_: x)  # ours does nothing
+    _, pgd = evaluation.beside_torchattacks(network, x, y, EPSILON)
+    assert pgd["ours"] == 1
+    assert pgd["p"] < 0.05
+    assert pgd["only_theirs"] == round(60 * (1 - pgd["torchattacks"])) > 5

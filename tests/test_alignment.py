@@ -71,7 +71,7 @@ def test_the_report_is_what_float64_autograd_says():
     x, y = labelled(tiny_network(), 9, 3)
     x = x.double() / 255
     report = evaluation.gradient_report(student, teacher, x, y, 0.01)
-    (_, attacked) = evaluation.accuracy_curve(student, x, y, "pgd", [0.01], keep=True)
+    *_, kept = evaluation.accuracy_curve(student, x, y, "pgd", [0.01], keep=True)
     scalars = {
         "probability": lambda z, label: z.softmax(dim=0)[label],
         "cross_entropy": lambda z, label: -z.log_softmax(dim=0)[label],
@@ -84,7 +84,7 @@ def test_the_report_is_what_float64_autograd_says():
                 clean = image.clone().requires_grad_()
                 value = scalar(network(clean[None])[0], label)
                 (gradient,) = torch.autograd.grad(value, clean)
-                x_adv = attacked.x_adv[i].double()
+                x_adv = kept[i].double()
                 moved = (scalar(network(x_adv[None])[0], label) - value).item()
                 gradients[which].append(gradient.flatten())
                 unexplained[which] += abs(moved - (gradient * (x_adv - image)).sum().item())

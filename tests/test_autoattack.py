@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 def test_one_attack_at_a_time_is_the_standard_run_bit_for_bit(quick_autoattack, build, breaking):
     network = build()
     x, y = labelled(network, 60, 5)
-    result = evaluation.autoattack(network, x, y, 0.01, seed=7, show_progress=False)
+    result = evaluation.autoattack(network, x, y, 0.01, seed=7)
     left, broke = result["clean"], []
     for attack, robust in result["attacks"].items():
         broke += [attack] if robust < left else []
@@ -59,9 +59,9 @@ def test_an_image_that_falls_by_the_size_of_the_batch_has_fallen(quick_autoattac
     """As on a GPU, where few images go through other kernels than many: no reason to distrust the rest."""
     plain = tiny_network()
     x, y = labelled(plain, 30, 5)
-    expected = evaluation.autoattack(plain, x, y, 0.01, show_progress=False)
+    expected = evaluation.autoattack(plain, x, y, 0.01)
     first = expected["flags"]["square"].index("1")
-    result = evaluation.autoattack(Rounding(x[first] / 255, 30), x, y, 0.01, show_progress=False)
+    result = evaluation.autoattack(Rounding(x[first] / 255, 30), x, y, 0.01)
     assert result["flags"]["clean"] == expected["flags"]["clean"]
     assert result["flags"]["apgd-ce"][first] == "0"
     alone = evaluation.autoattack(Rounding(x[0] / 255, 1), x[:1].repeat(2, 1, 1, 1), y[:1].repeat(2), 0.01)
@@ -98,7 +98,7 @@ def test_resume_attacks_nothing_twice_and_ends_the_same(quick_autoattack, tmp_pa
     x, y = labelled(network, 11, 1)
 
     def run(folder):
-        return evaluation.autoattack(network, x, y, 0.002, folder=folder, batch=3, show_progress=False)
+        return evaluation.autoattack(network, x, y, 0.002, folder=folder, batch=3)
 
     def seen():
         images = {image.numpy().tobytes() for _, images, *_ in quick_autoattack for image in images}
@@ -177,7 +177,7 @@ def test_results_of_different_runs_are_not_mixed(quick_autoattack, tmp_path):
     def run(**changed):
         settings = {**standard, **changed}
         positional = [settings.pop(name) for name in ("model", "x", "y", "epsilon")]
-        return evaluation.autoattack(*positional, folder=tmp_path, show_progress=False, **settings)
+        return evaluation.autoattack(*positional, folder=tmp_path, **settings)
 
     expected = run()
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -200,13 +200,14 @@ def test_results_of_different_runs_are_not_mixed(quick_autoattack, tmp_path):
     for damaged in (files[path].replace(b'"clean": "110"', b'"clean": "111"'), files[path][:-20], b"[1]", b"{}"):
         assert damaged != files[path]
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"chunk-00001\.json"):
+        with pytest.raises(UserError, match=r"Delete \S*chunk-00001\.json to attack its images again"):
             run()
         assert path.read_bytes() == damaged
 
 
 TWO_RANKS = """
 import sys
+from pathlib import Path
 import torch
 import torch.distributed as dist
 sys.path[:0] = [{root!r}, {tests!r}]
@@ -227,7 +228,7 @@ network = tiny_network()
 x, y = labelled(network, 11, 1)
 print(evaluation.pgd_accuracy(network, x, y, EPSILON, steps=3, batch=4))
 print(evaluation.accuracy(network, x, y))  # one batch: the second rank has none
-result = evaluation.autoattack(network, x, y, EPSILON, folder={folder!r}, batch=3)
+result = evaluation.autoattack(network, x, y, EPSILON, folder=Path({folder!r}), batch=3)
 print({{name: value for name, value in result.items() if "seconds" not in name}})
 dist.destroy_process_group()
 """
@@ -247,7 +248,7 @@ def test_two_ranks_share_the_work_and_agree_with_one(quick_autoattack, tmp_path)
     x, y = labelled(network, 11, 1)
     expected = (
         f"{evaluation.pgd_accuracy(network, x, y, EPSILON, steps=3, batch=4)}\n{evaluation.accuracy(network, x, y)}\n"
-        f"{without_seconds(evaluation.autoattack(network, x, y, EPSILON, batch=3, show_progress=False))}\n"
+        f"{without_seconds(evaluation.autoattack(network, x, y, EPSILON, batch=3))}\n"
     )
     found = two_ranks(tmp_path, TWO_RANKS, folder=str(tmp_path / "chunks"))
     assert [out for out, _ in found] == [expected, expected], found

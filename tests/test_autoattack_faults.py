@@ -5,7 +5,7 @@ import torch
 from evaluation_cases import EPSILON, Masked, SmallMemory, labelled, replace_run, tiny_network
 
 from experiment import UserError, evaluation
-from experiment.evaluation.autoattack import InParts
+from experiment.evaluation.batches import InParts
 
 
 def test_an_answer_that_does_not_hold_is_an_error(quick_autoattack, monkeypatch):
@@ -14,7 +14,7 @@ def test_an_answer_that_does_not_hold_is_an_error(quick_autoattack, monkeypatch)
     x[0] = 0  # black pixels, to leave [0, 1] inside the ball
 
     def run():
-        return evaluation.autoattack(network, x, y, EPSILON, show_progress=False)
+        return evaluation.autoattack(network, x, y, EPSILON)
 
     def claim_more(attack, images, labels, batch, real):
         return images, (labels + 1) % 10
@@ -123,7 +123,7 @@ def test_signs_of_gradient_masking_are_reported(quick_autoattack, monkeypatch, c
     network = tiny_network()
     x, y = labelled(network, 12, 0)
 
-    result = evaluation.autoattack(Masked(), *labelled(Masked()), EPSILON, show_progress=False)
+    result = evaluation.autoattack(Masked(), *labelled(Masked()), EPSILON)
     assert any("zero gradient" in warning for warning in result["warnings"])
 
     def blind_white_box(attack, images, labels, batch, real):
@@ -136,7 +136,7 @@ def test_signs_of_gradient_masking_are_reported(quick_autoattack, monkeypatch, c
     assert masked["accuracy"] < 0.9
     assert any(warning.startswith("Square") for warning in masked["warnings"])
     assert "warning: AutoAttack: Square" in capsys.readouterr().err
-    honest = evaluation.autoattack(network, x, y, 0.1, show_progress=False)
+    honest = evaluation.autoattack(network, x, y, 0.1)
     assert not any(warning.startswith("Square") for warning in honest["warnings"])
 
 

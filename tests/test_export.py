@@ -1,5 +1,6 @@
 """Students for others: what export.py writes is the student, and others' tools take it as it is."""
 
+import dataclasses
 import json
 import sys
 
@@ -10,7 +11,7 @@ from fault_server import ROOT
 import evaluate
 import export
 import hubconf
-from experiment import UserError, compat, data, evaluation, files, records
+from experiment import UserError, compat, data, evaluation, files, records, teachers
 
 REPO = "someone/student"
 
@@ -48,9 +49,8 @@ def hub(run, tmp_path_factory):
     """A hub folder of the run."""
     folder = tmp_path_factory.mktemp("hub") / "digits-student"
     folder.mkdir()
-    config = records.Config(**files.read_json(run / "config.json"))
-    result = records.Result(**files.read_json(run / "result.json"))
-    export.write_hub(folder, files.load_student(run), files.read_student(run), config, result, "mit")
+    config, result = records.read_config(run), records.read_result(run)
+    export.write_hub(folder, teachers.load_network(run), config, result, "mit")
     return folder
 
 
@@ -162,7 +162,8 @@ def test_the_card_does_not_tell_where_files_lie_and_who_tracks():
 
 
 def test_a_network_of_ones_own_file_goes_to_no_hub(run, command, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "read_student", lambda path: {"architecture": "net.py:make", "num_classes": 10})
+    own_file = dataclasses.replace(teachers.load_network(run), architecture="net.py:make")
+    monkeypatch.setattr(teachers, "load_network", lambda *_, **__: own_file)
     with pytest.raises(UserError, match=r"others cannot build net\.py:make"):
         command("--hub", tmp_path / "hub")
     assert not (tmp_path / "hub").exists()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from experiment import UserError
 from experiment.compare.runs import PendingRun, RunRecord
 from experiment.files import advice, read_json, read_metrics
-from experiment.records import Config, Evaluation, Record, Result, Row, Settings, checked
+from experiment.records import Config, Evaluation, Record, Result, Row, Settings, checked, read_config, read_result
 from experiment.study import is_locked, read_study
 
 DEPTH = 3
@@ -109,9 +109,8 @@ def _is_export(folder: Path) -> bool:
 
 
 def _read_unfinished(folder: Path) -> PendingRun:
-    path, metrics = folder / "config.json", folder / "metrics.jsonl"
-    config = checked(Config, read_json(path), path)
-    settings = checked(Settings, config.settings, path)
+    config, metrics = read_config(folder), folder / "metrics.jsonl"
+    settings = checked(Settings, config.settings, folder / "config.json")
     done = len(read_metrics(metrics)) if metrics.is_file() else 0
     state = f"{'running' if is_locked(folder / '.lock') else 'unfinished'}, {done} of {settings.epochs} epochs"
     return PendingRun(config.method, config.adds, settings, folder.name, state)
@@ -119,8 +118,7 @@ def _read_unfinished(folder: Path) -> PendingRun:
 
 def _read_folder(folder: Path) -> RunRecord:
     """A finished run, with what evaluate.py measured of its final student."""
-    config = checked(Config, read_json(folder / "config.json"), folder / "config.json")
-    result = checked(Result, read_json(folder / "result.json"), folder / "result.json")
+    config, result = read_config(folder), read_result(folder)
     run = _run(folder, config, result, read_metrics(folder / "metrics.jsonl"))
     if not (folder / "evaluations").is_dir():
         return run

@@ -10,14 +10,21 @@ Conventions of every public function here:
     the result does not depend on the number of ranks.
 """
 
-from experiment.evaluation.accuracy import MONITOR_PASSES, accuracy, beside_torchattacks, monitor, pgd_accuracy
+from experiment.evaluation.accuracy import (
+    MONITOR_PASSES,
+    accuracy,
+    accuracy_curve,
+    autoattack_curve,
+    beside_torchattacks,
+    monitor,
+    per_class,
+    pgd_accuracy,
+)
 from experiment.evaluation.alignment import GRADIENT_DEFINITION, gradient_alignment, gradient_report
 from experiment.evaluation.autoattack import AUTOATTACK, autoattack, autoattack_label
 from experiment.evaluation.batches import check_network, wilson_interval
-from experiment.evaluation.curve import accuracy_curve, autoattack_curve, per_class
 from experiment.evaluation.figures import alignment_figure, curve_figure
 from experiment.evaluation.record import (
-    attack_label,
     check_outputs,
     differences,
     record_text,
@@ -33,7 +40,6 @@ __all__ = [
     "accuracy",
     "accuracy_curve",
     "alignment_figure",
-    "attack_label",
     "autoattack",
     "autoattack_curve",
     "autoattack_label",

@@ -65,9 +65,8 @@ def gradient_alignment(
     Source: Lee, Cho, Kim, ICLR 2025, section 5 (GD, GC).
     """
 
-    def compare(clean: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        (_, (of_student,)), (_, (of_teacher,)) = (input_gradients(model, clean, labels) for model in (student, teacher))
-        return _distance_and_cosine(of_student, of_teacher)
+    def compare(clean: Tensor, labels: Tensor, *networks: nn.Module) -> tuple[Tensor, Tensor]:
+        return _distance_and_cosine(*(input_gradients(network, clean, labels)[1][0] for network in networks))
 
     gd, gc = per_image(compare, x, y, batch, 0, student, teacher)
     return {"gd": gd.mean().item(), "gc": gc.mean().item()}
@@ -87,13 +86,12 @@ def gradient_report(
         ``alignment_definition``, ``remainder_definition``, ``examples``, ``epsilon``, ``seed``.
     """
     names = tuple(SCALARS)
-    perturb = attack_of("pgd", student, epsilon)
 
-    def compare(clean: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        x_adv = perturb(clean, labels)
+    def compare(clean: Tensor, labels: Tensor, *networks: nn.Module) -> tuple[Tensor, ...]:
+        x_adv = attack_of("pgd", epsilon)(networks[0], clean, labels)
         delta = (x_adv - clean).double()
         columns, gradients = [], []
-        for model in (student, teacher):
+        for model in networks:
             values, of_model = input_gradients(model, clean, labels, names)
             logits_adv = model(x_adv)
             for name, value, gradient in zip(names, values, of_model, strict=True):

@@ -12,19 +12,18 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version as version_of
-from logging import WARNING, getLogger
-from logging.handlers import BufferingHandler
+from logging import WARNING, LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from experiment import UserError
 from experiment.compat import import_autoattack
 from experiment.evaluation.batches import (
+    InParts,
     accuracy_of,
     as_pixels,
     check_images,
@@ -73,19 +72,17 @@ def autoattack(
     folder: Path | None = None,
     batch: int = 250,
     seed: int = 0,
-    show_progress: bool = True,
 ) -> dict[str, Any]:
     """Compute accuracy under AutoAttack: the standard version, or the closest to it for fewer than 10 classes.
 
     The images are attacked in fixed chunks of `batch`, so that the result does not depend on interruptions. A finished
     chunk is a file in `folder`, which is read instead of attacking again. If CUDA memory is exhausted, the network
     processes half as many images at once from then on, and the current attack is repeated with the same random numbers,
-    so that the result depends on the memory only through rounding.
+    so that the result depends on the memory only through rounding. Rank 0 prints progress lines to stderr.
 
     Args:
         folder: folder of the chunk files; None keeps no files and cannot resume.
         batch: images per chunk. Random starts are drawn per chunk, so the result depends on it as on the seed.
-        show_progress: print progress lines to stderr, on rank 0.
 
     Returns:
         Plain types for result.json: ``accuracy`` (robust fraction) with its 95 % ``interval``, ``clean``, ``examples``,
@@ -111,7 +108,7 @@ def autoattack(
     settings["package"] = f"pyautoattack {version_of('pyautoattack')}"
     student = state_sha256(model)
     run = {"student": student, "chunk size": batch, **settings}
-    chunks = [slice(first, min(first + batch, len(x))) for first in range(0, len(x), batch)]
+    chunks = [slice(first, first + batch) for first in range(0, len(x), batch)]
     keys = [{**run, "chunk": i, "data": data_sha256(x[chunk], y[chunk])} for i, chunk in enumerate(chunks)]
     # Ranks finish at different times: they meet in a group of their own, which waits for days.
     group = dist.new_group(timeout=timedelta(days=30), backend="gloo") if world > 1 else None
@@ -120,10 +117,10 @@ def autoattack(
     left = [i for i in range(len(chunks)) if i not in records]
 
     def say(line: str) -> None:
-        if show_progress and rank == 0:
+        if rank == 0:
             print(line, file=sys.stderr, flush=True)
 
-    name = "AutoAttack standard" if settings["version"] == STANDARD else settings["version"]
+    name = f"AutoAttack {STANDARD}" if settings["version"] == STANDARD else settings["version"]
     say(
         f"{name} on {len(x)} images: epsilon {epsilon:.6f}, seed {seed}, chunks of {batch}, {settings['package']}; "
         f"{len(records)} of {len(chunks)} chunks were done before"
@@ -174,24 +171,6 @@ def _merge(records: list[dict[str, Any]], examples: int) -> dict[str, Any]:
 # One chunk ------------------------------------------------------------------------------------------------------------
 
 
-class InParts(nn.Module):
-    """A network that processes at most `limit` images at once; parts are recomputed for the gradient.
-
-    Memory then limits how many images are processed together, but not how many are attacked together.
-    """
-
-    def __init__(self, model: nn.Module, limit: int) -> None:
-        super().__init__()
-        self.model, self.limit = model, limit
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) <= self.limit:
-            return self.model(x)
-        # Parts keep no activations for the backward pass. An eval-mode pass draws no random numbers.
-        part = partial(recomputed, self.model, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([part(images) for images in x.split(self.limit)])
-
-
 def _attack_chunk(model: InParts, x: Tensor, y: Tensor, epsilon: float, seed: int, classes: int) -> dict[str, Any]:
     """Run the attacks on one chunk, each on the images that are still robust; return flags and seconds.
 
@@ -207,12 +186,8 @@ def _attack_chunk(model: InParts, x: Tensor, y: Tensor, epsilon: float, seed: in
             raise UserError("the network gives NaN or infinite logits; AutoAttack cannot attack it")
         return logits.argmax(dim=1) == labels
 
-    def clean(limit: int) -> Tensor:
-        model.limit = limit
-        return correct(x, y)
-
-    def attack(name: str, robust: Tensor, limit: int) -> Tensor:
-        model.limit, robust = limit, robust.clone()
+    def attack(name: str, robust: Tensor) -> Tensor:
+        robust = robust.clone()
         index = robust.nonzero().squeeze(1)
         # Fewer images may use other kernels, whose rounding can change the prediction of an image on a decision
         # boundary. Such an image counts as misclassified; the package would remove it from its batch, too.
@@ -237,17 +212,17 @@ def _attack_chunk(model: InParts, x: Tensor, y: Tensor, epsilon: float, seed: in
             )
         return robust
 
-    robust, _ = within_memory(clean, model.limit, "AutoAttack (clean pass)")
+    robust = within_memory(partial(correct, x, y), [model], "AutoAttack (clean pass)")
     record: dict[str, Any] = {"images": len(x), "flags": {"clean": flags_text(robust)}, "seconds": {}}
     with _package_warnings() as found:
         for name in AUTOATTACK:
             if name == "apgd-t" and classes <= 3:
                 continue
             started = time.perf_counter()
-            robust, _ = within_memory(partial(attack, name, robust), model.limit, f"AutoAttack ({name})")
+            robust = within_memory(partial(attack, name, robust), [model], f"AutoAttack ({name})")
             record["flags"][name] = flags_text(robust)
             record["seconds"][name] = time.perf_counter() - started
-    record["warnings"] = sorted(set(found))
+    record["warnings"] = sorted(found)
     return record
 
 
@@ -282,28 +257,29 @@ def attack_switches() -> Iterator[None]:
 
 
 @contextmanager
-def _package_warnings() -> Iterator[list[str]]:
+def _package_warnings() -> Iterator[set[str]]:
     """Collect the package's warnings (zero gradients, randomised network, ...) instead of printing them each time."""
-    logger, collector, found = getLogger("auto-attack"), BufferingHandler(sys.maxsize), []
-    collector.setLevel(WARNING)
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(collector)
+    logger, found = getLogger("auto-attack"), set()
+
+    def collect(record: LogRecord) -> bool:
+        if record.levelno >= WARNING:
+            # The number of points differs from call to call: without it, equal warnings are equal.
+            message = re.sub(r"^there are \d+ points", "there are points", record.getMessage())
+            found.add(message.removesuffix(" See flags_doc.md for details."))
+        return False  # it is not printed
+
+    logger.addFilter(collect)
     try:
         yield found
     finally:
-        logger.removeHandler(collector)
-        logger.propagate = propagate
-        for record in collector.buffer:
-            # The number of points differs from call to call: without it, equal warnings are equal.
-            message = re.sub(r"^there are \d+ points", "there are points", record.getMessage())
-            found.append(message.removesuffix(" See flags_doc.md for details."))
+        logger.removeFilter(collect)
 
 
 # Chunk files ----------------------------------------------------------------------------------------------------------
 
 
 def _chunk_file(folder: Path, i: int) -> Path:
-    return Path(folder) / f"chunk-{i:05d}.json"
+    return folder / f"chunk-{i:05d}.json"
 
 
 def data_sha256(x: Tensor, y: Tensor) -> str:
@@ -322,10 +298,10 @@ def _finished_chunks(folder: Path, keys: list[dict[str, Any]]) -> dict[int, dict
     """Create the folder, and read the chunk files in it: records by number.
 
     Raises:
-        UserError: a file belongs to another student, setting or data, or its checksum does not match.
+        UserError: a file is damaged, or belongs to another student, setting or data.
     """
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {folder}: {error.strerror}") from error
     records = {}
@@ -333,11 +309,13 @@ def _finished_chunks(folder: Path, keys: list[dict[str, Any]]) -> dict[int, dict
         path = _chunk_file(folder, i)
         if not path.exists():
             continue
-        content = {"parts": None, "record": None, **read_json(path)}
+        advice = f"Delete {path} to attack its images again"
+        try:
+            content = {"parts": None, "record": None, **read_json(path)}
+        except UserError as error:
+            raise UserError(f"{error}. {advice}") from error
         if content.get("sha256") != _checksum(content):
-            raise UserError(
-                f"{path} is damaged: its checksum does not match; delete it to have its images attacked again"
-            )
+            raise UserError(f"{path} is damaged: its checksum does not match. {advice}")
         differing = [name for name in key if content["parts"].get(name) != key[name]]
         if differing:
             raise UserError(

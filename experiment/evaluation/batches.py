@@ -3,7 +3,7 @@
 import math
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import attacks
 from experiment import UserError
@@ -18,8 +19,6 @@ from experiment.data import as_float
 from experiment.entry import is_out_of_memory
 
 Value = TypeVar("Value")
-Batched = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-"""A function of a batch, (x, y) -> tensors (N, ...)."""
 
 
 def ranks() -> tuple[int, int]:
@@ -112,8 +111,47 @@ def measuring(device: torch.device, *models: nn.Module) -> Iterator[None]:
             raise RuntimeError("the network switched to train mode during its evaluation")
 
 
+class InParts(nn.Module):
+    """A network that processes at most `limit` images at once; parts are recomputed for the gradient.
+
+    Memory then limits how many images are processed together, but not how many are attacked together.
+    """
+
+    def __init__(self, model: nn.Module, limit: int) -> None:
+        super().__init__()
+        self.model, self.limit = model, limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) <= self.limit:
+            return self.model(x)
+        # Parts keep no activations for the backward pass. An eval-mode pass draws no random numbers.
+        part = partial(recomputed, self.model, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([part(images) for images in x.split(self.limit)])
+
+
+def within_memory(attempt: Callable[[], Value], models: Sequence[InParts], name: str) -> Value:
+    """Call attempt(); while the device's memory does not suffice, halve the limit of the models and call it again.
+
+    Raises:
+        UserError: not even one image fits.
+    """
+    while True:
+        try:
+            return attempt()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if models[0].limit == 1:
+                raise UserError(f"{name} does not fit in the device's memory, even with single images") from error
+        # Outside the except clause: the exception's traceback would keep the tensors alive.
+        torch.cuda.empty_cache()
+        for model in models:
+            model.limit //= 2
+        print(f"{name}: out of memory; again with {models[0].limit} images at once", file=sys.stderr, flush=True)
+
+
 def per_image(
-    function: Batched,
+    function: Callable[..., tuple[Tensor, ...]],
     x: Tensor,
     y: Tensor,
     batch: int,
@@ -121,78 +159,37 @@ def per_image(
     *models: nn.Module,
     progress: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """Apply function(x_batch, y_batch) to every batch, over all ranks, and concatenate its tensors (N, ...) on the CPU.
+    """Apply function(x, y, *models) to every batch, over all ranks, and concatenate its tensors (N, ...) on the CPU.
 
     Args:
         seed: seed of the random numbers of all batches.
-        models: the networks that the function uses; the first one determines the device.
+        models: networks; the function gets them within the device's memory, and must use no others.
         progress: name of the progress bar on rank 0, or None.
     """
     from tqdm import tqdm
 
     check_images(x, y)
-    device = device_of(models[0], x)
-    rank, world = ranks()
+    device, (rank, world) = device_of(models[0], x), ranks()
+    in_parts = [InParts(model, min(batch, len(x))) for model in models]
+    hidden, found = progress is None or rank > 0 or not sys.stderr.isatty(), {}
     mine = range(rank, math.ceil(len(x) / batch), world)
-    found, size = {}, min(batch, len(x))
-    shown = progress is not None and rank == 0 and sys.stderr.isatty()
-    total = sum(len(y[i * batch :][:batch]) for i in mine)
-    with (
-        measuring(device, *models),
-        tqdm(total=total, unit="image", desc=progress, disable=not shown, dynamic_ncols=True, leave=False) as bar,
-    ):
-        for i in mine:
+
+    def attempt(stream: int, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(stream)
+        return function(x, y, *in_parts)
+
+    with measuring(device, *in_parts):
+        for i in tqdm(mine, unit="batch", desc=progress, disable=hidden, dynamic_ncols=True, leave=False):
+            rows = slice(i * batch, (i + 1) * batch)
+            x_batch, y_batch = as_pixels(x[rows].to(device)), y[rows].to(device)
             # One random stream per batch, which does not depend on the rank. A hash, because neighbouring seeds would
             # share streams; 32 bits, because the CPU generator ignores higher ones.
             stream = zlib.crc32(f"{seed} {i}".encode())
-            rows = slice(i * batch, (i + 1) * batch)
-            part = partial(_in_parts, function, as_pixels(x[rows].to(device)), y[rows].to(device), stream)
-            found[i], size = within_memory(part, size, "the evaluation")
-            bar.update(len(y[rows]))
-    if world > 1:
-        on_cpu = {i: tuple(rows.cpu() for rows in each) for i, each in found.items()}
-        found = {i: each for part in gathered(on_cpu) for i, each in part.items()}
-    # One transfer at the end: transfers per batch would synchronise.
-    return _joined([found[i] for i in sorted(found)], "cpu")
-
-
-def _in_parts(function: Batched, x: Tensor, y: Tensor, stream: int, limit: int) -> tuple[Tensor, ...]:
-    """Apply function(x, y) to at most `limit` images at once; each image keeps its random start."""
-    parts = []
-    for first in range(0, len(x), limit):
-        torch.default_generator.manual_seed(stream)
-        if x.device.type == "cuda":
-            torch.cuda.manual_seed(stream)
-        with attacks.shard_of(first, len(x)):
-            parts.append(function(x[first : first + limit], y[first : first + limit]))
-    return _joined(parts)
-
-
-def _joined(parts: list[tuple[Tensor, ...]], device: str | None = None) -> tuple[Tensor, ...]:
-    return tuple(torch.cat(column).to(device) for column in zip(*parts, strict=True))
-
-
-def within_memory(attempt: Callable[[int], Value], limit: int, name: str) -> tuple[Value, int]:
-    """Call attempt(limit), with half the limit of images at once until the device's memory suffices.
-
-    Returns:
-        The value, and the limit that sufficed.
-
-    Raises:
-        UserError: not even one image fits.
-    """
-    while True:
-        try:
-            return attempt(limit), limit
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if limit == 1:
-                raise UserError(f"{name} does not fit in the device's memory, even with single images") from error
-        # Outside the except clause: the exception's traceback would keep the tensors alive.
-        torch.cuda.empty_cache()
-        limit //= 2
-        print(f"{name}: out of memory; again with {limit} images at once", file=sys.stderr, flush=True)
+            found[i] = within_memory(partial(attempt, stream, x_batch, y_batch), in_parts, "the evaluation")
+    # After the last batch, because transfers synchronise.
+    on_cpu = {i: tuple(tensor.cpu() for tensor in tensors) for i, tensors in found.items()}
+    merged = {i: tensors for part in gathered(on_cpu) for i, tensors in part.items()}
+    return tuple(map(torch.cat, zip(*(merged[i] for i in sorted(merged)), strict=True)))
 
 
 def flags_text(correct: Tensor) -> str:

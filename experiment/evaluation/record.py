@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from experiment import UserError
-from experiment.evaluation.accuracy import STEPS, Attacked
+from experiment.evaluation.accuracy import STEPS
 from experiment.evaluation.autoattack import autoattack_label
 from experiment.evaluation.batches import as_pixels
 from experiment.files import read_json, write_atomically, write_json
+from experiment.records import Config, Result
 from experiment.text import as_text, budget
 
 FOLDER = "evaluations"
@@ -45,14 +46,11 @@ def write_record(folder: Path, record: dict[str, Any], out: Path | None = None) 
 
     Returns:
         The file.
-
-    Raises:
-        UserError: it cannot be written.
     """
     now = datetime.now(UTC)
     # Two evaluations may end in the same second.
     name = f"{now:%Y-%m-%dT%H-%M-%S.%fZ}_{'-'.join(record['measured'])}.json"
-    path = out or Path(folder) / FOLDER / name
+    path = out or folder / FOLDER / name
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"format": FORMAT, "time": f"{now:%Y-%m-%dT%H:%M:%S.%fZ}", **record})
     return path
@@ -60,57 +58,45 @@ def write_record(folder: Path, record: dict[str, Any], out: Path | None = None) 
 
 def records(folder: Path) -> list[dict[str, Any]]:
     """Return the records of a folder, oldest first, each with its ``file``; other files are ignored."""
-    read = [{**read_json(path), "file": str(path)} for path in sorted((Path(folder) / FOLDER).glob("*.json"))]
+    read = [{**read_json(path), "file": str(path)} for path in (folder / FOLDER).glob("*.json")]
     return sorted(
         (record for record in read if record.get("format") == FORMAT), key=lambda record: str(record.get("time"))
     )
 
 
-def save_adversarial(path: Path, x: Tensor, y: Tensor, found: Attacked) -> None:
-    """Write an .npz with x and x_adv, (N, C, H, W) float32 in [0, 1], and y and predictions, (N,) int64.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+def save_adversarial(path: Path, x: Tensor, y: Tensor, predictions: Tensor, x_adv: Tensor) -> None:
+    """Write an .npz with x and x_adv, (N, C, H, W) float32 in [0, 1], and y and predictions, (N,) int64."""
     import numpy as np
 
-    tensors = {"x": as_pixels(x).float(), "x_adv": found.x_adv, "y": y, "predictions": found.predictions}
+    tensors = {"x": as_pixels(x).float(), "x_adv": x_adv, "y": y, "predictions": predictions}
     path.parent.mkdir(exist_ok=True)
-    arrays = {name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()}
+    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD", "cw": "C&W", "autoattack": "AutoAttack"}
 
 
-def attack_label(attack: str, steps: int | None = None, restarts: int = 1, points: Sequence[dict] = ()) -> str:
-    """Return the printed name of an attack: PGD-20, "PGD-100, 5 starts" with restarts, AutoAttack with its version.
+def attack_labels(accuracies: dict[str, list[dict[str, Any]]], restarts: int = 1) -> dict[str, str]:
+    """Return the printed name of each attack: PGD-20, "PGD-100, 5 starts" with restarts, AutoAttack with its version.
 
     Args:
-        points: its measurements, as returned by ``accuracy_curve`` and ``autoattack_curve``.
+        accuracies: points of ``accuracy_curve`` and ``autoattack_curve`` by attack.
     """
-    versions = [point["result"]["version"] for point in points if point.get("result")]
-    if versions:
-        return autoattack_label(versions[0])
-    if attack not in STEPS:
-        return NAMES[attack]
-    return f"{NAMES[attack]}-{steps or STEPS[attack]}" + (f", {restarts} starts" if restarts > 1 else "")
+    labels = {}
+    for attack, points in accuracies.items():
+        versions = [point["result"]["version"] for point in points if point.get("result")]
+        labels[attack] = autoattack_label(versions[0]) if versions else NAMES[attack]
+        if steps := points[0].get("steps"):
+            labels[attack] += f"-{steps}" + (f", {restarts} starts" if restarts > 1 else "")
+    return labels
 
 
 def record_text(record: dict[str, Any]) -> str:
-    """Format the figures of a record: accuracies in per cent with two decimals, with definitions where needed.
-
-    Args:
-        record: as ``evaluate.py`` writes it: ``settings`` with steps and restarts, and any of ``accuracies``,
-            ``per_class``, ``torchattacks``, ``gradients``.
-    """
-    settings, accuracies = record["settings"], record["accuracies"]
-    labels = {
-        attack: attack_label(attack, settings["steps"], settings["restarts"], points)
-        for attack, points in accuracies.items()
-    }
+    """Format the figures of a record: accuracies in per cent with two decimals, with definitions where needed."""
+    labels = attack_labels(record["accuracies"], record["settings"]["restarts"])
     parts = [
-        _accuracies(accuracies, labels) if accuracies else (),
+        _accuracies(record["accuracies"], labels) if labels else (),
         _per_class(record["per_class"], labels) if "per_class" in record else (),
         _torchattacks(record["torchattacks"]) if "torchattacks" in record else (),
         _gradients(record["gradients"]) if "gradients" in record else (),
@@ -143,10 +129,10 @@ def _torchattacks(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "comparison with torchattacks: same images, epsilon, step size and steps (without C&W, an L2 attack there)"
     table = [["attack", "ours", "torchattacks", "misclassified only by ours", "only by theirs", "McNemar p", "at 5 %"]]
     for row in rows:
+        (label,) = attack_labels({row["attack"]: [row]}).values()
         shares = [f"{100 * row[name]:.2f} %" for name in ("ours", "torchattacks")]
         counts = [str(row["only_ours"]), str(row["only_theirs"]), f"{row['p']:.2f}"]
-        verdict = "DIFFERENCE" if row["beyond_noise"] else "no difference"
-        table.append([attack_label(row["attack"], row["steps"]), *shares, *counts, verdict])
+        table.append([label, *shares, *counts, "DIFFERENCE" if row["p"] < 0.05 else "no difference"])
     yield as_text(table)
 
 
@@ -165,31 +151,36 @@ def _per_cent(point: dict[str, Any]) -> str:
     return f"{100 * point['accuracy']:.2f} %"
 
 
-def differences(record: dict[str, Any], config: dict[str, Any], result: dict[str, Any]) -> list[str]:
+def differences(record: dict[str, Any], config: Config, result: Result | None) -> list[str]:
     """Describe other data, another teacher, and accuracies that differ although the settings are equal.
 
     Args:
         record: the evaluation's record, as ``evaluate.py`` writes it.
-        config, result: the run's config.json and result.json, or {}.
+        config, result: of the run; None for an unfinished run.
     """
     found = []
-    for name, title in (("dataset_sha256", "data"), ("teacher_sha256", "teacher")):
-        own, of_run = record[name], config.get(name)
+    for title, own, of_run in (
+        ("data", record["dataset_sha256"], config.dataset_sha256),
+        ("teacher", record["teacher_sha256"], config.teacher_sha256),
+    ):
         if own and of_run and own != of_run:
             found.append(f"the {title} differs from the run's: SHA-256 {own[:12]}..., in config.json {of_run[:12]}...")
-    if result.get("student_sha256") != record["student_sha256"]:
+    if result is None:
         return found
     settings, accuracies, pairs = record["settings"], record["accuracies"], {}
-    if record["test_examples"] == result.get("test_examples"):
+    if record["test_examples"] == result.test_examples:
         if "clean" in accuracies:
-            pairs["clean"] = (accuracies["clean"][0]["accuracy"], result["clean"])
-        monitored = {"epsilons": [config.get("settings", {}).get("epsilon")], "restarts": 1, "start_seed": 0}
-        usual = settings["steps"] in (None, STEPS["pgd"]) and all(settings[key] == monitored[key] for key in monitored)
-        if "pgd" in accuracies and usual:
-            pairs["PGD-20"] = (accuracies["pgd"][0]["accuracy"], result["pgd20"])
-    attack, of_run = accuracies.get("autoattack", [{}])[0].get("result"), result.get("autoattack")
-    if attack and of_run and all(attack[key] == of_run.get(key) for key in ("examples", "epsilon", "seed", "batch")):
-        pairs["AutoAttack"] = (attack["accuracy"], of_run["accuracy"])
+            pairs["clean"] = (accuracies["clean"][0]["accuracy"], result.clean)
+        usual = settings["steps"] in (None, STEPS["pgd"]) and settings["restarts"] == 1 and settings["start_seed"] == 0
+        if "pgd" in accuracies and usual and settings["epsilons"] == [config.settings["epsilon"]]:
+            pairs["PGD-20"] = (accuracies["pgd"][0]["accuracy"], result.pgd20)
+    attack, of_run = accuracies.get("autoattack", [{}])[0].get("result"), result.autoattack
+    if (
+        attack
+        and of_run
+        and all(attack[key] == getattr(of_run, key) for key in ("examples", "epsilon", "seed", "batch"))
+    ):
+        pairs["AutoAttack"] = (attack["accuracy"], of_run.accuracy)
     for name, (own, of_run) in pairs.items():
         if own != of_run:
             found.append(f"{name} is {100 * own:.2f} % now and {100 * of_run:.2f} % in result.json")
