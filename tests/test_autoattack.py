@@ -1,4 +1,4 @@
-"""AutoAttack: the package's own result, chunks that resume, and ranks that share them."""
+"""AutoAttack: the package's own result, chunks that resume, ranks that share them, and faults."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_cases import EPSILON, Masked, labelled, replace_run, tiny_network, without_seconds
+from evaluation_cases import EPSILON, Masked, SmallMemory, labelled, replace_run, tiny_network, without_seconds
 from limits import HANGS
 from torch import nn
 
@@ -213,17 +213,10 @@ import torch.distributed as dist
 sys.path[:0] = [{root!r}, {tests!r}]
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{shared}", rank=rank, world_size=2)
-from evaluation_cases import EPSILON, labelled, tiny_network
-from experiment import compat, evaluation
-published = compat.import_autoattack()
-class Small(published):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.apgd.n_iter = self.apgd_targeted.n_iter = 1
-        self.fab.n_iter = 4
-        self.square.n_queries = 60
-import pyautoattack
-pyautoattack.AutoAttack = Small
+import pytest
+from evaluation_cases import EPSILON, labelled, quicken, tiny_network
+from experiment import evaluation
+quicken(pytest.MonkeyPatch())
 network = tiny_network()
 x, y = labelled(network, 11, 1)
 print(evaluation.pgd_accuracy(network, x, y, EPSILON, steps=3, batch=4))
@@ -280,3 +273,131 @@ dist.destroy_process_group()
 def test_a_finished_rank_waits_longer_than_the_groups_timeout(tmp_path):
     found = two_ranks(tmp_path, SLOW_RANK)
     assert [out for out, _ in found] == ["01\n", "01\n"], found
+
+
+# Faults
+
+
+def test_an_answer_that_does_not_hold_is_an_error(quick_autoattack, monkeypatch):
+    network = tiny_network()
+    x, y = labelled(network, 6, 1)
+    x[0] = 0  # black pixels, to leave [0, 1] inside the ball
+
+    def run():
+        return evaluation.autoattack(network, x, y, EPSILON)
+
+    def claim_more(attack, images, labels, batch, real):
+        return images, (labels + 1) % 10
+
+    def leave_ball(attack, images, labels, batch, real):
+        return (images + EPSILON + 3e-6 * images.lt(0.5)).clamp(0, 1), labels
+
+    def leave_range(attack, images, labels, batch, real):
+        return images - 1e-4, labels
+
+    def give_nan(attack, images, labels, batch, real):
+        return images * float("nan"), labels
+
+    y[0] = network(torch.zeros(1, 3, 8, 8)).argmax()
+    for answer, said in [
+        (claim_more, "differs from AutoAttack's on 5 of 5 images"),
+        (leave_ball, "left the ball"),
+        (leave_range, r"left \[0, 1\]"),
+        (give_nan, "left the ball"),
+    ]:
+        with monkeypatch.context() as patch:
+            replace_run(patch, answer)
+            with pytest.raises(RuntimeError, match=said):
+                run()
+
+
+def test_autoattack_does_not_depend_on_the_memory(quick_autoattack, monkeypatch, tmp_path, capsys):
+    """Out of memory, the network sees fewer images at once; the attack's batch, hence its random numbers, stay."""
+    torch.manual_seed(0)
+    network = tiny_network()
+    x, y = labelled(network, 12, 0)
+    roomy, tight = SmallMemory(network, 12), SmallMemory(network, 3)
+    expected = evaluation.autoattack(roomy, x, y, 0.03)
+    in_one_go = list(quick_autoattack)
+    quick_autoattack.clear()
+    capsys.readouterr()
+    found = evaluation.autoattack(tight, x, y, 0.03, folder=tmp_path)
+    assert found["attacks"] == expected["attacks"]
+    assert 0 < found["accuracy"] < 1
+    # The package was given the same images in the same batches: each attack, those that the ones before left.
+    assert len(quick_autoattack) == len(in_one_go)
+    for (name, given, _, batch), (its_name, its_given, _, its_batch) in zip(quick_autoattack, in_one_go, strict=True):
+        assert (name, batch) == (its_name, its_batch)
+        assert torch.equal(given, its_given)
+    assert [size for size in tight.sizes if size > 3] == [12, 6]
+    said = capsys.readouterr().err
+    assert "out of memory; again with 6 images at once" in said
+    assert "out of memory; again with 3 images at once" in said
+    assert found["warnings"] == expected["warnings"]
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    replace_run(monkeypatch, no_room)
+    with pytest.raises(UserError, match="even with single images"):
+        evaluation.autoattack(network, x, y, 0.03)
+
+
+def test_autoattack_runs_under_its_own_switches(quick_autoattack, monkeypatch):
+    """Deterministic where torch can, no tuning of kernels for sizes that come once; restored after a fault, too."""
+
+    def switches():
+        return (
+            torch.backends.cudnn.benchmark,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+
+    seen = []
+
+    def look(attack, images, labels, batch, real):
+        seen.append(switches())
+        if attack == "fab-t":
+            raise ZeroDivisionError
+        return real()
+
+    network = tiny_network()
+    x, y = labelled(network, 4, 0)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with monkeypatch.context() as patch:
+            replace_run(patch, look)
+            with pytest.raises(ZeroDivisionError):
+                evaluation.autoattack(network, x, y, 1e-4)
+        assert switches() == (True, True, False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [(False, True, True)] * 3
+
+
+def test_signs_of_gradient_masking_are_reported(quick_autoattack, monkeypatch, capsys):
+    network = tiny_network()
+    x, y = labelled(network, 12, 0)
+
+    result = evaluation.autoattack(Masked(), *labelled(Masked()), EPSILON)
+    assert any("zero gradient" in warning for warning in result["warnings"])
+
+    def blind_white_box(attack, images, labels, batch, real):
+        return real() if attack == "square" else (images, labels)
+
+    with monkeypatch.context() as patch:
+        replace_run(patch, blind_white_box)
+        masked = evaluation.autoattack(network, x, y, 0.1)
+    assert masked["attacks"]["fab-t"] == 1
+    assert masked["accuracy"] < 0.9
+    assert any(warning.startswith("Square") for warning in masked["warnings"])
+    assert "warning: AutoAttack: Square" in capsys.readouterr().err
+    honest = evaluation.autoattack(network, x, y, 0.1)
+    assert not any(warning.startswith("Square") for warning in honest["warnings"])
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 8.0])
+def test_an_epsilon_out_of_range_is_refused(epsilon):
+    with pytest.raises(UserError, match=f"epsilon {epsilon:g} is out of range"):
+        evaluation.autoattack(tiny_network(), *labelled(tiny_network()), epsilon)

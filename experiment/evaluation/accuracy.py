@@ -44,11 +44,7 @@ def attacked(
     keep: bool = False,
     progress: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return predictions under an attack, (N,), and with `keep` the attacked images in float32; both on the CPU.
-
-    Raises:
-        UserError: logits are not finite.
-    """
+    """Return predictions under an attack, (N,), and with `keep` the attacked images in float32; both on the CPU."""
 
     def classify(x_batch: Tensor, y_batch: Tensor, model: nn.Module) -> tuple[Tensor, ...]:
         x_adv = attack(model, x_batch, y_batch)

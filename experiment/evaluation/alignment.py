@@ -85,32 +85,31 @@ def gradient_report(
         ``scalars``: for each scalar ``gd``, ``gc``, ``remainder_student``, ``remainder_teacher``, ``definition``;
         ``alignment_definition``, ``remainder_definition``, ``examples``, ``epsilon``, ``seed``.
     """
-    names = tuple(SCALARS)
 
     def compare(clean: Tensor, labels: Tensor, *networks: nn.Module) -> tuple[Tensor, ...]:
         x_adv = attack_of("pgd", epsilon)(networks[0], clean, labels)
         delta = (x_adv - clean).double()
-        columns, gradients = [], []
-        for model in networks:
-            values, of_model = input_gradients(model, clean, labels, names)
-            logits_adv = model(x_adv)
-            for name, value, gradient in zip(names, values, of_model, strict=True):
-                change = SCALARS[name][1](logits_adv, labels).double() - value
-                columns += [(change - (gradient * delta).flatten(1).sum(dim=1)).abs(), change.abs()]
-            gradients.append(of_model)
-        for of_student, of_teacher in zip(*gradients, strict=True):
-            columns += _distance_and_cosine(of_student, of_teacher)
+        before = [input_gradients(network, clean, labels, tuple(SCALARS)) for network in networks]
+        after = [network(x_adv) for network in networks]
+        columns = []
+        for i, (_, scalar) in enumerate(SCALARS.values()):
+            columns += _distance_and_cosine(*(gradients[i] for _, gradients in before))
+            for (values, gradients), logits_adv in zip(before, after, strict=True):
+                change = scalar(logits_adv, labels).double() - values[i]
+                columns += [(change - (gradients[i] * delta).flatten(1).sum(dim=1)).abs(), change.abs()]
         return (torch.stack(columns, dim=1),)
 
     (rows,) = per_image(compare, x, y, 128, seed, student, teacher, progress="gradients")
-    means = iter(rows.mean(dim=0).tolist())
-    scalars: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for network in ("student", "teacher"):
-        for name in names:
-            unexplained, change = next(means), next(means)
-            scalars[name][f"remainder_{network}"] = unexplained / change if change else 0.0
-    for name in names:
-        scalars[name] |= {"gd": next(means), "gc": next(means), "definition": SCALARS[name][0]}
+    scalars = {}
+    for (name, (definition, _)), means in zip(SCALARS.items(), rows.mean(dim=0).view(-1, 6).tolist(), strict=True):
+        gd, gc, unexplained_student, change_student, unexplained_teacher, change_teacher = means
+        scalars[name] = {
+            "gd": gd,
+            "gc": gc,
+            "remainder_student": unexplained_student / change_student if change_student else 0.0,
+            "remainder_teacher": unexplained_teacher / change_teacher if change_teacher else 0.0,
+            "definition": definition,
+        }
     return {
         **{name: scalars["probability"][name] for name in ("gd", "gc")},
         "definition": GRADIENT_DEFINITION,

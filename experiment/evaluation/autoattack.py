@@ -295,11 +295,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def _finished_chunks(folder: Path, keys: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Create the folder, and read the chunk files in it: records by number.
-
-    Raises:
-        UserError: a file is damaged, or belongs to another student, setting or data.
-    """
+    """Create the folder, and read the chunk files in it: records by number."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -27,11 +27,7 @@ def ranks() -> tuple[int, int]:
 
 
 def gathered(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
-    """Return every rank's value.
-
-    Raises:
-        UserError: another rank is gone.
-    """
+    """Return every rank's value; UserError if another rank is gone."""
     _, world = ranks()
     everyone = [value] * world
     if world > 1:
@@ -84,20 +80,15 @@ def check_network(name: str, model: nn.Module, x: Tensor, num_classes: int) -> N
             raise
         fault = f"{type(error).__name__}: {error}"
         raise UserError(f"network {name!r} fails on images {tuple(x.shape)}: {fault}") from error
-    if not isinstance(logits, Tensor) or logits.shape != (len(x), num_classes):
-        given = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise UserError(
-            f"network {name!r} returns {given} for images {tuple(x.shape)}; expected logits {(len(x), num_classes)}"
-        )
+    given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if given != (len(x), num_classes):
+        expected = f"expected logits {(len(x), num_classes)}"
+        raise UserError(f"network {name!r} returns {given} for images {tuple(x.shape)}; {expected}")
 
 
 @contextmanager
 def measuring(device: torch.device, *models: nn.Module) -> Iterator[None]:
-    """Context for evaluation: eval mode, frozen, float32, no gradients, forked random generators; restored on exit.
-
-    Raises:
-        RuntimeError: a network left eval mode.
-    """
+    """Context for evaluation: eval mode, frozen, float32, no gradients, forked random generators; restored on exit."""
     cuda = device.type == "cuda"
     with (
         attacks.frozen(*models),
@@ -130,11 +121,7 @@ class InParts(nn.Module):
 
 
 def within_memory(attempt: Callable[[], Value], models: Sequence[InParts], name: str) -> Value:
-    """Call attempt(); while the device's memory does not suffice, halve the limit of the models and call it again.
-
-    Raises:
-        UserError: not even one image fits.
-    """
+    """Call attempt(); while the device's memory does not suffice, halve the limit of the models and call it again."""
     while True:
         try:
             return attempt()
