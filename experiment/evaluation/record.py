@@ -78,7 +78,7 @@ NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD", "cw": "C&W", "autoattac
 
 
 def attack_labels(accuracies: dict[str, list[dict[str, Any]]], restarts: int = 1) -> dict[str, str]:
-    """Return the printed name of each attack: PGD-20, "PGD-100, 5 starts" with restarts, AutoAttack with its version."""
+    """Return printed names: PGD-20, "PGD-100, 5 starts" with restarts, AutoAttack with its version."""
     labels = {}
     for attack, points in accuracies.items():
         versions = [point["result"]["version"] for point in points if point.get("result")]
