@@ -62,7 +62,7 @@ def quicken(monkeypatch):
 
 
 def replace_run(monkeypatch, run):
-    """Let the (small) AutoAttack answer run(adversary, attack, x, y, batch, the real answer)."""
+    """Let the (small) AutoAttack answer run(attack, x, y, a function that gives the real answer)."""
     small_class = compat.import_autoattack()
 
     class Replaced(small_class):
@@ -71,7 +71,7 @@ def replace_run(monkeypatch, run):
                 return small_class.run_standard_evaluation(self, x, y, batch_size=batch_size)
 
             real.adversary = self
-            return run(self.attacks_to_run[0], x, y, batch_size, real)
+            return run(self.attacks_to_run[0], x, y, real)
 
     monkeypatch.setattr("pyautoattack.AutoAttack", Replaced)
 

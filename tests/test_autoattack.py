@@ -109,7 +109,7 @@ def test_resume_attacks_nothing_twice_and_ends_the_same(quick_autoattack, tmp_pa
     everything = seen()
     with monkeypatch.context() as patch:
 
-        def stop_in_third_chunk(attack, images, labels, batch, real):
+        def stop_in_third_chunk(attack, images, labels, real):
             if attack == "apgd-t" and (images == x[6] / 255).flatten(1).all(dim=1).any():
                 raise Interrupted
             return real()
@@ -152,7 +152,7 @@ def test_fewer_classes_have_fewer_targets_and_another_name(
     x, y = labelled(network, 12, 0)
     targets = []
 
-    def look(attack, images, labels, batch, real):
+    def look(attack, images, labels, real):
         found = real()
         targets.append((real.adversary.apgd_targeted.n_target_classes, real.adversary.fab.n_target_classes))
         return found
@@ -172,15 +172,13 @@ def test_results_of_different_runs_are_not_mixed(quick_autoattack, tmp_path):
     y_other, x_other = y.clone(), x.clone()
     y_other[5] = (y[5] + 1) % 10
     x_other[4, 0, 0, 0] ^= 1
-    standard = {"model": network, "x": x, "y": y, "epsilon": EPSILON, "seed": 0, "batch": 3}
+    standard = {"model": network, "x": x, "y": y, "epsilon": EPSILON, "seed": 0, "batch": 3, "folder": tmp_path}
 
     def run(**changed):
-        settings = {**standard, **changed}
-        positional = [settings.pop(name) for name in ("model", "x", "y", "epsilon")]
-        return evaluation.autoattack(*positional, folder=tmp_path, **settings)
+        return evaluation.autoattack(**{**standard, **changed})
 
     expected = run()
-    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    chunks = {path: path.read_bytes() for path in tmp_path.iterdir()}
     quick_autoattack.clear()
     for changed, named in [
         ({"model": other}, "student"),
@@ -193,12 +191,12 @@ def test_results_of_different_runs_are_not_mixed(quick_autoattack, tmp_path):
         with pytest.raises(UserError, match=f"of another {named}; results are not mixed"):
             run(**changed)
     assert not quick_autoattack
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == chunks
     assert run(x=x / 255) == expected  # the same images as floats are the same data
 
     path = tmp_path / "chunk-00001.json"
-    for damaged in (files[path].replace(b'"clean": "110"', b'"clean": "111"'), files[path][:-20], b"[1]", b"{}"):
-        assert damaged != files[path]
+    for damaged in (chunks[path].replace(b'"clean": "110"', b'"clean": "111"'), chunks[path][:-20], b"[1]", b"{}"):
+        assert damaged != chunks[path]
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"Delete \S*chunk-00001\.json to attack its images again"):
             run()
@@ -228,7 +226,7 @@ dist.destroy_process_group()
 
 
 def two_ranks(tmp_path, script, **names):
-    """Run a script in two processes: what each printed to stdout and stderr."""
+    """Run a script in two processes; return what each printed to stdout and stderr."""
     names |= {"root": str(ROOT), "tests": str(ROOT / "tests"), "shared": tmp_path / "shared"}
     (tmp_path / "rank.py").write_text(script.format(**names))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -283,32 +281,17 @@ def test_an_answer_that_does_not_hold_is_an_error(quick_autoattack, monkeypatch)
     x, y = labelled(network, 6, 1)
     x[0] = 0  # black pixels, to leave [0, 1] inside the ball
 
-    def run():
-        return evaluation.autoattack(network, x, y, EPSILON)
-
-    def claim_more(attack, images, labels, batch, real):
-        return images, (labels + 1) % 10
-
-    def leave_ball(attack, images, labels, batch, real):
-        return (images + EPSILON + 3e-6 * images.lt(0.5)).clamp(0, 1), labels
-
-    def leave_range(attack, images, labels, batch, real):
-        return images - 1e-4, labels
-
-    def give_nan(attack, images, labels, batch, real):
-        return images * float("nan"), labels
-
     y[0] = network(torch.zeros(1, 3, 8, 8)).argmax()
     for answer, said in [
-        (claim_more, "differs from AutoAttack's on 5 of 5 images"),
-        (leave_ball, "left the ball"),
-        (leave_range, r"left \[0, 1\]"),
-        (give_nan, "left the ball"),
+        (lambda x, y: (x, (y + 1) % 10), "differs from AutoAttack's on 5 of 5 images"),
+        (lambda x, y: ((x + EPSILON + 3e-6 * x.lt(0.5)).clamp(0, 1), y), "left the ball"),
+        (lambda x, y: (x - 1e-4, y), r"left \[0, 1\]"),
+        (lambda x, y: (x * float("nan"), y), "left the ball"),
     ]:
         with monkeypatch.context() as patch:
-            replace_run(patch, answer)
+            replace_run(patch, lambda attack, x, y, real, answer=answer: answer(x, y))
             with pytest.raises(RuntimeError, match=said):
-                run()
+                evaluation.autoattack(network, x, y, EPSILON)
 
 
 def test_autoattack_does_not_depend_on_the_memory(quick_autoattack, monkeypatch, tmp_path, capsys):
@@ -355,7 +338,7 @@ def test_autoattack_runs_under_its_own_switches(quick_autoattack, monkeypatch):
 
     seen = []
 
-    def look(attack, images, labels, batch, real):
+    def look(attack, images, labels, real):
         seen.append(switches())
         if attack == "fab-t":
             raise ZeroDivisionError
@@ -383,7 +366,7 @@ def test_signs_of_gradient_masking_are_reported(quick_autoattack, monkeypatch, c
     result = evaluation.autoattack(Masked(), *labelled(Masked()), EPSILON)
     assert any("zero gradient" in warning for warning in result["warnings"])
 
-    def blind_white_box(attack, images, labels, batch, real):
+    def blind_white_box(attack, images, labels, real):
         return real() if attack == "square" else (images, labels)
 
     with monkeypatch.context() as patch:

@@ -256,9 +256,9 @@ def test_networks_that_do_not_fit_are_one_line(run_folder, error_of):
         ((other,), "has 7 classes but the data has 10"),
         ((other, "--attacks", "gradients"), "without --teacher"),
         ((run_folder.parent / "nowhere",), "nowhere"),
-        (("Nobody2020Nothing",), "Nobody2020Nothing"),
+        (("Nobody2020Nothing", "--dataset", "digits"), "Nobody2020Nothing"),
         (("RES-8", "--dataset", "digits", "--weights", "nowhere.pt"), "--weights nowhere.pt: no such file"),
-        (("BDM", "--weights", "nowhere.pt"), "--weights nowhere.pt: no such file"),
+        (("BDM", "--dataset", "digits", "--weights", "nowhere.pt"), "--weights nowhere.pt: no such file"),
     ]:
         assert said in error_of(*arguments)
     files.save_student(run_folder / "student.pt", build_model("RES-8", 10), "RES-8", 10, {})

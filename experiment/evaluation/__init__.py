@@ -23,9 +23,10 @@ from experiment.evaluation.accuracy import (
 from experiment.evaluation.alignment import GRADIENT_DEFINITION, gradient_alignment, gradient_report
 from experiment.evaluation.autoattack import AUTOATTACK, autoattack, autoattack_label
 from experiment.evaluation.batches import check_network, wilson_interval
-from experiment.evaluation.figures import alignment_figure, curve_figure
 from experiment.evaluation.record import (
+    alignment_figure,
     check_outputs,
+    curve_figure,
     differences,
     record_text,
     records,

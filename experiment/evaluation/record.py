@@ -1,17 +1,19 @@
-"""The record of an evaluation: write (never overwriting), read, format, and compare with the run."""
+"""What evaluate.py writes, never overwriting: its record and the text of it, adversarial images, figures."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from experiment import UserError
-from experiment.evaluation.accuracy import STEPS
+from experiment.evaluation.accuracy import STEPS, attack_of
+from experiment.evaluation.alignment import input_gradients
 from experiment.evaluation.autoattack import autoattack_label
-from experiment.evaluation.batches import as_pixels
+from experiment.evaluation.batches import as_pixels, device_of, measuring
 from experiment.files import read_json, write_atomically, write_json
 from experiment.records import Config, Result
 from experiment.text import as_text, budget
@@ -62,16 +64,6 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return sorted(
         (record for record in read if record.get("format") == FORMAT), key=lambda record: str(record.get("time"))
     )
-
-
-def save_adversarial(path: Path, x: Tensor, y: Tensor, predictions: Tensor, x_adv: Tensor) -> None:
-    """Write an .npz with x and x_adv, (N, C, H, W) float32 in [0, 1], and y and predictions, (N,) int64."""
-    import numpy as np
-
-    tensors = {"x": as_pixels(x).float(), "x_adv": x_adv, "y": y, "predictions": predictions}
-    path.parent.mkdir(exist_ok=True)
-    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD", "cw": "C&W", "autoattack": "AutoAttack"}
@@ -181,3 +173,87 @@ def differences(record: dict[str, Any], config: Config, result: Result | None) -
         if own != of_run:
             found.append(f"{name} is {100 * own:.2f} % now and {100 * of_run:.2f} % in result.json")
     return found
+
+
+# Files of other formats -----------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    path.parent.mkdir(exist_ok=True)  # the folder of the records
+    write_atomically(path, write)
+
+
+def save_adversarial(path: Path, x: Tensor, y: Tensor, predictions: Tensor, x_adv: Tensor) -> None:
+    """Write an .npz with x and x_adv, (N, C, H, W) float32 in [0, 1], and y and predictions, (N,) int64."""
+    import numpy as np
+
+    tensors = {"x": as_pixels(x).float(), "x_adv": x_adv, "y": y, "predictions": predictions}
+    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    _write(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def curve_figure(path: Path, curves: dict[str, list[dict[str, Any]]], restarts: int, title: str) -> None:
+    """Plot accuracy over epsilon, one line per attack with its 95 % band; curves and restarts: `attack_labels`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    labels = attack_labels(curves, restarts)
+    for attack, points in curves.items():
+        epsilons = [255 * point["epsilon"] for point in points]
+        low, high = ([100 * point["interval"][end] for point in points] for end in (0, 1))
+        label = f"{labels[attack]}, {points[0]['examples']} images"
+        (line,) = axes.plot(epsilons, [100 * point["accuracy"] for point in points], marker="o", ms=4, label=label)
+        axes.fill_between(epsilons, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xlabel="epsilon × 255", ylabel="accuracy, %", title=title, ylim=(0, 100))
+    axes.grid(alpha=0.3)
+    axes.legend(title="with 95 % intervals")
+    _write(path, lambda file: figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150))
+
+
+def alignment_figure(
+    path: Path,
+    teacher: nn.Module,
+    students: Sequence[tuple[str, nn.Module]],
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    class_names: Sequence[str],
+) -> None:
+    """Plot images in rows: x, the first student's PGD-20 perturbation, then the input gradient of each network.
+
+    Gradients are of the true class's probability, summed over colours, each scaled to its largest value. They show
+    directions, not lengths. Each student's gradient is labelled with its cosine to the teacher's.
+
+    Args:
+        students: title of the column, and network.
+        x: the images, (N, 3, H, W); y: their classes.
+    """
+    from matplotlib.figure import Figure
+
+    titles, networks = zip(("teacher", teacher), *students, strict=True)
+    device = device_of(teacher, x)
+    clean, labels = as_pixels(x.to(device)).float(), y.to(device)
+    with measuring(device, *networks):
+        torch.manual_seed(0)
+        delta = (attack_of("pgd", epsilon)(networks[1], clean, labels) - clean).cpu()
+        gradients = [input_gradients(network, clean, labels)[1][0].cpu() for network in networks]
+    columns = ["x", "δ", *titles]
+    figure = Figure(figsize=(1.7 * len(columns), 1.8 * len(x) + 0.6), layout="constrained")
+    grid = figure.subplots(len(x), len(columns), squeeze=False)
+    for i, row in enumerate(grid):
+        row[0].imshow(clean[i].cpu().permute(1, 2, 0).numpy(), interpolation="nearest")
+        row[0].set_ylabel(class_names[int(y[i])], fontsize=8)
+        row[1].imshow((0.5 + delta[i] / (2 * epsilon)).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        for axes, of_images in zip(row[2:], gradients, strict=True):
+            gradient = of_images[i].sum(dim=0)
+            largest = max(float(gradient.abs().max()), 1e-30)
+            axes.imshow(gradient.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
+            if of_images is not gradients[0]:
+                cosine = torch.cosine_similarity(of_images[i].flatten(), gradients[0][i].flatten(), dim=0)
+                axes.set_xlabel(f"cos {cosine:.2f}", fontsize=8)
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+    for axes, name in zip(grid[0], columns, strict=True):
+        axes.set_title(name, fontsize=9, wrap=True)
+    _write(path, lambda file: figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150))
