@@ -119,14 +119,13 @@ def read_run(args):
         info = files.read_student(path, unfinished=True)["info"]
     except UserError as error:
         raise UserError(f"{error}{'; bare weights are measured with --arch' if path.is_file() else ''}") from error
-    config = result = None
+    folder, config, result = path if path.is_dir() else path.parent, None, None
     if path.is_dir() or info is None:  # a last.pt has no settings of its own
-        folder = path if path.is_dir() else path.parent
         config = records.read_config(folder) if (folder / "config.json").is_file() else None
         result = records.read_result(folder) if (folder / "result.json").is_file() else None
     settings = config.settings if config else (info or {}).get("settings", {})
     if settings:
-        records.checked(records.Settings, settings, path / "config.json" if path.is_dir() else path)
+        records.checked(records.Settings, settings, folder / "config.json" if config else path)
     return settings, config, result
 
 
