@@ -261,6 +261,7 @@ def test_networks_that_do_not_fit_are_one_line(run_folder, error_of):
         (("BDM", "--dataset", "digits", "--weights", "nowhere.pt"), "--weights nowhere.pt: no such file"),
     ]:
         assert said in error_of(*arguments)
+    torch.manual_seed(2)
     files.save_student(run_folder / "student.pt", build_model("RES-8", 10), "RES-8", 10, {})
     assert "was measured on another student" in error_of(run_folder)
 
