@@ -11,7 +11,7 @@ import pytest
 from limits import HANGS
 
 from experiment import RunStopped, UserError, text
-from experiment.study import costs, plan, processes, slurm
+from experiment.study import costs, plan, processes
 from experiment.study import main as study_main
 
 ROOT = Path(__file__).parents[1]
@@ -208,13 +208,13 @@ def test_only_takes_some_runs_and_says_when_it_takes_none(capsys, tmp_path):
 def test_a_cluster_gets_the_runs_as_jobs_that_resume(study_of, tmp_path, capsys):
     """With submitit's local executor, which starts real processes as SLURM would."""
     study = study_of(TINY.replace("seed = [0, 1]", "seed = [0]"))
-    jobs = slurm.submit(study, 2, {"timeout_min": 10, "gpus_per_node": 0}, "local")
+    jobs = processes.submit(study, 2, {"timeout_min": 10, "gpus_per_node": 0}, "local")
     assert [job.result() for job in jobs] == [0, 0]
     assert {run.state() for run in study.all_runs} == {plan.FINISHED}, "the teacher went ahead"
     assert "adaad_seed0: job " in capsys.readouterr().out
-    assert slurm.submit(study, 2, {"gpus_per_node": 0}, "local") == [], "what is finished is not sent"
+    assert processes.submit(study, 2, {"gpus_per_node": 0}, "local") == [], "what is finished is not sent"
     with pytest.raises(UserError, match=r"submitit: .*partitoin"):
-        slurm.submit(study, 1, {"partitoin": "gpu"}, "local")
+        processes.submit(study, 1, {"partitoin": "gpu"}, "local")
 
 
 def test_a_preempted_job_lets_its_run_save_itself_and_is_queued_again(tmp_path, monkeypatch):
@@ -226,9 +226,9 @@ signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(mark)!r}).touch(), s
 os.kill(os.getppid(), signal.SIGUSR2)
 time.sleep(60)
 """
-    job = slurm.Job([sys.executable, "-c", code])
+    job = processes.Job([sys.executable, "-c", code])
     before = signal.signal(signal.SIGUSR2, lambda *_: queued.append(job.checkpoint()))
-    monkeypatch.setattr(slurm, "SECONDS_TO_SAVE", 20)
+    monkeypatch.setattr(processes, "SECONDS_TO_SAVE", 20)
     monkeypatch.setattr(subprocess.Popen, "kill", lambda process: killed.append(process.pid))
     try:
         with pytest.raises(RuntimeError, match="exit status 75"):
@@ -238,7 +238,7 @@ time.sleep(60)
     assert mark.exists()
     assert not killed, "it had ended by itself"
     assert queued[0].function.command == job.command
-    failing = slurm.Job([sys.executable, "-c", "raise SystemExit(3)"])
+    failing = processes.Job([sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(RuntimeError, match="exit status 3"):
         failing()
 
@@ -247,9 +247,9 @@ def test_a_teacher_at_work_is_waited_for(study_of, monkeypatch):
     study = study_of(TINY)
     monkeypatch.setattr(plan.PlannedRun, "state", lambda run: plan.RUNNING)
     with pytest.raises(UserError, match="is being trained"):
-        slurm.submit(study, 1, {"gpus_per_node": 0}, "local")
+        processes.submit(study, 1, {"gpus_per_node": 0}, "local")
     alone = plan.Study(study.name, study.folder, None, study.runs)
-    assert slurm.submit(alone, 1, {"gpus_per_node": 0}, "local") == [], "another process has them"
+    assert processes.submit(alone, 1, {"gpus_per_node": 0}, "local") == [], "another process has them"
 
 
 def planned(tmp_path: Path, name: str, code: str) -> plan.PlannedRun:

@@ -11,7 +11,7 @@ from typing import Any
 from experiment import UserError, cli
 from experiment.study.costs import counted, hours_of
 from experiment.study.plan import FINISHED, ROOT, Study, read_study
-from experiment.study.processes import Processes
+from experiment.study.processes import Processes, submit
 from experiment.text import as_text
 
 
@@ -54,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The runs import this project wherever they start.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if args.slurm:
-        from experiment.study.slurm import submit
-
         submit(study, args.jobs, dict(args.slurm_options))
     else:
         _run(study, args.jobs, args.devices)

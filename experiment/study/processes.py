@@ -1,19 +1,23 @@
-"""The processes of a study: several at a time, each with its threads or its device, stopped in order."""
+"""The runs of a study as processes of this machine, or as a job array of a SLURM cluster through submitit."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from experiment import RunStopped
-from experiment.study.plan import FINISHED, RUNNING, PlannedRun
+from experiment import RunStopped, UserError
+from experiment.study.plan import FINISHED, RUNNING, PlannedRun, Study
 from experiment.text import started_as
 
 POLL_SECONDS = 0.5
+DEFAULTS = {"name": "study", "timeout_min": 24 * 60, "gpus_per_node": 1, "cpus_per_task": 8, "nodes": 1}
+"""submitit's parameters; --slurm_options beats them."""
+SECONDS_TO_SAVE = 60
 
 
 @dataclass
@@ -114,3 +118,70 @@ class Processes:
         for child in self._children:
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM)
+
+
+class Job:
+    """One run as a job: its command in a process of its own, so that what is stopped is stopped in order."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = list(command)
+        self._process: subprocess.Popen | None = None
+
+    def __call__(self) -> int:
+        """Run to the end; raise if it failed, so that the job fails too."""
+        self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, process_group=0)
+        while self._process.poll() is None:  # wait() would hold the lock that the wait in checkpoint() needs
+            time.sleep(POLL_SECONDS)
+        if status := self._process.returncode:
+            raise RuntimeError(f"exit status {status}: {' '.join(self.command)}")
+        return 0
+
+    def checkpoint(self) -> Any:
+        """Preempted, or out of time: let the run save itself, and ask to be queued again."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(SECONDS_TO_SAVE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        return DelayedSubmission(Job(self.command))
+
+
+def submit(study: Study, jobs: int, options: Mapping[str, Any], cluster: str = "slurm") -> list[Any]:
+    """Send what is not finished as one array, at most `jobs` at a time, after a missing teacher; return its jobs.
+
+    `cluster` may also be submitit's local executor, which starts processes on this machine.
+
+    Raises:
+        UserError: no SLURM, an unknown option, or a teacher that is being trained elsewhere.
+    """
+    import submitit
+
+    folder = study.folder / "logs" / "slurm"
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        parallel = {"slurm_array_parallelism": jobs} if cluster == "slurm" else {}
+        executor.update_parameters(**{**DEFAULTS, **parallel, **options})
+    except (RuntimeError, NameError, TypeError, ValueError) as error:
+        raise UserError(f"submitit: {' '.join(str(error).split())}") from error
+    if study.teacher and study.teacher.state() == RUNNING:
+        raise UserError(f"{study.teacher.folder} is being trained; send the runs once it is finished")
+    if study.teacher and study.teacher.state() != FINISHED:
+        teacher = executor.submit(_job(study.teacher))
+        print(f"{study.teacher.name}: job {teacher.job_id}")
+        if cluster == "slurm":
+            executor.update_parameters(slurm_additional_parameters={"dependency": f"afterok:{teacher.job_id}"})
+        else:
+            teacher.result()
+    waiting = [run for run in study.runs if run.state() not in (FINISHED, RUNNING)]
+    jobs_sent = executor.submit_array([_job(run) for run in waiting]) if waiting else []
+    for run, job in zip(waiting, jobs_sent, strict=True):
+        print(f"{run.name}: job {job.job_id}")
+    print(f"output of the jobs: {folder}")
+    return jobs_sent
+
+
+def _job(run: PlannedRun) -> Job:
+    return Job([sys.executable, *started_as(run.script.resolve()), *run.arguments])
