@@ -39,36 +39,31 @@ def make_run(
     method: str = "AdaAD",
     seed: int = 0,
     robust: float | None = 0.38,
-    clean: float = 0.8,
     examples: int = 100,
     config: dict | None = None,
     result: dict | None = None,
     attack: dict | None = None,
-    fell: list[int] | None = None,
+    flags: str | None = None,
     **changed,
 ) -> Path:
     """Write the three files of a finished run; `changed` are settings, the dicts replace entries of their file.
 
-    `fell`: per image at which of the clean pass and AutoAttack's four steps (0 to 4) it fell, 5 for none; without it
-    the first images are robust.
+    `flags`: as in ``records.Attack``; without it the first images are robust.
     """
-    if fell is not None:
-        robust, examples = fell.count(5) / len(fell), len(fell)
-    elif robust is not None:
-        fell = [5] * round(robust * examples) + [2] * (examples - round(robust * examples))
-    flags = {name: "".join("01"[at > step] for at in fell or ()) for step, name in enumerate(STEPS)}
+    if flags is None:
+        flags = ("-" * round((robust or 0) * examples)).ljust(examples, "2")
     folder.mkdir(parents=True)
     script = f"{method.lower()}_{f'{adds}_' if adds else ''}cifar100.py"
     command = f"python {script} --seed {seed} --run_name {folder.name}"
     shared = {"format": 1, "script": script, "method": method, "adds": adds, "command": command}
-    chosen = {"teacher": "BDM", "student": "RES-18", "dataset": "digits", "lr": 0.1, "epochs": 3, "seed": seed}
-    chosen["epsilon"] = 8 / 255
-    chosen |= {"run_name": folder.name, "aa_examples": examples if robust is not None else 0, "aa_batch": 250}
-    chosen |= (ADDED if adds else {}) | changed
-    written = {
+    networks = {"teacher": "BDM", "student": "RES-18", "dataset": "digits", "epochs": 3, "seed": seed}
+    attacked = {"aa_examples": 0 if robust is None else len(flags), "aa_batch": 250}
+    settings = {**networks, **attacked, "lr": 0.1, "epsilon": 8 / 255, "run_name": folder.name}
+    settings |= (ADDED if adds else {}) | changed
+    made = {
         **shared,
         "added_settings": list(ADDED) if adds else [],
-        "settings": chosen,
+        "settings": settings,
         "versions": {"python": "3.11.9", "torch": "2.13.0"},
         "device": "cpu",
         "commit": "0123abc",
@@ -76,22 +71,15 @@ def make_run(
         "num_classes": 10,
         "teacher_sha256": "e" * 64,
     }
-    (folder / "config.json").write_text(json.dumps(written | (config or {})))
-    rows = [{"epoch": 1, "lr": 0.1, "loss": 1.0}]
-    rows += [{"epoch": epoch, "lr": 0.1, "loss": 1.0, "clean": clean, "pgd20": clean / 2} for epoch in (2, 3)]
+    (folder / "config.json").write_text(json.dumps(made | (config or {})))
+    measured = {"clean": 0.8, "pgd20": 0.4}
+    rows = [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 1.0, **measured}, {"epoch": 3, "loss": 1.0, **measured}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    measured = {"accuracy": robust, "epsilon": 8 / 255, "version": "standard", "seed": seed, "examples": examples}
-    measured["flags"] = flags
-    finished = {
-        **shared,
-        **{key: chosen[key] for key in ("teacher", "student", "dataset", "seed", "epochs")},
-        "clean": clean,
-        "pgd20": clean / 2,
-        "test_examples": 450,
-        "autoattack": None if robust is None else measured | (attack or {}),
-        "hardware": "Some CPU",
-    }
-    (folder / "result.json").write_text(json.dumps(finished | (result or {})))
+    found = {"version": "standard", "epsilon": 8 / 255, "seed": seed, "examples": len(flags), "flags": flags}
+    found |= {"accuracy": flags.count("-") / len(flags), **(attack or {})}
+    ended = {**shared, **{key: settings[key] for key in networks}, **measured, "test_examples": 450}
+    ended |= {"autoattack": None if robust is None else found, "hardware": "Some CPU"}
+    (folder / "result.json").write_text(json.dumps(ended | (result or {})))
     return folder
 
 
@@ -212,36 +200,33 @@ def test_bootstrap_sees_the_noise_of_seeds_and_of_images():
     assert statistics.bootstrap_interval(np.ones((4, 50))) == pytest.approx((1.0, 1.0), abs=1e-12)
 
 
-def flags_of(igdm_wins: int, baseline_wins: int, images: int = 400) -> tuple[list[int], list[int]]:
+def flags_of(igdm_wins: int, baseline_wins: int, images: int = 400) -> tuple[str, str]:
     """Flags of a baseline and of the version with IGDM, which differ on these numbers of images."""
-    shared = images - igdm_wins - baseline_wins
-    rest = [5, 1, 4, 0, 5] * (shared // 5) + [5] * (shared % 5)
-    return [2] * igdm_wins + [5] * baseline_wins + rest, [5] * igdm_wins + [3] * baseline_wins + rest
+    rest = ("-140-" * images)[: images - igdm_wins - baseline_wins]
+    return "2" * igdm_wins + "-" * baseline_wins + rest, "-" * igdm_wins + "3" * baseline_wins + rest
 
 
 @pytest.mark.parametrize(("wins", "verdict"), [((30, 2), "interval excludes 0"), ((17, 15), "interval includes 0")])
 def test_runs_on_the_same_images_are_paired(tmp_path, wins, verdict):
     base, with_igdm = flags_of(*wins)
-    folders = make_pair(tmp_path, {"fell": base}, {"fell": with_igdm})
-    printed = compare(*folders)
+    printed = compare(*make_pair(tmp_path, {"flags": base}, {"flags": with_igdm}))
     assert f"{100 * (wins[0] - wins[1]) / 400:+.2f} points" in printed
     assert "(bootstrap over images)" in printed
     assert verdict in printed
     assert "McNemar's exact p" in printed
-    (read,) = read_runs(folders[:1]).finished
-    assert read.attack.flags == "".join("01234-"[at] for at in base)
 
 
 def test_another_version_of_autoattack_is_named_beside_its_accuracy(tmp_path):
     """Data of 4 and of 3 classes; the last is attacked without APGD-T."""
     four, three = "AutoAttack, 3 targets (not standard)", "APGD-CE, FAB, Square (not standard)"
-    flags = dict.fromkeys(("clean", "apgd-ce", "fab-t", "square"), "1" * 41 + "0" * 59)
+    by_step = {"clean": "1" * 90 + "0" * 10, **dict.fromkeys(("apgd-ce", "fab-t", "square"), "1" * 41 + "0" * 59)}
     runs = [
         make_run(tmp_path / "a"),
         make_run(tmp_path / "b", dataset="four.npz", attack={"version": four}),
-        make_run(tmp_path / "c", dataset="three.npz", robust=0.41, attack={"version": three, "flags": flags}),
+        make_run(tmp_path / "c", dataset="three.npz", robust=0.41, attack={"version": three, "flags": by_step}),
     ]
     (table,) = tables_of(comparison_of(read_runs(runs)))
+    assert read_runs(runs[2:]).finished[0].attack.flags == "-" * 41 + "1" * 49 + "0" * 10
     columns = dict(zip(table[0], zip(*table[1:], strict=True), strict=True))
     assert columns["AutoAttack"] == ("38.00", f"38.00, {four}", f"41.00, {three}")
     assert f"{four}, epsilon 8/255" in compare(*runs)
@@ -250,7 +235,7 @@ def test_another_version_of_autoattack_is_named_beside_its_accuracy(tmp_path):
 @pytest.mark.parametrize(
     ("with_igdm", "named"),
     [
-        ({"lr": 0.05, "epochs": 9}, "lr 0.1 and 0.05; epochs 3 and 9"),
+        ({"lr": 0.05, "epochs": 9}, "epochs 3 and 9; lr 0.1 and 0.05"),
         ({"wd": 2e-4}, "wd absent and 0.0002"),
         ({"train_examples": 9}, "train_examples 0 and 9"),
         ({"config": {"dataset_sha256": "f" * 64}}, "dataset_sha256 dddddddddddd... and ffffffffffff..."),
@@ -325,10 +310,10 @@ def test_runs_below_the_first_level_that_has_some_are_counted(tmp_path):
 def test_variants_that_differ_in_one_setting_are_subtracted_from_the_first(tmp_path):
     """An ablation; a version with an addition is subtracted from the baseline of its own variant."""
     base, other = flags_of(30, 2)
-    make_run(tmp_path / "runs" / "a", target="adversarial", fell=base)
-    make_run(tmp_path / "runs" / "b", target="clean", fell=other)
-    make_run(tmp_path / "runs" / "c", target="third", fell=base)
-    make_run(tmp_path / "runs" / "added", "IGDM", target="clean", fell=base)
+    make_run(tmp_path / "runs" / "a", target="adversarial", flags=base)
+    make_run(tmp_path / "runs" / "b", target="clean", flags=other)
+    make_run(tmp_path / "runs" / "c", target="third", flags=base)
+    make_run(tmp_path / "runs" / "added", "IGDM", target="clean", flags=base)
     printed = compare(tmp_path / "runs")
     assert "AdaAD (target clean) minus AdaAD (target adversarial) (BDM, RES-18, digits): +7.00 points" in printed
     assert "AdaAD (target third) minus AdaAD (target adversarial) (BDM, RES-18, digits): +0.00 points" in printed
@@ -525,16 +510,12 @@ def test_a_baseline_without_a_teacher_is_paired_with_what_brings_one(tmp_path):
 def test_the_gain_at_the_best_epochs_is_beside_that_at_the_last(tmp_path):
     """By hand: at the last epoch +2 of 4 images, at the best +1: the gain grows by 25 points."""
 
-    def run(name, added, last, best):
-        flags = {step: "".join("01"[at > k] for at in best) for k, step in enumerate(STEPS)}
-        attacked = {"accuracy": best.count(5) / 4, "examples": 4, "flags": flags}
-        attacked |= {"epsilon": 8 / 255, "version": "standard", "seed": 0}
-        best = {"epoch": 2, "holdout_pgd10": 0.4, "clean": 0.8, "pgd20": 0.4, "autoattack": attacked}
-        return make_run(tmp_path / name, added, fell=last, result={"best": best})
+    def run(last, best):
+        attacked = {"version": "standard", "epsilon": 8 / 255, "seed": 0, "examples": 4, "flags": best}
+        attacked |= {"accuracy": best.count("-") / 4}
+        return {"flags": last, "result": {"best": {"clean": 0.8, "pgd20": 0.4, "autoattack": attacked}}}
 
-    printed = compare(
-        run("base", None, [5, 1, 1, 1], [5, 5, 1, 1]), run("with_igdm", "IGDM", [5, 5, 5, 1], [5, 5, 5, 1])
-    )
+    printed = compare(*make_pair(tmp_path, run("-111", "--11"), run("---1", "---1")))
     assert "best AutoAttack" in printed
     assert "held-out images), AdaAD+IGDM minus AdaAD (BDM, RES-18, digits): +25.00 points, 95 % interval" in printed
     assert "The last epoch's gain minus this gain: +25.00 points, 95 % interval" in printed
@@ -542,10 +523,10 @@ def test_the_gain_at_the_best_epochs_is_beside_that_at_the_last(tmp_path):
 
 def test_records_give_the_same_tables_as_the_folders(tmp_path, written):
     for seed in (0, 1):
-        for adds, fell in zip((None, "IGDM"), flags_of(20, 3), strict=True):
+        for adds, flags in zip((None, "IGDM"), flags_of(20, 3), strict=True):
             folder = tmp_path / "runs" / f"{adds}{seed}"
             command = {"command": f"torchrun --nproc_per_node 2 /a/b/ard.py --teacher runs/{seed}.py"}
-            make_run(folder, adds, seed=seed, fell=fell, config=command, result={"gradients": GRADIENTS, **command})
+            make_run(folder, adds, seed=seed, flags=flags, config=command, result={"gradients": GRADIENTS, **command})
     records = tmp_path / "mine.json"
     first = written(tmp_path / "runs", "--records", records)
     assert written(records) == first.replace(f"records   {records}\n", "")
@@ -610,12 +591,12 @@ def test_inserting_is_all_that_insert_does(pair, tmp_path, written, capsys):
 
 
 def test_csv_and_latex(pair, tmp_path, written):
-    more = make_run(tmp_path / "m", method="M_1 & 50%", robust=0.395)
+    more = make_run(tmp_path / "m", method="M_1 & 50%", robust=0.4)
     written(*pair, more, "--csv", f"{tmp_path}/a.csv", "--latex", f"{tmp_path}/a.tex")
     with open(tmp_path / "a.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["AdaAD", "AdaAD+IGDM", "M_1 & 50%"]
-    assert [float(row["autoattack"]) for row in rows] == [0.38, 0.41, 0.395]
+    assert [float(row["autoattack"]) for row in rows] == [0.38, 0.41, 0.4]
     assert float(rows[1]["gain"]) == pytest.approx(0.03)
     latex = (tmp_path / "a.tex").read_text()
     assert r"AdaAD+IGDM & 80.00 & 41.00 & $+$3.00 {\tiny[$+0.00$, $+7.00$]}" in latex

@@ -40,10 +40,10 @@ def outline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     gradients = {"gd": 0.1, "gc": 0.7, "definition": "g = something"}
     for seed in (0, 1):
-        for adds, fell in zip((None, "IGDM"), flags_of(20, 3), strict=True):
+        for adds, flags in zip((None, "IGDM"), flags_of(20, 3), strict=True):
             steps = {"attacks": dict.fromkeys(("apgd-ce", "apgd-t", "fab-t", "square"), 0.4)}
             run = make_run(
-                folder / f"{adds}{seed}", adds, method="<b>A&B</b>", seed=seed, fell=fell, attack=steps,
+                folder / f"{adds}{seed}", adds, method="<b>A&B</b>", seed=seed, flags=flags, attack=steps,
                 result={"gradients": gradients, "seconds": {"train": 10.0}, "student_sha256": "f" * 64},
             )  # fmt: skip
             evaluation.write_record(run, RECORD)
