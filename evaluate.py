@@ -6,8 +6,6 @@ For an unfinished run, last.pt is measured. Every call writes a record next to t
 evaluations/<time>_<what>.json; result.json is not changed.
 """
 
-import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -68,21 +66,19 @@ def parse_args(argv=None):
     path = Path(args.what)
     # A file may have been moved away from its teacher, so --teacher has no default then.
     names = [name for name in FROM_RUN if path.is_dir() or not name.startswith("teacher")]
-    own = {name: run[name] for name in names if run.get(name) is not None}
-    if own.get("aa_examples") == 0:  # the run skipped AutoAttack; the evaluation does not
-        del own["aa_examples"]
     # As text, so that argparse checks a hand-edited value like a flag.
-    parser.set_defaults(**{name: str(value) for name, value in own.items()})
+    own = {name: str(run[name]) for name in names if run.get(name) is not None}
+    if own.get("aa_examples") == "0":  # the run skipped AutoAttack; the evaluation does not
+        del own["aa_examples"]
+    parser.set_defaults(**own)
     args = parser.parse_args(argv)
     args.folder = path if path.is_dir() else path.parent if path.exists() else Path()  # of the records
-    lacking = {
-        "gradients": args.teacher is None and "--teacher",
-        "autoattack": not args.aa_examples and "--aa_examples",
-    }
+    needs = {"gradients": "teacher", "autoattack": "aa_examples"}
+    lacking = {name: flag for name, flag in needs.items() if not getattr(args, flag)}
     for name in args.attacks or ():
-        if lacking.get(name):
-            parser.error(f"argument --attacks: {name} cannot be measured without {lacking[name]}")
-    args.attacks = [name for name in args.attacks or ATTACKS if not lacking.get(name)]
+        if name in lacking:
+            parser.error(f"argument --attacks: {name} cannot be measured without --{lacking[name]}")
+    args.attacks = [name for name in args.attacks or ATTACKS if name not in lacking]
     if args.save_adversarial and len(set(args.attacks) & set(WHITE_BOX)) != 1:
         parser.error(f"argument --save_adversarial: saves one attack's images; give --attacks one of {WHITE_BOX}")
     if args.figure and args.teacher is None:
@@ -211,7 +207,6 @@ def main():
         "seconds": time.perf_counter() - started,
         "hardware": engine.hardware(),
         **provenance(Path(__file__)),
-        "command": shlex.join(["python", *sys.argv]),
     }
     record["differences"] = evaluation.differences(record, config, result) if config else []
     if not engine.main:

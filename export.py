@@ -99,17 +99,12 @@ def parse_args(argv=None):
 def main():
     """Read the run, check it, and write the exports."""
     args = parse_args()
-    if not (args.run / "result.json").is_file():
-        advice = files.advice(args.run)
-        raise UserError(f"{args.run} is not the folder of a finished run: it has no result.json. {advice}")
-    config, result = records.read_config(args.run), records.read_result(args.run)
+    result, config = records.read_result(args.run), records.read_config(args.run)
     student = teachers.load_network(args.run, unfinished=False)
     records.check_student(args.run, result, files.state_sha256(student.model))
     if args.hub and ".py:" in student.architecture:
-        raise UserError(
-            f"--hub: others cannot build {student.architecture}, a network from your own file. Use --safetensors or "
-            "--onnx"
-        )
+        own = f"{student.architecture}, a network from your own file"
+        raise UserError(f"--hub: others cannot build {own}. Use --safetensors or --onnx")
     folders = [path.parent for path in (args.onnx, args.safetensors) if path]
     for folder in [*folders, *filter(None, [args.hub])]:
         try:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from experiment import UserError
-from experiment.files import read_json
+from experiment.files import advice, read_json
 from experiment.text import ABSENT, short_text
 
 STEPS = ("clean", "apgd-ce", "apgd-t", "fab-t", "square")
@@ -189,7 +189,10 @@ def read_config(folder: Path) -> Config:
 
 def read_result(folder: Path) -> Result:
     """Read a finished run's result.json; UserError if it is missing or holds what no run writes."""
-    return checked(Result, read_json(folder / "result.json"), folder / "result.json")
+    path = folder / "result.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not the folder of a finished run: it has no result.json. {advice(folder)}")
+    return checked(Result, read_json(path), path)
 
 
 def check_student(folder: Path, result: Result, sha256: str) -> None:
