@@ -78,13 +78,8 @@ def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
     return f"{mean} ± {stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def as_text(table: Table, width: int | None = None) -> str:
-    """Format a table for the terminal, with numbers right-aligned.
-
-    Args:
-        width: width of the terminal. In a wider table, constant columns move to a line above, and names are folded.
-            None never moves or folds.
-    """
+def as_text(table: Table) -> str:
+    """Format a table for the terminal, with numbers right-aligned."""
     import io
 
     from rich.box import SIMPLE_HEAD
@@ -92,36 +87,11 @@ def as_text(table: Table, width: int | None = None) -> str:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shared, table = _narrowed(table, width) if width else ([], table)
-    # rich needs one column more, and fills a given width.
-    limit = width - 1 if width and _natural_width(table) > width else None
-    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, width=limit)
-    for head, *cells in zip(*table, strict=True):
-        # A name keeps room for its longest word; numbers may break before their ±.
-        words = [len(word) for cell in (head, *cells) for word in cell.split()]
-        side = "left" if head in TEXT_COLUMNS else "right"
-        drawn.add_column(Text(head), justify=side, overflow="fold", min_width=min(10, max(words)))
+    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for head in table[0]:
+        drawn.add_column(Text(head), justify="left" if head in TEXT_COLUMNS else "right")
     for row in table[1:]:
         drawn.add_row(*map(Text, row))
     output = io.StringIO()
     Console(file=output, width=10_000, color_system=None, legacy_windows=False).print(drawn)
-    lines = [line.rstrip() for line in output.getvalue().splitlines()]
-    return "\n".join([f"all: {', '.join(shared)}"] * bool(shared) + lines)
-
-
-def _natural_width(table: Table) -> int:
-    """Return the width of the table without folding."""
-    return sum(max(map(len, column)) + 3 for column in zip(*table, strict=True))
-
-
-def _narrowed(table: Table, width: int) -> tuple[list[str], Table]:
-    """Move constant columns out of a table that is too wide; return their values and the remaining table."""
-    shared = []
-    for head in ("dataset", "AutoAttack images", "n seeds", "student", "teacher"):
-        if _natural_width(table) <= width or head not in table[0]:
-            continue
-        at = table[0].index(head)
-        if len({row[at] for row in table[1:]}) == 1:
-            shared.append(f"{head} {table[1][at]}")
-            table = [row[:at] + row[at + 1 :] for row in table]
-    return shared, table
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines())

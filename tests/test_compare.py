@@ -106,7 +106,7 @@ def written(tmp_path, monkeypatch, capsys):
 
 
 def compare(*folders: Path) -> str:
-    """Tables and notes as they are printed, without writing or drawing; refuses as compare.py does."""
+    """All columns and the notes, without writing or drawing; raises as compare.py does."""
     found = comparison_of(read_runs(folders))
     text = "\n".join([*map(as_text, tables_of(found)), "", *notes_of(found)])
     if found.refusals:
@@ -124,12 +124,12 @@ def test_pair_is_printed_written_and_drawn(pair, tmp_path, capsys):
     out = tmp_path / "out"
     comparing.main([*map(str, pair), "--out", str(out)])
     printed = capsys.readouterr().out
-    assert cells(printed, "method")[7:] == ["IGDM gain (95 % interval)", "n seeds", "AutoAttack images"]
-    assert cells(printed, "AdaAD") == ["AdaAD", "BDM", "RES-18", "digits", "80.00", "40.00", "38.00", "-", "1", "100"]
-    assert cells(printed, "AdaAD+IGDM")[6:] == ["41.00", "+3.00 (+0.00 to +7.00)", "1", "100"]
+    assert cells(printed, "method") == ["method", "clean", "AutoAttack", "IGDM gain (95 % interval)"]
+    assert cells(printed, "AdaAD") == ["AdaAD", "80.00", "38.00", "-"]
+    assert cells(printed, "AdaAD+IGDM") == ["AdaAD+IGDM", "80.00", "41.00", "+3.00 (+0.00 to +7.00)"]
     header, ruler, *rows = printed.splitlines()[:4]
     assert len({len(line) for line in (header, ruler, *rows)}) == 1, "columns are aligned"
-    assert printed.endswith(f"\nmarkdown  {out / 'comparison.md'}\n")
+    assert printed.endswith(f"\nmarkdown  {out / 'comparison.md'}, with all columns\n")
     assert (out / "comparison.png").read_bytes().startswith(PNG)
     assert (out / "comparison.pdf").read_bytes().startswith(b"%PDF")
     assert "AdaAD+IGDM" in (out / "comparison.svg").read_text(), "text stays text"
@@ -141,16 +141,6 @@ def test_pair_is_printed_written_and_drawn(pair, tmp_path, capsys):
     assert "Some CPU" in text
     assert "(comparison.png)" in text
     assert str(tmp_path) not in text, "the Markdown can be moved together with its plots"
-
-
-def test_a_narrow_terminal_shows_once_what_all_rows_share(pair):
-    (table,) = tables_of(comparison_of(read_runs(pair)))
-    lines = as_text(table, 80).splitlines()
-    assert lines[0] == "all: dataset digits, AutoAttack images 100, n seeds 1, student RES-18, teacher BDM"
-    assert max(map(len, lines[1:])) <= 80
-    row = ["AdaAD+IGDM", "80.00", "40.00", "41.00", "+3.00 (+0.00 to +7.00)"]
-    assert cells("\n".join(lines), "AdaAD+IGDM") == row
-    assert as_text(table, 300) == as_text(table)
 
 
 def seeds_of(tmp_path, base: dict[int, float], with_igdm: dict[int, float], **changed) -> list[Path]:
@@ -390,6 +380,11 @@ def test_published_figures_are_beside_ours(tmp_path):
     assert "published" not in compare(make_run(tmp_path / "c")).lower(), "other data"
 
 
+def test_short_table_shows_pgd20_if_no_run_has_autoattack(tmp_path, written):
+    printed = written(make_run(tmp_path / "a", robust=None))
+    assert cells(printed, "method") == ["method", "clean", "PGD-20"]
+
+
 def test_any_method_and_addition_of_ones_own(tmp_path, written):
     """Names come from the files; those that mean something to Markdown or the terminal are shown as they are.
 
@@ -397,9 +392,9 @@ def test_any_method_and_addition_of_ones_own(tmp_path, written):
     """
     mine = {"method": "$My_|x`", "teacher": "runs/\udcff"}
     folders = [make_run(tmp_path / "a", **mine), make_run(tmp_path / "b", "Mine", robust=0.4, **mine)]
-    printed = written(*folders)
-    assert cells(printed, "method")[7] == "Mine gain (95 % interval)"
-    assert cells(printed, "$My_|x`+Mine")[7].startswith("+2.00 (")
+    printed = written(*folders, "--columns", "method", "teacher", "gain")
+    assert cells(printed, "method")[2] == "Mine gain (95 % interval)"
+    assert cells(printed, "$My_|x`+Mine")[2].startswith("+2.00 (")
     assert cells(printed, "$My_|x`")[1] == r"\udcff"
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert r"| $My\_\|x\`+Mine |" in text
@@ -699,7 +694,7 @@ def test_output_goes_beside_the_runs_or_here(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "logs").mkdir()
     for _ in range(2):
         comparing.main([str(tmp_path / "runs"), "--records", str(records)])
-        assert cells(capsys.readouterr().out, "AdaAD+IGDM")[7].startswith("+3.00 (")
+        assert cells(capsys.readouterr().out, "AdaAD+IGDM")[3].startswith("+3.00 (")
     assert (tmp_path / "runs" / "comparison.md").exists()
     assert "+3.00" in compare(tmp_path), "a level further up"
     elsewhere = make_run(tmp_path / "elsewhere" / "base")

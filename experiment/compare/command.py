@@ -1,7 +1,5 @@
 """compare.py: runs side by side on the terminal, as Markdown, plots, CSV, LaTeX, a page, and records."""
 
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -49,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=tuple(HEADS),
         default=[],
         metavar="NAME",
-        help=f"columns of the table of results: {', '.join(HEADS)}; default all that were measured; for --latex, "
-        "--html and a table in a document method, clean, autoattack and gain",
+        help=f"columns of the table of results: {', '.join(HEADS)}; default method, clean, autoattack and gain; "
+        "in comparison.md all that were measured",
     )
     for flag, what in FILES.items():
         parser.add_argument(f"--{flag}", type=Path, metavar="FILE", help=f"also write {what}")
@@ -91,11 +89,10 @@ def _show(comparison: Comparison, out: Path, columns: Sequence[str], files: Mapp
     if commands := commands_of(comparison):
         parts += ["Commands:", "\n".join(["```sh", *commands, "```"])]
     _write(out / "comparison.md", "\n\n".join(parts) + "\n")
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    lines = [*(as_text(table, width) + "\n" for table in tables), *notes]
-    lines += [f"\nplots     {', '.join(map(str, plots))}" if plots else "\nno plots: no run is finished"]
-    lines += [f"markdown  {out / 'comparison.md'}"]
     short = tables_of(comparison, columns or short_columns(comparison))
+    lines = [*(as_text(table) + "\n" for table in short), *notes]
+    lines += [f"\nplots     {', '.join(map(str, plots))}" if plots else "\nno plots: no run is finished"]
+    lines += [f"markdown  {out / 'comparison.md'}, with all columns"]
     contents = {
         "csv": lambda: as_csv(comparison),
         "latex": lambda: as_latex(comparison, columns),

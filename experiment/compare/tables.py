@@ -59,8 +59,10 @@ def results_table(comparison: Comparison, columns: Sequence[str] = ()) -> Table:
 
 
 def short_columns(comparison: Comparison) -> list[str]:
-    """Method, clean, AutoAttack and gain; teacher, student and dataset where they differ."""
-    return ["method", *comparison.varying, "clean", "autoattack", "gain"]
+    """Method, clean, AutoAttack (PGD-20 without it) and gain; teacher, student and dataset where they differ."""
+    attacked = any(group.values("autoattack") for group in comparison.groups)
+    gain = ["gain"] if comparison.gains else []
+    return ["method", *comparison.varying, "clean", "autoattack" if attacked else "pgd20", *gain]
 
 
 def _cell(group: SeedGroup, name: str, comparison: Comparison) -> str:
