@@ -82,7 +82,7 @@ COLUMNS: dict[str, list[tuple[str, Callable[[Row], object]]]] = {
     ],
     "profile": [("part of the step's time", lambda r: r["name"]), ("share", lambda r: _share(r["share"]))],
     "fidelity": [
-        ("against float32, ten attack steps", lambda r: f"{r['method']}, {r['precision']}"),
+        ("AdaAD's attack against float32", lambda r: r["precision"]),
         ("signs that flip in the first step", lambda r: f"{100 * r['flipped']:.2f} %"),
         ("objective reached / float32's", lambda r: f"{r['objective_ratio']:.5f}"),
     ],
