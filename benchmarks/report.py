@@ -130,9 +130,6 @@ def text_of(figures: dict[str, Any]) -> str:
     return "\n\n".join([*shown, *tables(figures)])
 
 
-# What every benchmark does with its figures ------------------------------------------------------------------------
-
-
 def make_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
     """Create the folder of --out, so that an error comes before the measurement."""
     try:

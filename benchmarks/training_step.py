@@ -90,9 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher_every", nargs="*", type=cli.whole(2), default=[], help="also time AdaAD's step at these values")
     add("--repeats", type=cli.positive_int, help="steps per turn; default 1 on the CPU, 4 on CUDA")
     add("--profile", type=int, choices=(0, 1), default=0, help="profile the last method at the last setting")
-    add(
-        "--tricks", nargs="*", choices=("all", *TRICKS), default=[], help="time these at the last precision and compile"
-    )
+    add("--tricks", nargs="*", choices=("all", *TRICKS), default=[], help="time these at the last setting")
     args = report.parse_args(parser, argv)
     cuda = args.device.startswith("cuda")
     args.precisions = args.precisions or (["fp32", "tf32", "bf16"] if cuda else ["fp32"])
