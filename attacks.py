@@ -42,8 +42,7 @@ def _set(variable: ContextVar, value: object) -> Iterator[None]:
 def shard_of(first: int, total: int) -> AbstractContextManager[None]:
     """Draw random starts for `total` images and use the rows from `first` on.
 
-    With several ranks that share the generator state and each hold a slice of the global batch, every image gets the
-    same start as in a single process, and the generators stay synchronised.
+    Ranks with the same generator state then give every image of the global batch the start of a single process.
     """
     return _set(_shard, (first, total))
 
@@ -55,10 +54,9 @@ def steps_by(step: Callable[..., Tensor]) -> AbstractContextManager[None]:
 
 @contextmanager
 def frozen(*models: nn.Module) -> Iterator[None]:
-    """Put the models in eval mode and turn off requires_grad of their parameters; restore each flag on exit.
+    """Put the models in eval mode and turn off requires_grad of their parameters; restore each module's flags on exit.
 
-    Each submodule gets its own mode back. Without frozen parameters, a compiled graph would compute weight gradients
-    even for ``autograd.grad(loss, [x])``.
+    Otherwise a compiled graph would compute weight gradients even for ``autograd.grad(loss, [x])``.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
     grads = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
@@ -86,16 +84,11 @@ def _global_draw(x: Tensor, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor
 
 
 def uniform_start(x: Tensor, epsilon: float) -> Tensor:
-    """x + U(-epsilon, epsilon), clamped to [0, 1]; one draw from the global generator.
-
-    Raises:
-        ValueError: epsilon is negative or NaN.
-    """
+    """x + U(-epsilon, epsilon), clamped to [0, 1]; one draw from the global generator."""
     if not epsilon >= 0:
         raise ValueError(f"epsilon {epsilon} is out of range (expected epsilon >= 0)")
-    noise = _global_draw(
-        x, lambda shape: torch.empty(shape, dtype=x.dtype, device=x.device).uniform_(-epsilon, epsilon)
-    )
+    like_x = {"dtype": x.dtype, "device": x.device}
+    noise = _global_draw(x, lambda shape: torch.empty(shape, **like_x).uniform_(-epsilon, epsilon))
     return (x + noise).clamp_(0, 1)
 
 
@@ -332,19 +325,18 @@ def perturb(
 ) -> Tensor:
     """Run the inner maximisation that ``--attack`` selects, one of INNER_MAXIMISATIONS.
 
-    Args:
-        teacher_clean: (N, C), T(x) for ``rslad``, if the caller has it already; computed if None.
-        teacher_every: as in `adaad`.
+    ``rslad`` computes T(x), (N, C), unless `teacher_clean` gives it.
     """
+    budget = epsilon, step_size, steps
     if attack == "pgd":
-        return pgd(student, x, y, epsilon, step_size, steps)
+        return pgd(student, x, y, *budget)
     if attack == "rslad":
         if teacher_clean is None:
             with torch.no_grad(), frozen(teacher):
                 teacher_clean = teacher(x)
-        return rslad(student, teacher_clean, x, epsilon, step_size, steps)
+        return rslad(student, teacher_clean, x, *budget)
     if attack == "adaad":
-        return adaad(student, teacher, x, epsilon, step_size, steps, teacher_every)
+        return adaad(student, teacher, x, *budget, teacher_every)
     if attack == "igdm":
-        return igdm(student, teacher, x, epsilon, step_size, steps)
+        return igdm(student, teacher, x, *budget)
     raise ValueError(f"attack {attack!r} is not one of {', '.join(INNER_MAXIMISATIONS)}")

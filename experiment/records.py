@@ -12,10 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from experiment import UserError
 from experiment.files import advice, read_json
-from experiment.text import ABSENT, short_text
-
-STEPS = ("clean", "apgd-ce", "apgd-t", "fab-t", "square")
-"""AutoAttack's clean pass and its attacks, in their order. Versions for few classes lack some."""
+from experiment.text import ABSENT, AUTOATTACK_STEPS, short_text
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -70,7 +67,7 @@ class Attack(Record):
     batch: Any = None
     package: Any = None
     flags: Annotated[str, Field(pattern="^[0-4-]*$")] | None = None
-    """A character per image: the index in STEPS of the first step at which it is misclassified, or "-".
+    """A character per image: the index in AUTOATTACK_STEPS of the first step at which it is misclassified, or "-".
 
     A result.json has a text per step instead, of 1 (correctly classified so far) and 0.
     """
@@ -81,7 +78,7 @@ class Attack(Record):
     def _first_misclassified(cls, flags: Any) -> Any:
         if not isinstance(flags, dict):
             return flags
-        texts = {str(step): flags[name] for step, name in enumerate(STEPS) if name in flags}
+        texts = {str(step): flags[name] for step, name in enumerate(AUTOATTACK_STEPS) if name in flags}
         if not all(isinstance(text, str) for text in texts.values()):
             raise ValueError("AutoAttack's flags should be texts of 0 and 1")
         images = zip(*texts.values(), strict=True)

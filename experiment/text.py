@@ -9,6 +9,9 @@ from typing import Any
 
 ABSENT = "absent"
 
+AUTOATTACK_STEPS = ("clean", "apgd-ce", "apgd-t", "fab-t", "square")
+"""AutoAttack's clean pass and its attacks, in their order. Versions for few classes lack some."""
+
 TEXT_COLUMNS = ("method", "teacher", "student", "dataset", "run", "state", "attack", "class", "f")
 """Left-aligned columns; others are right-aligned."""
 

@@ -4,7 +4,6 @@ import errno
 import io
 import os
 import pkgutil
-import random
 import signal
 import time
 from pathlib import Path
@@ -27,17 +26,14 @@ AFTER = ("", "kill after", "nan", "nan weights", "constant", "one class")
 def sabotage(point: str, n: int, action: str) -> None:
     """Do `action` when `point` is reached for the n-th time (from 1).
 
-    "write:FILE" is reached when n bytes of FILE are written; "replace:FILE" counts the renames to FILE.
+    "write:FILE" counts the bytes of all writes of FILE; "replace:FILE" the renames to FILE.
     """
     from experiment import files
 
     point, _, name = point.partition(":")
-    if point == "clock":
-        real = time.time
-        time.time = lambda: real() + random.Random(n).uniform(-1e9, 1e9)
-        return
     if point == "write":
-        files.open = lambda path, mode: _Watched(path, mode, n, action, name)
+        left = [n]
+        files.open = lambda path, mode: _Watched(path, mode, left if f".{name}." in path.name else [1 << 60], action)
         return
     owner, _, function = PLACES[point].rpartition(".")
     owner = pkgutil.resolve_name(owner)
@@ -102,18 +98,17 @@ def _act(action: str) -> None:
 
 
 class _Watched(io.FileIO):
-    """A file in which something happens after n bytes."""
+    """A file in which something happens after so many bytes, which are counted in a list for all files of a name."""
 
-    def __init__(self, path: Path, mode: str, n: int, action: str, name: str) -> None:
+    def __init__(self, path: Path, mode: str, left: list[int], action: str) -> None:
         super().__init__(path, mode)
-        self._left = n if f".{name}." in Path(path).name else 1 << 60
-        self._action = action
+        self._left, self._action = left, action
 
     def write(self, data) -> int:
         data = memoryview(data).cast("B")
-        if "w" in self.mode and len(data) > self._left:
-            super().write(data[: self._left])
-            self._left = 1 << 60
+        if len(data) > self._left[0]:
+            super().write(data[: self._left[0]])
+            self._left[0] = 1 << 60
             _act(self._action)
-        self._left -= len(data)
+        self._left[0] -= len(data)
         return super().write(data)

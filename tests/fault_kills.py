@@ -8,22 +8,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fault_server import SCRIPTS, SMALL, Server, reproduces, result_of
+from fault_server import SCRIPTS, SMALL, Row, Server, reproduces, result_of
+from filelock import FileLock
 
 POINTS = {
     "inside the attack": ("attack", 2, 23),
-    "inside an optimizer step": ("step", 1, 11),
-    "writing last.pt": ("write:last.pt", 1, 600_000),
+    "inside an optimizer step": ("step", 3, 11),
+    "writing last.pt": ("write:last.pt", 1, 9_000_000),
     "before renaming last.pt": ("replace:last.pt", 1, 14),
     "after renaming last.pt": ("replace:last.pt", 1, 14),
     "renaming previous.pt": ("replace:previous.pt", 1, 13),
-    "writing metrics.jsonl": ("write:metrics.jsonl", 1, 150),
-    "writing config.json": ("write:config.json", 1, 900),
+    "writing metrics.jsonl": ("write:metrics.jsonl", 1, 500),
+    "writing config.json": ("write:config.json", 1, 1900),
     "inside PGD-20": ("attack", 25, 44),
     "inside AutoAttack": ("autoattack", 1, 2),
-    "writing an AutoAttack chunk": ("write:chunk-00001.json", 1, 500),
+    "writing an AutoAttack chunk": ("write:chunk-00001.json", 1, 700),
     "writing student.pt": ("write:student.pt", 1, 300_000),
-    "writing result.json": ("write:result.json", 1, 900),
+    "writing result.json": ("write:result.json", 1, 1900),
 }
 """Places of a run and the first and last of their occurrences; one between them is drawn."""
 
@@ -74,7 +75,6 @@ NO_DISK = End(
     f"one line, exit status 2, no partial file; {RESUMED}",
     resumes=True,
 )
-UNAFFECTED = End(0, "", "no effect (durations use the monotonic clock)", resumes=True)
 ALLOWED = End(0, "", "allowed", flags=(*LONG, "--aa_examples", "0", "--stop_on_collapse", "0"))
 EARLY = End(0, "", "allowed: BatchNorm statistics have not converged", flags=("--aa_examples", "0"))
 NO_MEMORY = End(
@@ -99,13 +99,12 @@ FAULTS = [
     Fault("Ctrl-C", "step", 1, 12, "SIGINT", 6, STOPPED),
     Fault("hang-up", "evaluation", 1, 1, "SIGHUP", 6, STOPPED),
     Fault("SIGUSR1", "autoattack", 1, 2, "SIGUSR1 twice", 6, STOPPED),
-    Fault("no space left: last.pt", "write:last.pt", 1, 600_000, "ENOSPC", 3, NO_DISK),
-    Fault("no space left: metrics.jsonl", "write:metrics.jsonl", 1, 150, "ENOSPC", 3, NO_DISK),
-    Fault("no space left: an AutoAttack chunk", "write:chunk-00000.json", 1, 300, "ENOSPC", 3, NO_DISK),
+    Fault("no space left: last.pt", "write:last.pt", 1, 9_000_000, "ENOSPC", 3, NO_DISK),
+    Fault("no space left: metrics.jsonl", "write:metrics.jsonl", 1, 500, "ENOSPC", 3, NO_DISK),
+    Fault("no space left: an AutoAttack chunk", "write:chunk-00000.json", 1, 700, "ENOSPC", 3, NO_DISK),
     Fault("no space left: student.pt", "write:student.pt", 1, 300_000, "ENOSPC", 3, NO_DISK),
-    Fault("no space left: result.json", "write:result.json", 1, 900, "ENOSPC", 3, NO_DISK),
+    Fault("no space left: result.json", "write:result.json", 1, 1900, "ENOSPC", 3, NO_DISK),
     Fault("fsync fails (I/O error)", "fsync", 3, 28, "EIO", 3, NO_DISK),
-    Fault("clock set at random", "clock", 1, 1, "", 1, UNAFFECTED),
     Fault("loss NaN", "loss", 9, 9, "nan", 1, diverged("the loss is not finite in epoch 2, step 3")),
     Fault("weights NaN after the last step of an epoch", "step", 12, 12, "nan weights", 1, diverged("weights are not")),
     Fault("student's logits the same for every image", "step", 12, 12, "constant", 1, diverged("logits are the same")),
@@ -116,7 +115,7 @@ FAULTS = [
 ]
 
 
-def check(server: Server, home: Path, expected: dict, fault: Fault, times: int) -> tuple[str, int, str]:
+def check(server: Server, home: Path, expected: dict, fault: Fault, times: int) -> Row:
     """Put the fault into `times` runs; return the row of the table."""
     rng, end = random.Random(fault.kind), fault.end
     flags, folder = [*SMALL, *end.flags], home / "runs" / "faulty"
@@ -139,35 +138,28 @@ def check(server: Server, home: Path, expected: dict, fault: Fault, times: int) 
     return fault.kind, times, end.outcome
 
 
-def kill_at_random(server: Server, home: Path, expected: dict, times: int) -> tuple[str, int, str]:
+def kill_at_random(server: Server, home: Path, expected: dict, times: int) -> Row:
     """SIGKILL after a random time, again and again until the run is finished; then the next run."""
     rng, kills, runs = random.Random(0), 0, 0
     while kills < times:
         script, name = SCRIPTS[runs % 2], f"killed_{runs}"
         runs += 1
-        for _ in range(200):
-            outcome = server.run(script, [*SMALL, "--run_name", name], home, kill_after=rng.uniform(0.05, 2.5))
-            if outcome.status == 0:
-                break
+        argv, limit = [*SMALL, "--run_name", name], 2.5
+        while (outcome := server.run(script, argv, home, kill_after=rng.uniform(0.05, limit))).status:
             assert outcome.status == -signal.SIGKILL, outcome.err
-            kills += 1
+            kills, limit = kills + 1, 1.1 * limit  # a slow machine needs longer from its start to its next checkpoint
         assert result_of(home / "runs" / name) == expected[script], name
         shutil.rmtree(home / "runs" / name)
     outcome = f"{runs} runs resumed to the end; weights, metrics and AutoAttack bit-identical"
     return "SIGKILL at a random moment", kills, outcome
 
 
-def two_processes(server: Server, home: Path) -> tuple[str, int, str]:
+def two_processes(server: Server, home: Path) -> Row:
     """Start a second process on the folder of a running one."""
-    from experiment.run import folder
-
     argv = [*SMALL, "--run_name", "shared"]
     (home / "runs" / "shared").mkdir(parents=True)
-    held = folder.lock(home / "runs" / "shared")
-    try:
+    with FileLock(home / "runs" / "shared" / ".lock"):
         server.run(SCRIPTS[0], argv, home).expect(2, "in use by another process")
-    finally:
-        held.release()
     server.run(SCRIPTS[0], argv, home, faults=[("start", 1, "")]).expect(2, "admitted")
     return "second process on one run folder", 1, "the second stops, exit status 2"
 
@@ -194,7 +186,7 @@ REAL_FILE_SYSTEMS = (
 )
 
 
-def real_file_systems(server: Server, home: Path, expected: dict) -> Iterator[tuple[str, int, str]]:
+def real_file_systems(server: Server, home: Path, expected: dict) -> Iterator[Row]:
     """Yield a row for each of REAL_FILE_SYSTEMS, where this process may mount them."""
     folder, script = home / "mounted", SCRIPTS[0]
     folder.mkdir()

@@ -29,6 +29,8 @@ TEACHER = [
 ]
 TIMES = ("seconds", "attack_seconds", "images_per_second")
 SECONDS = 600  # after which a run of some seconds counts as hung
+Row = tuple[str, int, str]
+"""Of the table in docs/reliability.md: fault, times, outcome."""
 
 
 def serve() -> None:

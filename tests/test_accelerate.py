@@ -16,8 +16,7 @@ import attacks
 from cifar100_models import build_model
 from experiment import UserError, data
 from experiment.engine import Engine
-from experiment.engine.accelerated import Accelerated
-from experiment.engine.folding import FoldedConv
+from experiment.engine.accelerated import Accelerated, FoldedConv
 
 
 def engine(**changes):
@@ -251,22 +250,36 @@ def test_an_optimizer_that_leaves_no_trace_is_followed(inside):
     torch.testing.assert_close(after, frozen_logits(model, x), **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["RES-8", "WRN-10-1"])
-def test_compiled_equals_eager(name, monkeypatch):
-    """Through the whole of torch.compile but its code generation, which needs a compiler and a minute."""
+@pytest.mark.parametrize(("name", "precision"), [("RES-8", "fp32"), ("WRN-10-1", "fp32"), ("RES-8", "bf16")])
+def test_compiled_equals_eager(name, precision, monkeypatch):
+    """Through the whole of torch.compile but its code generation, which needs a compiler and a minute.
+
+    In bfloat16 without autocast's cache of casts: it adds up a weight's gradients over the passes of a step in
+    bfloat16, a graph in float32.
+    """
+    torch.compiler.reset()
     plain_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: plain_compile(model, backend="aot_eager", **options))
     torch.manual_seed(0)
-    student, teacher = settled(name), settled("RES-8").eval()
-    args = settings("adaad_IGDM")
-    data = [(torch.rand(n, 3, 8, 8, dtype=torch.float64), torch.randint(CLASSES, (n,))) for n in (6, 6, 4)]
-    expected = copy.deepcopy(student)
-    torch.manual_seed(5)
-    product_run("adaad_IGDM", expected, copy.deepcopy(teacher), data, args)
-    machine = engine(compile=1)
-    torch.manual_seed(5)
-    product_run("adaad_IGDM", student, teacher, data, args, wrap=machine.accelerate, around=machine.step)
-    assert_same_network(student, expected)
+    dtype = torch.float64 if precision == "fp32" else torch.float32
+    networks = settled(name).to(dtype), settled("RES-8").eval().to(dtype)
+    batches = [(torch.rand(n, 3, 8, 8, dtype=dtype), torch.randint(CLASSES, (n,))) for n in (6, 6, 4)]  # 4: eager
+    students = []
+    for compiled in (0, 1):
+        student, teacher = copy.deepcopy(networks)
+        machine = engine(precision=precision, compile=compiled)
+
+        @contextmanager
+        def step(machine=machine):
+            with machine.step():
+                torch.set_autocast_cache_enabled(False)
+                yield
+
+        torch.manual_seed(5)
+        around = {"wrap": machine.accelerate, "around": step}
+        product_run("adaad_IGDM", student, teacher, batches, settings("adaad_IGDM"), **around)
+        students.append(student)
+    assert_same_network(*students)
 
 
 def test_bfloat16_stays_near_float32(networks, batches):
@@ -328,37 +341,6 @@ def test_a_ranks_usual_batch_is_its_own_share():
         assert one.accelerate(build_model("RES-8", CLASSES)).batch == len(x)
         shares.append(len(x))
     assert shares == [42, 43, 43]
-
-
-def test_bfloat16_compiled_is_bfloat16_eager(monkeypatch):
-    """The pair that GPU training runs: the same steps, traced and untraced, the odd last batch eager.
-
-    Without autocast's cache of casts: it adds up a weight's gradients over the passes of a step in bfloat16, a graph in
-    float32.
-    """
-    torch.compiler.reset()
-    plain_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: plain_compile(model, backend="aot_eager", **options))
-    torch.manual_seed(0)
-    networks = build_model("RES-8", CLASSES), build_model("RES-8", CLASSES).eval()
-    data = [(torch.rand(n, 3, 8, 8), torch.randint(CLASSES, (n,))) for n in (6, 6, 4)]
-    found = []
-    for compiled in (0, 1):
-        student, teacher = copy.deepcopy(networks)
-        machine = engine(precision="bf16", compile=compiled)
-
-        @contextmanager
-        def step(machine=machine):
-            with machine.step():
-                torch.set_autocast_cache_enabled(False)
-                yield
-
-        torch.manual_seed(5)
-        around = {"wrap": machine.accelerate, "around": step}
-        product_run("adaad_IGDM", student, teacher, data, settings("adaad_IGDM"), **around)
-        found.append(student.state_dict())
-    for (name, ours), expected in zip(found[1].items(), found[0].values(), strict=True):
-        assert torch.equal(ours, expected), name
 
 
 @pytest.mark.parametrize("broken", [None, "frozen", "train"])

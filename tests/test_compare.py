@@ -23,8 +23,7 @@ from experiment.compare.documents import as_document, fill_marks
 from experiment.compare.notes import notes_of
 from experiment.compare.read import read_runs
 from experiment.compare.tables import as_latex, tables_of
-from experiment.records import STEPS
-from experiment.text import as_text
+from experiment.text import AUTOATTACK_STEPS, as_text
 
 ROOT = Path(__file__).parents[1]
 ADDED = {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200}
@@ -676,7 +675,7 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path, data):
 
 def test_flags_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="flags are of 2 images, expected 100"):
-        compare(make_run(tmp_path / "a", attack={"flags": dict.fromkeys(STEPS, "01")}))
+        compare(make_run(tmp_path / "a", attack={"flags": dict.fromkeys(AUTOATTACK_STEPS, "01")}))
 
 
 def test_out_that_cannot_be_made_is_refused(pair, tmp_path):

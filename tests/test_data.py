@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from web_server import served
 
-from experiment import UserError, compat, data, download
+from experiment import UserError, compat, data, files
 from experiment.data import as_float, augment, load_data
 
 
@@ -504,7 +504,7 @@ ANSWERS = {
 # After an answer that breaks HTTP, urllib leaves its socket to the garbage collector.
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 def test_failed_downloads_leave_nothing(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "SECONDS_OF_SILENCE", 0.5)
+    monkeypatch.setattr(files, "SECONDS_OF_SILENCE", 0.5)
     with serving(source, monkeypatch, None) as server:
         for reason, server.answer in ANSWERS.items():
             assert reason in failed_download(source, tmp_path)

@@ -8,7 +8,10 @@ import fault_kills
 import fault_run
 import pytest
 
-SHORT = ("no space left: last.pt", "no space left: an AutoAttack chunk", "fsync fails (I/O error)", "hang-up")
+SHORT = (
+    *("SIGKILL: inside an optimizer step", "SIGKILL: writing last.pt", "SIGKILL: writing an AutoAttack chunk"),
+    *("no space left: last.pt", "no space left: an AutoAttack chunk", "fsync fails (I/O error)", "hang-up"),
+)
 TABLE = [fault for fault in fault_kills.FAULTS if fault.kind in SHORT or fault.times == 1]
 
 
@@ -29,17 +32,8 @@ def test_damaged_checkpoints(small):
     assert list(fault_files.damaged_checkpoints(small.server, small.home, small.expected, 1))
 
 
-@pytest.mark.parametrize("faults", [fault_files.broken_teachers, fault_files.crafted_files])
-def test_files_that_cannot_be_used(small, faults):
-    assert list(faults(small.server, small.home))
-
-
-def test_fuzzed_files(small):
-    assert list(fault_files.fuzzed_files(small.server, small.home, 15))
-
-
-def test_fuzzed_flags(small):
-    fault_files.fuzz_flags(small.server, small.home, 40)
+def test_broken_teachers(small):
+    assert list(fault_files.broken_teachers(small.server, small.home))
 
 
 @pytest.mark.parametrize("fault", [fault_kills.two_processes, fault_files.odd_paths])

@@ -20,7 +20,7 @@ PACKAGES = ("cifar100_models", "experiment", "examples")
 
 # Floors of experiment/, from below: imports go down only, also those inside functions.
 FLOORS = (
-    ("text", "files", "entry", "compat", "optim", "download"),
+    ("text", "files", "entry", "compat", "optim"),
     ("records",),
     ("cli",),
     ("data", "teachers", "engine"),

@@ -3,15 +3,13 @@
 import itertools
 import json
 import os
-import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import fault_ranks
 import pytest
 import torch
 from limits import HANGS
@@ -52,28 +50,24 @@ def first_updates(target, steps=2):
     torch.save(student.state_dict(), f"{target}.{machine.rank}")
 
 
-def begin(count, *command, cwd=ROOT, **environment):
-    """Start a command in `count` processes with torch.distributed's own environment; what they print goes to a pipe."""
+def launch(count, *command, status=0):
+    """Run a command in `count` processes with torch.distributed's own environment; return what each printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
-    return [
+    environment = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment["OMP_NUM_THREADS"] = "1"
+    processes = [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
-            cwd=cwd,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         for rank in range(count)
     ]
-
-
-def launch(count, *command, status=0, **environment):
-    """Run a command in `count` processes to its end; what they printed, after a look at their exit status."""
-    processes = begin(count, *command, **environment)
     outputs = [process.communicate(timeout=HANGS)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == status, output
@@ -159,52 +153,8 @@ def test_two_ranks_finish_a_run(finished):
     assert len(list((folder / "autoattack").glob("chunk-*.json"))) == 2
 
 
-def stop(processes, after, *signals):
-    """Wait until rank 0 has printed a line with `after`; send the (rank, signal) pairs; the ends of all processes."""
-    printed = ""
-    for line in processes[0].stdout:
-        printed += line
-        if after in line:
-            break
-    time.sleep(0.7)
-    for rank, number in signals:
-        processes[rank].send_signal(number)
-        time.sleep(0.2)
-    outputs = [process.communicate(timeout=HANGS)[0] for process in processes]
-    outputs[0] = printed + outputs[0]
-    return outputs
-
-
-EVERYONE_TWICE = [(0, signal.SIGTERM), (1, signal.SIGTERM)] * 2
-
-
-@pytest.mark.parametrize(
-    ("after", "signals", "place"),
-    [
-        ("epoch 1/500", EVERYONE_TWICE, r"in epoch \d+ after step [1-6] of 6|after epoch \d+ of 500"),
-        ("epoch 1/500", [(1, signal.SIGTERM)], r"in epoch \d+ after step [1-6] of 6|after epoch \d+ of 500"),
-        ("AutoAttack standard", [(1, signal.SIGUSR1)], "after epoch 1 of 1"),
-    ],
-    ids=["every rank twice, as torchrun does it", "one rank in training", "one rank in AutoAttack"],
-)
-def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path, teacher, after, signals, place):
-    """One line, from rank 0; status 75 from every rank; what last.pt holds is what the line says."""
-    changes = {"epochs": 500, "eval_after": 500} if "500" in after else {"epochs": 1, "epsilon": 0.01}
-    changes |= {"aa_examples": 360, "aa_batch": 180, "checkpoint_minutes": 1440}
-    command = ["adaad_cifar100.py", *flags_of(teacher, tmp_path, "r", **changes)]
-    processes = begin(2, *command, TORCHELASTIC_RUN_ID="x", LOCAL_WORLD_SIZE="2")
-    outputs = stop(processes, after, *signals)
-    assert [process.returncode for process in processes] == [75, 75], outputs
-    assert "Traceback" not in "".join(outputs), outputs
-    lines = re.findall(r"stopped by (\w+) (.*); the same command resumes", "".join(outputs))
-    assert len(lines) == 1, outputs
-    assert lines[0][0] == signals[0][1].name
-    assert re.fullmatch(place, lines[0][1]), lines
-    saved = files.load(tmp_path / "r" / "last.pt")
-    if "step" in lines[0][1]:
-        assert f"in epoch {saved['epoch'] + 1} after step {saved['step']} of" in lines[0][1]
-    config = json.loads((tmp_path / "r" / "config.json").read_text())
-    assert config["command"].startswith("torchrun --nproc_per_node=2 adaad_cifar100.py --dataset digits")
+def test_a_signal_stops_all_ranks(small):
+    assert list(fault_ranks.stopped_ranks(small.home, 1, fault_ranks.SIGNALS[:2]))
 
 
 def test_what_one_rank_refuses_all_refuse(tmp_path, finished):

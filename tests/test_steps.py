@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from reference import EXAMPLES, SCRIPTS, assert_same_network, product_run, reference_loss, reference_run, settings
+from reference import EXAMPLES, SCRIPTS, assert_same_network, product_run, reference_run, settings
 
 METHODS = (*SCRIPTS, *EXAMPLES)
 FLAGS = {
@@ -75,14 +75,6 @@ def test_the_teachers_own_mode_does_not_matter(method, networks, batches):
     assert all(module.training for module in careless.modules())
     assert_same_network(careless, teacher)
     assert_same_network(student, expected)
-
-
-@pytest.mark.parametrize("method", SCRIPTS)
-def test_the_reference_computes_where_its_networks_are(method, networks, batches):
-    """No tensor of its own on the CPU: on the device without memory, as on a GPU, mixing two would raise."""
-    student, teacher = (network.to("meta") for network in networks)
-    x, y = (tensor.to("meta") for tensor in batches[0])
-    assert reference_loss(method, student, teacher, x, y, settings(method)).is_meta
 
 
 def test_the_reference_notices_what_it_must(networks, batches):

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from experiment import UserError
+from experiment import UserError, files
 from experiment.compat import import_torchvision
-from experiment.download import download
-from experiment.files import MOST_CLASSES
 
 SMALLEST_SIDE = 8
 """Pixels; the networks need as many."""
+
+MOST_CLASSES = 10_000
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -259,7 +259,7 @@ def _complete(kind: Any, utils: ModuleType, folder: Path, aside: Path) -> None:
         if not file.exists():
             print(f"{file} is missing; downloading {url}", flush=True)
             try:
-                download(url, aside / name)
+                files.download(url, aside / name)
                 if not utils.check_integrity(str(aside / name), md5):
                     raise UserError(f"MD5 of the download is not {md5}")
             except UserError as error:

@@ -1,6 +1,6 @@
 """Device, precision and ranks of a run, and accelerated networks."""
 
 from experiment.engine.accelerated import Accelerated
-from experiment.engine.machine import Engine, cpu_name
+from experiment.engine.machine import Engine, cpu_name, gathered, ranks
 
-__all__ = ["Accelerated", "Engine", "cpu_name"]
+__all__ = ["Accelerated", "Engine", "cpu_name", "gathered", "ranks"]

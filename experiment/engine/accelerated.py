@@ -16,10 +16,78 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import attacks
-from experiment.engine.folding import FoldedConv, folded_view
+
+
+class FoldedConv(nn.Module):
+    """A convolution with the eval-mode BatchNorm that follows it; `refresh` computes its weights from both layers."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self._origin = (conv, bn)  # in a tuple, so that they are not submodules
+        weight = torch.empty_like(conv.weight, memory_format=torch.channels_last, requires_grad=False)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", weight.new_empty(len(weight)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self._origin[0]
+        return F.conv2d(x, self.weight, self.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """The tensors from which the folded weights are computed."""
+        conv, bn = self._origin
+        found = [conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var]
+        return [tensor for tensor in found if tensor is not None]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recompute the weights in place: compiled code and CUDA graphs keep their addresses."""
+        conv, bn = self._origin
+        scale = torch.rsqrt(bn.running_var + bn.eps)
+        if bn.weight is not None:
+            scale = scale * bn.weight
+        shift = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
+        self.weight.copy_(conv.weight * scale[:, None, None, None])
+        self.bias.copy_(shift * scale if bn.bias is None else shift * scale + bn.bias)
+
+
+def folded_view(model: nn.Module) -> fx.GraphModule | None:
+    """Trace the model's eval-mode forward and fold each BatchNorm that follows a convolution into it.
+
+    Modules that cannot be folded are shared with the model. Returns None, and the model then runs as it is, if a trace
+    would be wrong: the forward cannot be traced (branches on data), has hooks (weight_norm recomputes the weight in
+    each pass), or creates tensors, such as random ones, that a trace would treat as constants.
+    """
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return None
+    with attacks.frozen(model):
+        try:
+            # Traced in eval mode, which fixes constants such as dropout's training flag.
+            graph = fx.Tracer().trace(model)
+        except Exception:  # the exception depends on the traced code
+            return None
+    weights = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    if any(node.op == "get_attr" and node.target not in weights for node in graph.nodes):
+        return None
+    modules = dict(model.named_modules())
+    view = fx.GraphModule(model, graph)
+    for node in list(graph.nodes):
+        bn = modules.get(node.target) if node.op == "call_module" else None
+        before = node.args[0] if node.args else None
+        if not isinstance(bn, nn.BatchNorm2d) or bn.running_var is None or not isinstance(before, fx.Node):
+            continue
+        conv = modules.get(before.target) if before.op == "call_module" else None
+        if type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and len(before.users) == 1:
+            view.set_submodule(before.target, FoldedConv(conv, bn))
+            node.replace_all_uses_with(before)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    view.recompile()
+    return view
 
 
 class View:
@@ -49,19 +117,10 @@ class Accelerated(nn.Module):
     """A network that is called like `model`, shares its weights, and skips redundant passes."""
 
     def __init__(self, model: nn.Module, *, compiled: bool, batch: int) -> None:
-        """Wrap a network without copying its weights.
-
-        Args:
-            model: the student or the teacher.
-            compiled: run batches of `batch` images through torch.compile.
-            batch: the usual number of images.
-
-        Attributes:
-            view: the folded view that frozen passes use; None if the model cannot be traced.
-        """
+        """Wrap a network without copying its weights; if compiled, batches of `batch` images use torch.compile."""
         super().__init__()
         self.model, self.batch = model, batch
-        graph = folded_view(model)
+        graph = folded_view(model)  # for frozen passes; None if the model cannot be traced
         self.view = None if graph is None else View(graph, compiled)
         self._weights = tuple(model.parameters())  # walking the modules at each call is slow
         self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -95,25 +154,22 @@ class Accelerated(nn.Module):
     def compiled_error(self, x: Tensor) -> float:
         """Largest difference between compiled and eager logits of x, relative to the range of the eager ones.
 
-        Compares the pass of an attack and, of a network in train mode, that of the training step. Weights, BatchNorm
-        statistics and modes end as they began.
+        Compares the pass of an attack and, of a network in train mode, that of the training step.
         """
-        pairs = []
+        kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        eager, compiled = self.model, self._compiled[0]
+        pairs = [(eager(x), compiled(x))] if self.model.training else []
+        for buffer, value in kept:
+            buffer.copy_(value)
+        self.weights_moved()
         with attacks.frozen(self.model):
-            x_in = x.detach().requires_grad_()
             if self.view is not None:
                 self.view.refresh()
-                pairs.append((self.view.graph(x_in), self.view.compiled(x_in)))
-            else:
-                pairs.append((self.model(x_in), self._compiled[0](x_in)))
-        if self.model.training:
-            kept = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-            pairs.append((self.model(x), self._compiled[0](x)))
-            for buffer, value in kept:
-                buffer.copy_(value)
-            self.weights_moved()
-        pairs = [(eager.detach().float(), ours.detach().float()) for eager, ours in pairs]
-        return max(((ours - eager).abs().max() / (eager.max() - eager.min())).item() for eager, ours in pairs)
+                eager, compiled = self.view.graph, self.view.compiled
+            x = x.detach().requires_grad_()
+            pairs.append((eager(x), compiled(x)))
+        pairs = [(logits.detach().float(), ours.detach().float()) for logits, ours in pairs]
+        return max(((ours - logits).abs().max() / (logits.max() - logits.min())).item() for logits, ours in pairs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's logits of x (N, 3, H, W)."""

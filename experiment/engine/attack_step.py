@@ -21,12 +21,7 @@ class GraphedStep:
     """
 
     def __init__(self, networks: Sequence[Any], batch: int) -> None:
-        """Prepare; the first step captures.
-
-        Args:
-            networks: the accelerated networks; their views are refreshed before each step.
-            batch: the usual number of images.
-        """
+        """Take the accelerated networks and the usual number of images; the first step captures."""
         self._networks, self._batch = networks, batch
         self._captured: dict[tuple, tuple[list[Tensor], Callable[[], object], Any]] = {}
 

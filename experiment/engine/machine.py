@@ -5,7 +5,7 @@ import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ rounding of one. A wrong kernel (pytorch#181696) is off by the range itself.
 """
 
 
+Value = TypeVar("Value")
+
+
 class Engine:
     """Device, precision and ranks of one run.
 
@@ -31,15 +34,10 @@ class Engine:
         device: torch.device of this process.
         rank, world: this process and the number of processes (0 and 1 without torchrun).
         local_batch: this rank's number of images of the global batch.
-        store: the key-value store of the ranks; None for a single process.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Set up ranks, device, TF32, determinism and seed of this process.
-
-        Args:
-            args: uses ``device``, ``precision``, ``compile``, ``batch``, ``deterministic`` and ``seed``.
-        """
+        """Set up ranks, device, TF32, determinism and seed of this process."""
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.precision, self.compile, self._batch = args.precision, bool(args.compile), args.batch
@@ -48,12 +46,9 @@ class Engine:
         self.device = self._own_device(args.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.store: dist.Store | None = None
         if self.world > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            self.store, rank, world = next(dist.rendezvous("env://"))
-            own = self.device if self.device.type == "cuda" else None
-            dist.init_process_group(backend, store=self.store, rank=rank, world_size=world, device_id=own)
+            cuda = self.device.type == "cuda"
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
             # Without this, threads of the group sometimes abort the process at its end.
             atexit.register(dist.destroy_process_group)
         self._first, self.local_batch, self._total = 0, 1, 1  # this rank's rows of the global batch
@@ -97,15 +92,15 @@ class Engine:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.world > 1:
-            dist.barrier()
+        gathered(None)
 
     def highest(self, value: int) -> int:
         """Maximum of a number over the ranks."""
         if self.world == 1:
             return value
         values = torch.tensor(value, device=self.device)
-        dist.all_reduce(values, dist.ReduceOp.MAX)
+        with _all_ranks_needed():
+            dist.all_reduce(values, dist.ReduceOp.MAX)
         return int(values.item())
 
     def any_rank(self, flag: bool) -> bool:
@@ -118,30 +113,18 @@ class Engine:
             dist.all_reduce(values)
         return values
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, of plain types."""
-        if self.world == 1:
-            return [value]
-        values = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
-
     def from_main(self, value: Any) -> Any:
         """Rank 0's value, of plain types, on every rank."""
-        return self.gather(value)[0]
+        return gathered(value)[0]
 
     def on_all_ranks(self, work: Callable[[], Any]) -> Any:
-        """Do the work on every rank and return its value; raise the first rank's error on every rank.
-
-        Raises:
-            UserError: the work failed on some rank.
-        """
+        """Do the work on every rank and return its value; raise the first rank's UserError on every rank."""
         value = fault = None
         try:
             value = work()
         except UserError as error:
             fault = str(error)
-        faults = [each for each in self.gather(fault) if each is not None]
+        faults = [each for each in gathered(fault) if each is not None]
         if faults:
             raise UserError(faults[0])
         return value
@@ -164,14 +147,7 @@ class Engine:
         return fast
 
     def check_compiled(self, x: torch.Tensor) -> None:
-        """Run one batch through each compiled network and compare with the eager network.
-
-        Args:
-            x: (n, 3, H, W) float32 in [0, 1], as many images as a full batch of this rank.
-
-        Raises:
-            UserError: the logits differ by more than COMPILED_TOLERANCE of their range.
-        """
+        """Compare the compiled networks with the eager ones on a full batch x of this rank."""
         most = COMPILED_TOLERANCE[self.precision]
         with self.step():
             errors = [fast.compiled_error(x) for fast in self._fast]
@@ -227,6 +203,32 @@ class Engine:
                     tensor.copy_(part.view(tensor.shape))
 
         optimizer.register_step_pre_hook(average)
+
+
+def ranks() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def _all_ranks_needed() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # a closed connection
+        raise UserError("another rank has ended") from error
+
+
+def gathered(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
+    """Return every rank's value, of plain types.
+
+    Raises:
+        UserError: another rank is gone.
+    """
+    everyone = [value] * ranks()[1]
+    if len(everyone) > 1:
+        with _all_ranks_needed():
+            dist.all_gather_object(everyone, value, group=group)
+    return everyone
 
 
 def cpu_name() -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from experiment import UserError
 from experiment.compat import import_autoattack
+from experiment.engine import gathered, ranks
 from experiment.evaluation.batches import (
     InParts,
     accuracy_of,
@@ -29,15 +30,13 @@ from experiment.evaluation.batches import (
     check_images,
     device_of,
     flags_text,
-    gathered,
     measuring,
-    ranks,
     within_memory,
 )
 from experiment.files import read_json, state_sha256, write_json
-from experiment.records import STEPS
+from experiment.text import AUTOATTACK_STEPS
 
-AUTOATTACK = STEPS[1:]
+AUTOATTACK = AUTOATTACK_STEPS[1:]
 """The attacks of the standard version in order; each attacks the images that are still robust."""
 STANDARD, TARGETS = "standard", 9
 """The standard version, and the number of target classes per image of its APGD-T and FAB-T."""

@@ -9,33 +9,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import attacks
 from experiment import UserError
 from experiment.data import as_float
+from experiment.engine import gathered, ranks
 from experiment.entry import is_out_of_memory
 
 Value = TypeVar("Value")
-
-
-def ranks() -> tuple[int, int]:
-    """Return this process's rank and the number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def gathered(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
-    """Return every rank's value; UserError if another rank is gone."""
-    _, world = ranks()
-    everyone = [value] * world
-    if world > 1:
-        try:
-            dist.all_gather_object(everyone, value, group=group)
-        except RuntimeError as error:  # a closed connection
-            raise UserError("another rank stopped with an error") from error
-    return everyone
 
 
 def device_of(model: nn.Module, x: Tensor) -> torch.device:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks import frozen
-from experiment import RunStopped, UserError, data, evaluation, files, teachers
+from experiment import RunStopped, UserError, data, evaluation, teachers
 from experiment.compat import import_autoattack
 
 SETTLED_STEPS = 200
@@ -20,12 +20,7 @@ PROBE_IMAGES = 256
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """Check the data set, the teacher and AutoAttack before the folder is created.
-
-    Raises:
-        UserError: the data set or the teacher does not exist; AutoAttack's package is missing, or --epsilon is not
-            above 0.
-    """
+    """Check that the data set and the teacher exist and that AutoAttack can run, before the folder is created."""
     data.check_dataset(args.dataset)
     if hasattr(args, "teacher"):
         teachers.check_teacher_name(args.teacher, args.teacher_path)
@@ -49,17 +44,10 @@ def check_feasible(
     folder: Path,
     processes: int,
 ) -> None:
-    """Check that networks, data, batch and disk fit together.
-
-    Raises:
-        UserError: a network does not map the images to logits; too few classes for AutoAttack; too few images in a
-            step; not enough disk space.
-    """
+    """Check that the networks map the images to logits, and that batch, classes and disk space are large enough."""
     evaluation.check_network(args.student, student, images.x_test, images.num_classes)
     if teacher is not None:
         evaluation.check_network(args.teacher, teacher, images.x_test, images.num_classes)
-    if args.aa_examples and images.num_classes < 2:
-        raise UserError(f"AutoAttack needs at least 2 classes, {images.name} has {images.num_classes}")
     rest = len(images.x_train) % args.batch
     if images.steps(args.batch) < 1 or min(args.batch, rest if rest > 1 else args.batch) < 2 * processes:
         raise UserError(
@@ -77,29 +65,11 @@ def check_feasible(
 
 
 def check_teacher(name: str, teacher: nn.Module, images: data.Data) -> None:
-    """Check that the teacher's logits are finite and differ between images.
-
-    Raises:
-        RunStopped: they are not finite, or the same for every image.
-    """
+    """Check that the teacher's logits are finite and differ between images."""
     with torch.no_grad():
         fault = _fault_of(teacher(data.as_float(images.x_test[:64])))
     if fault:
         raise RunStopped(f"teacher {name}: its logits are {fault} on {images.name}", RunStopped.DIVERGED)
-
-
-def check_finished_student(folder: Path, student: nn.Module, *, trained: bool) -> None:
-    """Check that a finished run that is attacked later has restored the student of its result.json.
-
-    Raises:
-        UserError: it has not.
-    """
-    path = folder / "result.json"
-    if path.exists() and not (trained and files.state_sha256(student) == files.read_json(path).get("student_sha256")):
-        raise UserError(
-            f"{folder} is finished, but its last.pt does not contain the student of its result.json. Attack its "
-            "student.pt with evaluate.py --attacks autoattack"
-        )
 
 
 def _fault_of(logits: Tensor) -> str | None:
@@ -112,10 +82,9 @@ def _fault_of(logits: Tensor) -> str | None:
 
 
 def collapse_of(student: nn.Module, images: data.Data, *, one_class: bool) -> str | None:
-    """Return how the student has collapsed, from a sample of the test images, or None.
+    """Return how the student has collapsed, on a sample of the test images, or None.
 
-    Args:
-        one_class: whether to count a single predicted class as collapse.
+    `one_class` counts a single predicted class as collapse.
     """
     sample = slice(None, None, -(-len(images.x_test) // PROBE_IMAGES))  # spread over the whole set
     with torch.no_grad(), frozen(student):

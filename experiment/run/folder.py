@@ -2,8 +2,16 @@
 
 import argparse
 import atexit
+import hashlib
+import importlib.metadata
+import os
+import platform
 import re
-from collections.abc import Mapping
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,30 +22,18 @@ from torch import nn
 from experiment import UserError, data, files
 from experiment.cli import LATER_SETTINGS, Role, settings_with
 from experiment.engine import Engine
-from experiment.records import Result, checked
-from experiment.run.provenance import provenance
-from experiment.text import ABSENT, short_text
+from experiment.text import ABSENT, short_text, started_as
 
 FORMAT = 1
 
-LEFTOVER = re.compile(r"\.[a-z]+(-\d+)?\.(pt|jsonl?)(\.\d+)?\.tmp|\.shared-[0-9a-f]+")
+PACKAGES = ("torch", "torchvision", "numpy", "robustbench", "pyautoattack")
+
+LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
 """Names of temporary files that a killed process may leave."""
 
 
-def free_settings(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the settings that may change on resume; with --holdout not --eval_after, which selects the candidates."""
-    free = settings_with(Role.FREE)
-    return free if settings.get("holdout") else (*free, "eval_after")
-
-
 def lock(folder: Path) -> FileLock:
-    """Create the folder if necessary and lock it until the lock is released or the process ends.
-
-    If the folder contains only the lock when the process ends, it is removed.
-
-    Raises:
-        UserError: the folder cannot be written, or another process has locked it.
-    """
+    """Create the folder if necessary and lock it; remove it if it contains only the lock when the process ends."""
     locked = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,12 +56,8 @@ def _leave_nothing(folder: Path) -> None:
 def find_run(folder: Path, script: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Find the run in the folder and check that its settings are those of this command. Changes nothing.
 
-    Returns:
-        Its config.json, or ``{}`` for a new run; and its result.json if nothing is left to do. A run without AutoAttack
-        is not finished if --aa_examples now asks for it.
-
-    Raises:
-        UserError: the folder contains something else, or a run with other settings.
+    Returns its config.json, or {} for a new run; and its result.json if nothing is left to do. A run without AutoAttack
+    is not finished if --aa_examples now asks for it.
     """
     entries = {entry.name for entry in folder.iterdir()} - {".lock"} if folder.is_dir() else set()
     foreign = sorted(name for name in entries if not LEFTOVER.fullmatch(name))
@@ -74,15 +66,18 @@ def find_run(folder: Path, script: str, args: argparse.Namespace) -> tuple[dict[
             raise UserError(f"{folder} is not a run folder (it contains {foreign[0]}). Use another --run_name")
         return {}, None
     config = files.read_json(folder / "config.json")
-    texts = all(isinstance(config.get(name), str) for name in ("id", "script", "command", "device"))
-    if config.get("format") != FORMAT or not texts or not isinstance(config.get("settings"), dict):
+    if config.get("format") != FORMAT:
         raise UserError(f"{folder}/config.json was not written by this version. Use another --run_name")
     result = files.read_json(folder / "result.json") if "result.json" in entries else None
     if result is not None:
+        from experiment.records import Result, checked  # a machine that only trains may lack pydantic
+
         checked(Result, result, folder / "result.json")
     trained = {"student.pt", "last.pt"} <= entries  # without last.pt, the run would train again
-    unattacked = trained and (result is None or (result.get("autoattack") is None and args.aa_examples > 0))
-    free = (*free_settings(vars(args)), *(settings_with(Role.AUTOATTACK) if unattacked else ()))
+    unattacked = trained and (result is None or result.get("autoattack") is None)
+    free = [*settings_with(Role.FREE), *(settings_with(Role.AUTOATTACK) if unattacked else ())]
+    if not args.holdout:  # otherwise the evaluated epochs are the candidates for the best
+        free.append("eval_after")
     differing = _differing(config, {"script": script, **vars(args)}, free)
     if differing and foreign == ["config.json"]:
         return {}, None  # no checkpoint was written, so nothing is lost
@@ -91,10 +86,10 @@ def find_run(folder: Path, script: str, args: argparse.Namespace) -> tuple[dict[
             f"{folder} contains a run with other settings ({'; '.join(differing[:4])}). Use its settings to resume it, "
             "or another --run_name for a new run"
         )
-    return config, None if unattacked else result
+    return config, None if unattacked and args.aa_examples else result
 
 
-def _differing(config: dict[str, Any], current: dict[str, Any], free: tuple[str, ...]) -> list[str]:
+def _differing(config: dict[str, Any], current: dict[str, Any], free: Sequence[str]) -> list[str]:
     """Describe each setting that differs and is not free."""
     later = {name: value for name, value in LATER_SETTINGS.items() if name in current}
     stored = {**later, "script": config["script"], **config["settings"]}
@@ -115,13 +110,7 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-CHANGES = {
-    "device": "device",
-    "processes": "number of processes",
-    "versions": "versions",
-    "commit": "commit",
-    "code_sha256": "code",
-}
+CHANGES = {"device": "device", "processes": "number of processes", "versions": "versions", "code_sha256": "code"}
 """Entries that may differ when a run is resumed, with their names in messages. The result may then differ in bits."""
 
 
@@ -153,22 +142,13 @@ def describe(
 
 
 def check_same_inputs(folder: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Check that a run is resumed with its data and its teacher.
-
-    Raises:
-        UserError: the number of classes or a hash differs.
-    """
+    """Check that a run is resumed with its data and its teacher."""
     for name in ("num_classes", "dataset_sha256", "teacher_sha256") if stored else ():
         if stored.get(name) != current[name]:
             raise UserError(
                 f"{folder}: {name} was {stored.get(name)!r:.80} and is now {current[name]}. Use the same data and "
                 "teacher, or another --run_name"
             )
-
-
-def changes(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Return the names of other differences between the start of a run and its resumption."""
-    return [said for name, said in CHANGES.items() if stored.get(name, current[name]) != current[name]]
 
 
 def merged_config(stored: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
@@ -179,3 +159,49 @@ def merged_config(stored: dict[str, Any], current: dict[str, Any]) -> dict[str, 
     if any(before[name] != value for name, value in attack.items()):
         config["command"] = current["command"]
     return config
+
+
+def provenance(script: Path) -> dict[str, Any]:
+    """Return command, number of processes, versions, commit and a hash of the code, for config.json."""
+    return {
+        "command": _command(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
+        "commit": _commit(script.resolve().parent),
+        "code_sha256": _code_sha256(script),
+    }
+
+
+def _command() -> str:
+    """Return the command line, with torchrun and its number of processes if torchrun started it."""
+    words = [*started_as(sys.argv[0]), *sys.argv[1:]]
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return shlex.join(["python", *words])
+    processes, of_node = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes = [f"--nnodes={processes // of_node}"] if processes > of_node else []
+    return shlex.join(["torchrun", *nodes, f"--nproc_per_node={of_node}", *words])
+
+
+def _code_sha256(script: Path) -> str:
+    """SHA-256 over the script and every module of the project that a run imports."""
+    root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
+    names = [name for name in ("cifar100_models", "experiment", "examples") if name in sys.modules]
+    packages = (path for name in names for path in (root / name).rglob("*.py"))
+    for path in (script, root / "attacks.py", root / "rslad_loss.py", *sorted(packages)):
+        digest.update(f"{path.name} {files.file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(folder: Path) -> str | None:
+    """Return the commit, with -dirty if a tracked file differs from it; None outside a git checkout."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

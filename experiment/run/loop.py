@@ -92,7 +92,7 @@ class Run:
         args = self.args
         self._images, self._steps = images, images.steps(args.batch)
         self._networks = Networks(student, optimizer, teacher, AveragedModel(student) if args.swa_after else None)
-        self._checkpoints = Checkpoints(self.folder, self._id, args, self.engine, self._steps)
+        self._checkpoints = Checkpoints(self.folder, self._id, args, self.engine)
         current = folder.describe(args, self.script, self.recipe, self._id, self.engine, images, teacher)
 
         def check() -> None:
@@ -102,13 +102,12 @@ class Run:
         self.engine.on_all_ranks(check)
         if teacher is not None:
             checks.check_teacher(args.teacher, teacher, images)
-        changed = folder.changes(self._stored, current)
+        before = {**current, **self._stored}
+        changed = [text for name, text in folder.CHANGES.items() if before[name] != current[name]]
         if changed and self.engine.main:
             print(f"warning: {' and '.join(changed)} changed since the run began: results may not be bit-identical")
         self.engine.distribute(student, optimizer)
         resumed = self._restore(changed)
-        trained = self._state.epoch == args.epochs
-        self.engine.on_all_ranks(lambda: checks.check_finished_student(self.folder, student, trained=trained))
         self._config = folder.merged_config(self._stored, current)
         if self.engine.main:
             if self._config != self._stored:
@@ -126,7 +125,7 @@ class Run:
             self._state.changed = changed
             return ""
         # Recorded in result.json, whose readers have not seen the warnings.
-        state.changed = [said for said in folder.CHANGES.values() if said in (*state.changed, *changed)]
+        state.changed = [text for text in folder.CHANGES.values() if text in (*state.changed, *changed)]
         self._state, self._saved = state, (state.epoch, state.step)
         self._write_metrics()
         return f"{state.position(self.args.epochs, self._steps)}{note}"
@@ -254,7 +253,8 @@ class Run:
             accuracies: fractions by name (``clean``, ``pgd20``, with --holdout also ``holdout_pgd10``); empty if the
                 epoch was not evaluated.
         """
-        self._stopping.busy = True  # until the checkpoint is written, the state is inconsistent
+        # Until the checkpoint is written, the state is inconsistent.
+        self._stopping.busy, self._trained = True, None
         state, args = self._state, self.args
         epoch, seconds = state.epoch + 1, state.epoch_seconds
         lr = self._networks.optimizer.param_groups[0]["lr"]
@@ -264,27 +264,22 @@ class Run:
         state.seconds["evaluation"] += time.monotonic() - self._trained_at
         if self._networks.averaged is not None and epoch > args.swa_after:
             self._networks.averaged.update_parameters(self._networks.student)
-        is_best = self._is_best(epoch, accuracies)
+        self._keep_if_best(epoch, accuracies)
         state.begin_epoch()
-        self._trained = None
         self._save()
         self._write_metrics()
-        if is_best:
-            self._write_student("best.pt", self._networks.student, state.best)
         if self._stopping.agreed():
             self._stopping.leave_together()
         for tracker in self._trackers:
             tracker.log(row)
         self._bar.line(epoch_line(row, args.epochs, *remaining(args, self._images, state)))
 
-    def _is_best(self, epoch: int, accuracies: dict[str, float]) -> bool:
-        """Return whether this epoch is the best on the held-out images (first of equals); if so, keep its weights."""
-        accuracy, state = accuracies.get("holdout_pgd10"), self._state
-        if accuracy is None or (state.best is not None and accuracy <= state.best["holdout_pgd10"]):
-            return False
-        state.best = {"epoch": epoch, "holdout_pgd10": accuracy}
-        state.best_weights = {name: value.clone() for name, value in self._networks.student.state_dict().items()}
-        return True
+    def _keep_if_best(self, epoch: int, accuracies: dict[str, float]) -> None:
+        """Keep the weights of the epoch that is the best on the held-out images (first of equals)."""
+        accuracy, state = accuracies.get("holdout_pgd10", -1), self._state
+        if accuracy > (state.best["holdout_pgd10"] if state.best else -1):
+            state.best = {"epoch": epoch, "holdout_pgd10": accuracy}
+            state.best_weights = {name: value.clone() for name, value in self._networks.student.state_dict().items()}
 
     def _write_metrics(self) -> None:
         """Write metrics.jsonl from the rows of the checkpoint, so that no row is missing or repeated."""

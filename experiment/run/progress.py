@@ -106,12 +106,7 @@ def header(
     teacher: nn.Module | None,
     trackers: list[str],
 ) -> str:
-    """Return the header of a run: networks, data, settings, position of a resumed run, and trackers.
-
-    Args:
-        resumed: the position of a resumed run, or empty.
-        trackers: a line for each tracker.
-    """
+    """Return the header of a run: networks, data, settings, the position of a resumed run, a line for each tracker."""
 
     def size(model: nn.Module) -> str:
         return f"{sum(p.numel() for p in model.parameters()):,} parameters"

@@ -3,7 +3,7 @@
 import argparse
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,7 @@ class Measurement:
     waited: float = 0.0
 
     def result(self) -> dict[str, Any]:
-        """Save the student, compare its gradients with the teacher's, and attack it; also the best and the mean.
-
-        Returns:
-            The content of result.json.
-        """
+        """Save, compare and attack the student, the best epoch and the mean; return the content of result.json."""
         args, config, state, student = self.args, self.config, self.state, self.networks.student
         began = time.monotonic()
         # Keep the file of a run that is attacked later: other runs record its hash as their teacher's.
@@ -121,17 +117,13 @@ class Measurement:
         if self.networks.averaged is None:
             return None
         args, images = self.args, self.images
-
-        def inputs() -> Iterator[Tensor]:
-            # An epoch that was not used for training.
-            yield from (x for x, *_ in images.batches(args.batch, args.seed, args.epochs + 1))
-
+        inputs = (x for x, *_ in images.batches(args.batch, args.seed, args.epochs + 1))  # not used for training
         model, epochs = self.networks.averaged.module, int(self.networks.averaged.n_averaged)
         path = self.folder / "swa.pt"
         # Estimated once and read by all ranks. On a GPU another estimate, on another rank or after a kill, may differ
         # in the last bit, and AutoAttack's chunks would then belong to different networks.
         if self.engine.main and not _holds(path, dict(model.named_parameters())):
-            update_bn(inputs(), model)
+            update_bn(inputs, model)
             self.write(path.name, model, {"averaged_epochs": epochs})
         self.engine.barrier()
         model.load_state_dict(files.load(path)["state_dict"])

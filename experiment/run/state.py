@@ -81,13 +81,9 @@ def generators(device: torch.device) -> dict[str, Tensor | None]:
 class Checkpoints:
     """Writes (on rank 0) and reads last.pt: tensors and plain types that restore a run bit for bit."""
 
-    def __init__(self, folder: Path, identity: str, args: argparse.Namespace, engine: Engine, steps: int) -> None:
-        """Args:
-        identity: the run's id, which its files contain.
-        steps: optimizer steps of an epoch.
-        """
+    def __init__(self, folder: Path, identity: str, args: argparse.Namespace, engine: Engine) -> None:
         self._last, self._previous = folder / "last.pt", folder / "previous.pt"
-        self._identity, self._args, self._engine, self._steps = identity, args, engine, steps
+        self._identity, self._args, self._engine = identity, args, engine
 
     def save(self, state: State, networks: Networks, num_classes: int, random: dict[str, Tensor | None]) -> None:
         """Write last.pt and keep the one before as previous.pt."""
@@ -113,13 +109,9 @@ class Checkpoints:
         files.save(self._last, content, previous=self._previous)
 
     def restore(self, networks: Networks) -> tuple[State | None, str]:
-        """Load last.pt, or previous.pt if any rank cannot use last.pt.
+        """Load last.pt, or previous.pt if a rank cannot use last.pt; return the state and a note about a damaged file.
 
-        Returns:
-            The state of the run, or None if there is no checkpoint; and a note about a damaged file.
-
-        Raises:
-            UserError: both are unusable.
+        The state is None if there is no checkpoint.
         """
         engine, faults = self._engine, []
         for path in engine.from_main([path for path in (self._last, self._previous) if path.exists()]):
@@ -154,10 +146,6 @@ class Checkpoints:
         device = self._engine.device
         # A checkpoint of an earlier version may lack a field.
         state = State(**{item.name: content[item.name] for item in fields(State) if item.name in content})
-        if not (0 <= state.epoch <= self._args.epochs and 0 <= state.step <= self._steps):
-            raise ValueError(f"there is no epoch {state.epoch}, step {state.step}")
-        if [row["epoch"] for row in state.rows] != list(range(1, state.epoch + 1)):
-            raise ValueError("its rows are not those of its epochs")
         source = getattr(networks.student, "source_file", None)  # of a network from the user's own file
         if source and source["sha256"] != content["source_file"]["sha256"]:
             raise ValueError(f"{source['path']} has changed since: restore its content")

@@ -1,10 +1,12 @@
 """Weights & Biases and TensorBoard: copies of metrics.jsonl and result.json."""
 
 import argparse
+import importlib
 import json
 import os
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from experiment import UserError
@@ -30,17 +32,20 @@ def named_results(result: dict[str, Any]) -> dict[str, float]:
     return found | {f"time/{name}": seconds for name, seconds in result["seconds"].items()}
 
 
+def _imported(module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        ways_out = f"pip install -r requirements.txt, or --{package} 0"
+        raise UserError(f"--{package} 1 needs the package {package}: {ways_out}") from error
+
+
 class Wandb:
     """A run at Weights & Biases, or its local folder with WANDB_MODE=offline."""
 
     def __init__(self, args: argparse.Namespace, identity: str) -> None:
         """Log in and start the W&B run."""
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "--wandb 1 needs the package wandb: pip install -r requirements.txt, or --wandb 0"
-            ) from error
+        wandb = _imported("wandb", "wandb")
         # No explicit mode, which would override WANDB_MODE.
         self._online = os.environ.get("WANDB_MODE", "online") == "online"
         ways_out = "use WANDB_MODE=offline for a local log, or --wandb 0"
@@ -100,13 +105,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path) -> None:
         """Import TensorBoard."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "--tensorboard 1 needs the package tensorboard: pip install -r requirements.txt, or --tensorboard 0"
-            ) from error
-        self._folder, self._open = folder, SummaryWriter
+        self._folder, self._open = folder, _imported("torch.utils.tensorboard", "tensorboard").SummaryWriter
 
     def start(self, config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         """Rewrite config.json and all rows, so that none is missing or repeated; return the command to view them."""
@@ -131,13 +130,6 @@ class TensorBoard:
 
 
 def open_trackers(args: argparse.Namespace, identity: str, folder: Path) -> list[Wandb | TensorBoard]:
-    """Open the trackers of --wandb 1 and --tensorboard 1.
-
-    Args:
-        identity: id of the run; a resumed run continues under it.
-
-    Raises:
-        UserError: a package is missing; W&B is not logged in or does not answer within 20 s.
-    """
+    """Open the trackers of --wandb 1 and --tensorboard 1; a resumed run continues under its id, `identity`."""
     trackers: list[Wandb | TensorBoard] = [] if args.nowand else [Wandb(args, identity)]
     return [*trackers, TensorBoard(folder / "tensorboard")] if args.tensorboard else trackers

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from cifar100_models import build_model, check_model_name
 from experiment import UserError, files
-from experiment.download import download
 from experiment.teachers.zoo import CLASSES, robustbench_name, source_of, unknown_network, zoo_of
 
 _HOW = "--arch NAME with FILE (evaluate.py), or --teacher NAME --teacher_path FILE; NAME: RES-18, ..., FILE.py:function"
@@ -145,7 +144,7 @@ def _robustbench(
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        download(source.url, aside)
+        files.download(source.url, aside)
         model = read_weights(aside, name, source.build)
         os.replace(aside, target)
         return model, target
