@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from experiment.evaluation.alignment import input_gradients
 from experiment.evaluation.autoattack import autoattack_label
 from experiment.evaluation.batches import as_pixels, device_of, measuring
 from experiment.files import read_json, write_atomically, write_json
-from experiment.records import Config, Result
 from experiment.text import as_text, budget
+
+if TYPE_CHECKING:  # a machine that only trains may lack pydantic
+    from experiment.records import Config, Result
 
 FOLDER = "evaluations"
 """Folder of the records, in a run folder or next to a checkpoint."""
@@ -139,7 +141,7 @@ def _per_cent(point: dict[str, Any]) -> str:
     return f"{100 * point['accuracy']:.2f} %"
 
 
-def differences(record: dict[str, Any], config: Config, result: Result | None) -> list[str]:
+def differences(record: dict[str, Any], config: "Config", result: "Result | None") -> list[str]:
     """Describe other data, another teacher, and accuracies that differ although the settings are equal.
 
     Args:
