@@ -153,8 +153,8 @@ def test_two_ranks_finish_a_run(finished):
     assert len(list((folder / "autoattack").glob("chunk-*.json"))) == 2
 
 
-def test_a_signal_stops_all_ranks(small):
-    assert list(fault_ranks.stopped_ranks(small.home, 1, fault_ranks.SIGNALS[:2]))
+def test_a_signal_to_one_rank_stops_all(small):
+    assert list(fault_ranks.stopped_ranks(small.home, 1, [("SIGTERM", "to rank 1 only")]))
 
 
 def test_what_one_rank_refuses_all_refuse(tmp_path, finished):
@@ -168,11 +168,3 @@ def test_what_one_rank_refuses_all_refuse(tmp_path, finished):
         (folder / name).unlink()
     for output in launch(2, *command(tmp_path), status=2):
         assert "last.pt does not fit this run: it belongs to a run with id '0123456789ab'" in output
-
-
-def test_a_finished_run_ends_every_rank(finished):
-    """No rank waits for one that has gone."""
-    folder, command = finished
-    first, second = launch(2, *command(folder.parent))
-    assert "is a finished run" in first
-    assert second == ""

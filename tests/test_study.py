@@ -207,11 +207,11 @@ def test_only_takes_some_runs_and_says_when_it_takes_none(capsys, tmp_path):
 
 def test_a_cluster_gets_the_runs_as_jobs_that_resume(study_of, tmp_path, capsys):
     """With submitit's local executor, which starts real processes as SLURM would."""
-    study = study_of(TINY.replace("seed = [0, 1]", "seed = [0]"))
+    study = study_of(TINY.replace("seed = [0, 1]", "seed = [0]").replace('["adaad_cifar100", ', "["))
     jobs = processes.submit(study, 2, {"timeout_min": 10, "gpus_per_node": 0}, "local")
-    assert [job.result() for job in jobs] == [0, 0]
+    assert [job.result() for job in jobs] == [0]
     assert {run.state() for run in study.all_runs} == {plan.FINISHED}, "the teacher went ahead"
-    assert "adaad_seed0: job " in capsys.readouterr().out
+    assert "adaad_IGDM_seed0: job " in capsys.readouterr().out
     assert processes.submit(study, 2, {"gpus_per_node": 0}, "local") == [], "what is finished is not sent"
     with pytest.raises(UserError, match=r"submitit: .*partitoin"):
         processes.submit(study, 1, {"partitoin": "gpu"}, "local")
@@ -294,7 +294,7 @@ def command(path: Path, *arguments: str) -> list[str]:
 def test_a_study_is_stopped_and_goes_on_and_a_failed_run_stops_no_other(tmp_path):
     """One sequence of real processes, as each takes seconds: stop in the first run, go on, skip, report a failure."""
     path, runs = tmp_path / "mine.toml", tmp_path / "runs" / "mine"
-    path.write_text(TINY)
+    path.write_text(TINY.replace("seed = [0, 1]", "seed = [0]"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command(path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -313,17 +313,17 @@ def test_a_study_is_stopped_and_goes_on_and_a_failed_run_stops_no_other(tmp_path
     (runs / "adaad_seed0").write_text("mine")
     done = subprocess.run(command(path, "--jobs", "2"), capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "1 of 4 runs failed: adaad_seed0: error: " in done.stderr
+    assert "1 of 2 runs failed: adaad_seed0: error: " in done.stderr
     assert "adaad_seed0: File exists" in done.stderr
     finished = sorted(folder.parent.name for folder in runs.glob("*/result.json"))
-    assert finished == ["adaad_IGDM_seed0", "adaad_IGDM_seed1", "adaad_seed1", "teacher"]
+    assert finished == ["adaad_IGDM_seed0", "teacher"]
 
     (runs / "adaad_seed0").unlink()
     before = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
     again = subprocess.run(command(path), capture_output=True, text=True, env=environment, check=False)
     assert again.returncode == 0, again.stderr
-    assert "4 of 5 runs finished" in again.stdout
-    assert "5 of 5 runs finished, 0 failed" in again.stdout
+    assert "2 of 3 runs finished" in again.stdout
+    assert "3 of 3 runs finished, 0 failed" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what is finished is skipped"
     assert (runs / "adaad_seed0" / "result.json").exists()
 
