@@ -148,7 +148,16 @@ def test_a_picture_is_the_one_its_script_draws(tmp_path, name):
 
 @pytest.mark.parametrize(
     "study",
-    ["digits", "cifar10_16", "digits_teacher10", "digits_student", "digits_long", "digits_target", "digits_attack"],
+    [
+        "digits",
+        "cifar10_16",
+        "digits_teacher10",
+        "digits_student",
+        "digits_long",
+        "digits_target",
+        "digits_attack",
+        "digits_methods",
+    ],
 )
 def test_gains_in_the_text_are_those_of_the_records(study):
     """Of two studies in the README too."""
