@@ -1,5 +1,6 @@
 """Faults of two processes under torchrun: signals to the agent, the workers or one rank; kills; resuming."""
 
+import json
 import os
 import random
 import re
@@ -121,7 +122,8 @@ def stop(flags: list[str], home: Path, folder: Path, name: str, recipients: str,
     assert stopped_by == name, errors
     if (folder / "last.pt").exists():
         saved = torch.load(folder / "last.pt", weights_only=True)
-        expected = f"after epoch {saved['epoch']} of 2"
+        epochs = json.loads((folder / "config.json").read_text())["settings"]["epochs"]
+        expected = f"after epoch {saved['epoch']} of {epochs}"
         if saved["step"]:
             expected = f"in epoch {saved['epoch'] + 1} after step {saved['step']} of 12"
     else:
