@@ -223,7 +223,7 @@ class TracelessSGD(torch.optim.SGD):
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_an_optimizer_that_leaves_no_trace_is_followed(inside):
-    """Within a step and from one to the next; by hook, since no version tells."""
+    """Within a step and from one to the next; by hook, since versions do not show it."""
     model, machine = settled("RES-8"), engine()
     optimizer = TracelessSGD(model.parameters(), lr=0.1)
     machine.distribute(model, optimizer)

@@ -21,7 +21,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def parse(script, *argv):
-    """The flags of a script, on the CPU unless told otherwise: defaults must not hang on this machine's devices."""
+    """The flags of a script, on the CPU unless given: defaults must not depend on this machine's devices."""
     script = script if script in SCRIPTS else f"{script}_cifar100"
     module = importlib.import_module(script)
     device = () if "--device" in argv else ("--device", "cpu")

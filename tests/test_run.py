@@ -303,7 +303,7 @@ def test_a_trained_run_comes_to_a_result_without_its_autoattack(small):
     assert config["settings"]["aa_examples"] == 0
     small.server.run(SCRIPTS[0], flags, small.home).expect(0)
     assert result_of(folder) == small.expected[SCRIPTS[0]]
-    assert (folder / "student.pt").read_bytes() == student, "its hash tells students of it that it is their teacher"
+    assert (folder / "student.pt").read_bytes() == student, "students identify their teacher by its hash"
 
 
 def test_the_command_names_torchrun_and_its_processes(monkeypatch):
