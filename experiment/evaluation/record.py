@@ -222,10 +222,11 @@ def alignment_figure(
     epsilon: float,
     class_names: Sequence[str],
 ) -> None:
-    """Plot images in rows: x, the first student's PGD-20 perturbation, then the input gradient of each network.
+    """Plot images in rows: x, the sign of the first student's PGD-20 perturbation δ, and each network's input gradient.
 
-    Gradients are of the true class's probability, summed over colours, each scaled to its largest value. They show
-    directions, not lengths. Each student's gradient is labelled with its cosine to the teacher's.
+    δ is summed over colours and drawn on the image in grey: red makes a pixel brighter, blue darker. Gradients are of
+    the true class's probability, summed over colours, each scaled to its largest value. They show directions, not
+    lengths. Each student's gradient is labelled with its cosine to the teacher's.
 
     Args:
         students: title of the column, and network.
@@ -240,13 +241,15 @@ def alignment_figure(
         torch.manual_seed(0)
         delta = (attack_of("pgd", epsilon)(networks[1], clean, labels) - clean).cpu()
         gradients = [input_gradients(network, clean, labels)[1][0].cpu() for network in networks]
-    columns = ["x", "δ", *titles]
+    columns = ["x", "sign of δ", *titles]
     figure = Figure(figsize=(1.7 * len(columns), 1.8 * len(x) + 0.6), layout="constrained")
     grid = figure.subplots(len(x), len(columns), squeeze=False)
     for i, row in enumerate(grid):
         row[0].imshow(clean[i].cpu().permute(1, 2, 0).numpy(), interpolation="nearest")
         row[0].set_ylabel(class_names[int(y[i])], fontsize=8)
-        row[1].imshow((0.5 + delta[i] / (2 * epsilon)).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        row[1].imshow(clean[i].cpu().mean(dim=0).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        signs = delta[i].sum(dim=0).sign().numpy()
+        row[1].imshow(signs, cmap="bwr", vmin=-1, vmax=1, alpha=0.5 * abs(signs), interpolation="nearest")
         for axes, of_images in zip(row[2:], gradients, strict=True):
             gradient = of_images[i].sum(dim=0)
             largest = max(float(gradient.abs().max()), 1e-30)
