@@ -71,7 +71,8 @@ def test_the_page_shows_all_that_was_measured(outline):
     figures, of_evaluate = ["data:image/svg+xml"] * 3, ["data:image/png", "data:image/svg+xml"] * 4
     assert kinds == [*figures, *of_evaluate]
     text = " ".join(" ".join(outline.text).split())
-    verdict = "<b>A&B</b>+IGDM minus <b>A&B</b> (BDM, RES-18, digits): +4.25 points, 95 % interval +2.00 to +6.75."
+    verdict = "<b>A&B</b>+IGDM minus <b>A&B</b> (BDM, RES-18, digits): "
+    verdict += "+4.25 points, 95 % interval +2.00 to +6.75, seeds: 2."
     assert text.index(verdict) < text.index("n seeds"), "the gain comes first"
     for part in ("<b>A&B</b>+IGDM", "g = something", "bootstrap over seeds and images"):
         assert part in text, part

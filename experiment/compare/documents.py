@@ -136,7 +136,7 @@ def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str], 
     ]
     return environment.from_string(template).render(
         title=", ".join(dict.fromkeys(run.name for _, run in runs)) or "Runs that are not finished",
-        verdicts=list(map(verdict, comparison.gains)),
+        verdicts=[f"{verdict(gain)}, seeds: {len(gain.by_seed)}" for gain in comparison.gains],
         tables=tables,
         text_columns=TEXT_COLUMNS,
         notes=notes,
