@@ -218,7 +218,7 @@ def test_the_cost_of_the_attack_is_counted(row):
     attacks.perturb(student=CallCount(), teacher=network, x=x, y=y, steps=10, **setting)
     of_attack = network.calls * (1 if flag == "attack" else 2)  # forward, and backward where its gradient is used
     *written, per_epoch = map(float, cells.groups())
-    expected = [passes * student + (loss + of_attack) * teacher for passes, loss in ((23, 1), (26, 2))]
+    expected = [passes * student + (loss + of_attack) * teacher for passes, loss in ((24, 1), (27, 2))]
     assert written == pytest.approx(expected, abs=0.06)  # one decimal is printed
     assert per_epoch == pytest.approx(expected[1] * 50_000 / 1e6, abs=0.06)
 
