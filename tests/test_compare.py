@@ -95,7 +95,7 @@ def make_pair(folder: Path, base: dict | None = None, with_igdm: dict | None = N
 @pytest.fixture
 def written(tmp_path, monkeypatch, capsys):
     """What compare.py prints when it writes files into the folder out, without drawing."""
-    monkeypatch.setattr(figures, "all_figures", lambda comparison: {})
+    monkeypatch.setattr(figures, "all_figures", lambda comparison, **options: {})
 
     def run(*arguments: str | Path) -> str:
         comparing.main([*map(str, arguments), "--out", str(tmp_path / "out")])
@@ -687,7 +687,7 @@ def test_out_that_cannot_be_made_is_refused(pair, tmp_path):
 
 def test_output_goes_beside_the_runs_or_here(tmp_path, monkeypatch, capsys):
     """Beside them, it is no run when the folder is compared again. Not beside records: docs/results holds no other."""
-    monkeypatch.setattr(figures, "all_figures", lambda comparison: {})
+    monkeypatch.setattr(figures, "all_figures", lambda comparison, **options: {})
     pair, records = make_pair(tmp_path / "runs", with_igdm={"robust": 0.41}), tmp_path / "kept" / "a.json"
     records.parent.mkdir()
     (tmp_path / "runs" / "logs").mkdir()

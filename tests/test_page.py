@@ -66,6 +66,8 @@ def test_the_page_needs_nothing_else(outline):
 
 def test_the_page_shows_all_that_was_measured(outline):
     pictures = [attributes for tag, attributes in outline.tags if tag == "img"]
+    units = ["per cent", "percentage points", "per cent"]
+    assert all(unit in attributes["alt"] for unit, attributes in zip(units, pictures[:3], strict=True))
     assert all(attributes["alt"] for attributes in pictures)
     kinds = [attributes["src"].partition(";")[0] for attributes in pictures]
     figures, of_evaluate = ["data:image/svg+xml"] * 3, ["data:image/png", "data:image/svg+xml"] * 4

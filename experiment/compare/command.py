@@ -96,7 +96,7 @@ def _show(comparison: Comparison, out: Path, columns: Sequence[str], files: Mapp
     contents = {
         "csv": lambda: as_csv(comparison),
         "latex": lambda: as_latex(comparison, columns),
-        "html": lambda: page(comparison, short, notes, figures),
+        "html": lambda: page(comparison, short, notes),
         "records": lambda: records_of([run for group in comparison.groups for run in group.runs]),
     }
     for name, path in files.items():

@@ -10,10 +10,9 @@ or study (without its ending; several joined by ``+`` are read together), and af
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from experiment import UserError
 from experiment.compare.comparison import Comparison, comparison_of
@@ -119,18 +118,19 @@ def _picture(comparison: Comparison, document: Path, names: str, name: str) -> s
     return f"![{name}: {names.replace('+', ', ')}]({FIGURES}/{path.name})"
 
 
-def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str], figures: Mapping[str, Any]) -> str:
+def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str]) -> str:
     """The gains in sentences, tables, figures, notes, and each run's command."""
     from jinja2 import Environment
 
-    from experiment.compare.figures import rendered  # matplotlib takes a second
+    from experiment.compare.figures import all_figures, rendered  # matplotlib takes a second
 
     template = resources.files("experiment.compare").joinpath("page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     runs = [(group.label, run) for group in comparison.groups for run in group.runs]
+    figures = all_figures(comparison, stacked=True)  # a telephone shows one column
     pictures = [(name, "svg+xml", rendered(figure, "svg")) for name, figure in figures.items()]
     pictures += [
-        (f"evaluate.py, {label}, seed {run.seed}: {path.stem}", PICTURES[path.suffix], path.read_bytes())
+        (f"{path.stem}: drawn by evaluate.py for {label}, seed {run.seed}.", PICTURES[path.suffix], path.read_bytes())
         for label, run in runs
         for path in run.pictures
     ]
@@ -141,8 +141,7 @@ def page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str], 
         text_columns=TEXT_COLUMNS,
         notes=notes,
         pictures=[
-            (caption, f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
-            for caption, kind, content in pictures
+            (name, f"data:image/{kind};base64,{base64.b64encode(content).decode()}") for name, kind, content in pictures
         ],
         commands=commands_of(comparison),
     )

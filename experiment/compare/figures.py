@@ -18,22 +18,22 @@ from experiment.files import write_atomically
 from experiment.text import escaped
 
 FORMATS = ("png", "pdf", "svg")
-CHARACTERS = 150
-"""What fits side by side under a figure."""
+WIDE, STACKED = 150, 60
+"""Characters in a line below a figure: with panels side by side, and with panels in one column."""
 
 Styles = Mapping[SeedGroup, dict[str, Any]]
 """Line colour and style per group; "label" is its name in figures."""
 
 
-def all_figures(comparison: Comparison) -> dict[str, Any]:
-    """The figures by name; those that would show nothing are left out."""
+def all_figures(comparison: Comparison, *, stacked: bool = False) -> dict[str, Any]:
+    """The figures by name, `stacked` with all panels in one column; those that would show nothing are left out."""
     if not comparison.groups:
         return {}
     styles = styles_of(comparison)
     drawn = {
-        "comparison": _comparison_figure(comparison.groups, styles),
-        "gains": _gains_figure(comparison.gains, styles),
-        "alignment": _alignment_figure(comparison.groups, styles),
+        "comparison": _comparison_figure(comparison.groups, styles, stacked),
+        "gains": _gains_figure(comparison.gains, styles, stacked),
+        "alignment": _alignment_figure(comparison.groups, styles, stacked),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -102,19 +102,25 @@ def _tidy(axes: Any, grid: str = "y") -> None:
     axes.set_axisbelow(True)
 
 
-def _comparison_figure(groups: Sequence[SeedGroup], styles: Styles) -> Any:
+def _comparison_figure(groups: Sequence[SeedGroup], styles: Styles, stacked: bool) -> Any:
     """PGD-20 and clean accuracy by epoch, and AutoAttack bars."""
-    figure = _new_figure(12.0, max(5.0, 2.2 + 0.6 * len(groups)))
-    robust, clean, bars = figure.subplots(1, 3, width_ratios=[1, 1, 1.15])
+    height = max(5.0, 2.2 + 0.6 * len(groups))
+    if stacked:
+        figure = _new_figure(5.5, 7.0 + height)
+        robust, clean, bars = figure.subplots(3, 1, height_ratios=[3.5, 3.5, height])
+    else:
+        figure = _new_figure(12.0, height)
+        robust, clean, bars = figure.subplots(1, 3, width_ratios=[1, 1, 1.15])
     curves = [group for group in groups if group.is_student] or groups  # a teacher's many epochs would hide theirs
     for axes, key, title in ((robust, "pgd20", "PGD-20"), (clean, "clean", "clean")):
         _draw_curves(axes, curves, styles, key)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("epoch")
+        if stacked or axes is robust:
+            axes.set_ylabel("test accuracy (%)")
         _tidy(axes)
-    robust.set_ylabel("test accuracy (%)")
     _draw_bars(bars, groups, styles)
-    _legend(figure, robust, curves, styles)
+    _legend(figure, robust, curves, styles, STACKED if stacked else WIDE)
     return figure
 
 
@@ -167,9 +173,11 @@ def _draw_bars(axes: Any, groups: Sequence[SeedGroup], styles: Styles) -> None:
     _tidy(axes, grid="x")
 
 
-def _legend(figure: Any, axes: Any, groups: Sequence[SeedGroup], styles: Styles, **options: Any) -> None:
+def _legend(
+    figure: Any, axes: Any, groups: Sequence[SeedGroup], styles: Styles, characters: int, **options: Any
+) -> None:
     """The groups below the figure, in as many columns as fit."""
-    columns = max(1, CHARACTERS // (max(len(styles[group]["label"]) for group in groups) + 8))
+    columns = max(1, characters // (max(len(styles[group]["label"]) for group in groups) + 8))
     figure.legend(
         *axes.get_legend_handles_labels(),
         loc="outside lower center",
@@ -180,11 +188,11 @@ def _legend(figure: Any, axes: Any, groups: Sequence[SeedGroup], styles: Styles,
     )
 
 
-def _gains_figure(gains: Sequence[Gain], styles: Styles) -> Any:
+def _gains_figure(gains: Sequence[Gain], styles: Styles, stacked: bool) -> Any:
     """A dot per seed, the mean and its 95 % interval per pair; None without gains."""
     if not gains:
         return None
-    figure = _new_figure(7.5, 1.4 + 0.55 * len(gains))
+    figure = _new_figure(5.5 if stacked else 7.5, 1.4 + 0.55 * len(gains))
     axes = figure.subplots()
     axes.axvline(0, color="0.2", linewidth=1)
     for row, gain in enumerate(gains):
@@ -196,12 +204,13 @@ def _gains_figure(gains: Sequence[Gain], styles: Styles) -> Any:
     axes.set_yticks(range(len(gains)), [styles[gain.group]["label"] for gain in gains])
     axes.set_ylim(len(gains) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("gain in AutoAttack accuracy (points): mean and 95 % interval,\nbelow them a dot per seed")
+    label = "gain in AutoAttack accuracy (points): mean and 95 % interval, below them a dot per seed"
+    axes.set_xlabel(textwrap.fill(label, 44 if stacked else 62))
     _tidy(axes, grid="x")
     return figure
 
 
-def _alignment_figure(groups: Sequence[SeedGroup], styles: Styles) -> Any:
+def _alignment_figure(groups: Sequence[SeedGroup], styles: Styles, stacked: bool) -> Any:
     """GC and GD (where measured the logit's too) against AutoAttack accuracy; None without.
 
     A point per run; an arrow from the mean of a baseline to that of the version with an addition.
@@ -212,9 +221,10 @@ def _alignment_figure(groups: Sequence[SeedGroup], styles: Styles) -> Any:
     columns = {"gc": "GC (cosine: higher is closer)", "gd": "GD (distance)"}
     if all(len(group.values("logit_gc")) == len(group.values("gc")) for group in shown):
         columns |= {"logit_gc": "logit GC", "logit_gd": "logit GD"}
-    rows = len(columns) // 2
-    figure = _new_figure(11.0, 1.0 + 4.0 * rows)
-    panels = figure.subplots(rows, 2, sharey=True).flatten()
+    side_by_side, characters = (1, STACKED) if stacked else (2, WIDE)
+    rows = len(columns) // side_by_side
+    figure = _new_figure(5.5 * side_by_side, 1.0 + 4.0 * rows)
+    panels = figure.subplots(rows, side_by_side, sharey=True).flatten()
     for axes, (key, title) in zip(panels, columns.items(), strict=True):
         centres: dict[SeedGroup, tuple[float, float]] = {}
         for group in shown:
@@ -229,10 +239,11 @@ def _alignment_figure(groups: Sequence[SeedGroup], styles: Styles) -> Any:
                 arrow = {"arrowstyle": "-|>", "color": styles[group]["color"], "linewidth": 1.8}
                 axes.annotate("", centres[group], centres[base], arrowprops=arrow)
             axes.plot(*([value] for value in centres[group]), **styles[group] | {"linestyle": ""}, markersize=9)
-        axes.set_xlabel(f"{title} between the input gradients of student and teacher", fontsize=9)
+        label = f"{title} between the input gradients of student and teacher"
+        axes.set_xlabel(textwrap.fill(label, characters), fontsize=9)
         _tidy(axes, grid="both")
-    for axes in panels[::2]:
+    for axes in panels[::side_by_side]:
         axes.set_ylabel("AutoAttack accuracy (%)")
     title = "small marks are runs, large ones means, arrows lead from a baseline to the version with an addition"
-    _legend(figure, panels[0], shown, styles, title=title, title_fontsize=9)
+    _legend(figure, panels[0], shown, styles, characters, title=textwrap.fill(title, characters), title_fontsize=9)
     return figure
