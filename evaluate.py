@@ -31,7 +31,7 @@ def build_parser():
     add("what", metavar="WHAT", help="run folder, checkpoint, RobustBench name, or weights file with --arch")
     add("--arch", help="architecture of bare weights: RES-18, ..., or FILE.py:function")
     add("--weights", help="weights file of a RobustBench name or of --arch")
-    add("--attacks", nargs="+", choices=ATTACKS, help="measurements (default: all that apply)")
+    add("--attacks", nargs="+", choices=ATTACKS, help="measurements (default: all that apply, AutoAttack included)")
     add("--epsilon", **cli.options("epsilon"), default=8 / 255)
     add("--epsilons", type=cli.fraction, nargs="+", help="several epsilons, for a curve per attack")
     add("--steps", **count, help="steps of PGD (default 20) and C&W (default 30), of size epsilon / 4")

@@ -414,4 +414,4 @@ def test_the_time_left_counts_evaluation_and_autoattack():
     args.aa_examples = 0
     assert remaining(args, images, state)[1] == 0
     line = epoch_line({**rows[-1], "lr": 0.1, "loss": 1.0, "images_per_second": 500.0}, 10, 121.0, 205.0)
-    assert line.endswith("about 05:26 left, of it AutoAttack 03:25")
+    assert line.endswith("about 05:26 left (AutoAttack 03:25)")

@@ -125,10 +125,10 @@ def own_flag(default: Any) -> Flag:
 
 GROUPS: dict[str, dict[str, Flag]] = {
     "method": {
-        "preset": _flag("the documented recipe, or the papers' published one", choices=("default", "paper"),
+        "preset": _flag("default: as IGDM's release documents; paper: as the papers", choices=("default", "paper"),
                         default="default"),
-        "teacher": _flag("BDM, DEC, LTD, a RobustBench Linf name, checkpoint, run folder or architecture",
-                         METHOD),
+        "teacher": _flag("BDM, DEC, LTD, a RobustBench Linf name, checkpoint or run folder; or architecture of "
+                         "--teacher_path", METHOD),
         "teacher_path": _flag("downloaded RobustBench .pt file of --teacher", FREE | MAY_DIFFER, default=None),
         "student": _flag("RES-18, MN-V2, RES-20, RES-8, WRN-d-w, or FILE.py:function", METHOD, type=model_name),
         "objective": _flag("adversarial training objective", METHOD, choices=("TRADES", "PGD-AT")),
@@ -153,7 +153,7 @@ GROUPS: dict[str, dict[str, Flag]] = {
                                type=positive_int, nargs="*"),
     },
     "attack": {
-        "attack": _flag("inner maximisation of attacks.perturb", METHOD, choices=attacks.INNER_MAXIMISATIONS),
+        "attack": _flag("objective of inner maximisation (attacks.py)", METHOD, choices=attacks.INNER_MAXIMISATIONS),
         "epsilon": _flag("Linf budget, pixels in [0, 1]", METHOD, type=fraction),
         "step_size": _flag("size of an attack step, pixels in [0, 1]", METHOD, type=fraction),
         "steps": _flag("number of attack steps", METHOD, type=positive_int),
@@ -200,7 +200,7 @@ GROUPS: dict[str, dict[str, Flag]] = {
                           MAY_DIFFER, type=run_name),
     },
     "tracking": {
-        "nowand": _flag("the released code's flag: --nowand 0 is --wandb 1", _TRACKING,
+        "nowand": _flag("inverse of --wandb, as in the released code", _TRACKING,
                         **_SWITCH | {"nargs": "?", "const": 1, "default": 1}),
         "wandb": _flag("1 logs the metrics to Weights & Biases (default: 0)", PRIVATE,
                        **_SWITCH | {"nargs": "?", "const": 1, "default": None}),

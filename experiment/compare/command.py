@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for comparison.md and the plots; default the one folder that holds the runs, else .",
+        help="folder for comparison.md and the plots (default: the folder that holds the runs)",
     )
     parser.add_argument(
         "--columns",
@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--insert",
         type=Path,
         metavar="FILE.md",
-        help="write no comparison.md; put the tables of every records file and study NAME between the lines "
-        "<!-- begin NAME --> and <!-- end NAME --> of FILE.md (or NAME table: one table; A+B gains figure: a figure)",
+        help="only fill the places of FILE.md that lines <!-- begin NAME --> and <!-- end NAME --> enclose; NAME is a "
+        "records file or study, with 'table' or 'gains figure' after it for that part alone",
     )
     args = parser.parse_args(argv)
     files = {flag: path for flag in FILES if (path := getattr(args, flag))}

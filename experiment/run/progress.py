@@ -90,7 +90,7 @@ def epoch_line(row: dict[str, Any], epochs: int, left: float, attack: float) -> 
     from tqdm import tqdm
 
     accuracies = "".join(f"  {label} {100 * row[key]:.2f} %" for key, label in ACCURACIES.items() if key in row)
-    attacking = f", of it AutoAttack {tqdm.format_interval(attack)}" if attack else ""
+    attacking = f" (AutoAttack {tqdm.format_interval(attack)})" if attack else ""
     return (
         f"epoch {row['epoch']}/{epochs}  {loss_terms(row)}  lr {row['lr']:g}{accuracies}  {row['seconds']:.1f} s  "
         f"{speed(row)} images/s  about {tqdm.format_interval(left + attack)} left{attacking}"

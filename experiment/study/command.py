@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--only", nargs="+", default=[], metavar="NAME", help="only runs with these names; * stands for any text"
     )
     switch = {"type": cli.switch, "default": 0, "metavar": "{0,1}"}
-    parser.add_argument("--dry_run", **switch, help="1 prints each command and what it would cost")
+    parser.add_argument("--dry_run", **switch, help="1 prints each command and, where known, its estimated hours")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=cli.whole(1), default=1, metavar="N", help="runs at a time, sharing the threads")
     where.add_argument("--devices", nargs="+", default=[], metavar="DEVICE", help="one run at a time on each: cuda:0 …")
