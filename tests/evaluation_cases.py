@@ -79,9 +79,11 @@ def replace_run(monkeypatch, run):
 OUT_OF_MEMORY = (
     (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB"),
     (RuntimeError, "GET was unable to find an engine to execute this computation"),
-    (torch.AcceleratorError, "CUDA error: out of memory"),
+    (torch.AcceleratorError, "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    (RuntimeError, "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 )
-"""The shapes in which torch says that memory does not suffice: its allocator, cuDNN, CUDA."""
+"""The shapes in which torch says that memory does not suffice: its allocator, cuDNN, CUDA, cuBLAS."""
 
 
 class SmallMemory(nn.Module):

@@ -1,4 +1,4 @@
-"""A slow, obvious float64 reference of the training steps of the six scripts and the examples, from the equations.
+"""A slow, obvious float64 reference of attacks and training steps of the scripts and the examples, from the equations.
 
 It shares no code with the product: its own softmax, KL, attacks, SGD; passes written out in the documented order.
 """
@@ -6,11 +6,13 @@ It shares no code with the product: its own softmax, KL, attacks, SGD; passes wr
 import contextlib
 import copy
 import importlib
+from types import SimpleNamespace
 
 import torch
 
 from experiment import optim
 from experiment.cli import parse_args
+from experiment.engine import Engine
 
 SCRIPTS = ("adaad", "adaad_IGDM", "ard", "ard_IGDM", "rslad", "rslad_IGDM")
 EXAMPLES = ("pgd_at", "pgd_at_IGDM", "trades", "trades_IGDM", "saad")
@@ -33,35 +35,44 @@ def cross_entropy(logits, y):
     return -log_softmax(logits)[torch.arange(len(y), device=y.device), y].mean()
 
 
+def margin(logits, y):
+    own = torch.nn.functional.one_hot(y, logits.shape[1]).bool()
+    return (logits.masked_fill(own, -torch.inf).max(dim=1).values - logits[own]).mean()
+
+
 def maximise(objective, x, x_adv, epsilon, step_size, steps):
+    def project(z):
+        return torch.min(torch.max(z, x - epsilon), x + epsilon).clamp(0, 1)
+
     for _ in range(steps):
         x_adv = x_adv.clone().detach().requires_grad_(True)
         objective(x_adv).backward()
-        x_adv = x_adv.detach() + step_size * x_adv.grad.sign()
-        x_adv = torch.min(torch.max(x_adv, x - epsilon), x + epsilon).clamp(0, 1)
-    return x_adv.detach()
+        x_adv = project(x_adv.detach() + step_size * x_adv.grad.sign())
+    return x_adv.detach() if steps else project(x_adv)
 
 
 def reference_attack(name, student, teacher, x, y, args):
     """The inner maximisation on eval-mode copies, so that nothing of the student moves."""
     student, teacher = copy.deepcopy(student).eval(), copy.deepcopy(teacher).eval()
     e = args.epsilon
-    if name in ("pgd", "pgd_at", "igdm"):
+    if name in ("fgsm", "pgd_from_x"):
+        start = x
+    elif name in ("fgsm_random", "pgd", "pgd_at", "cw", "igdm"):
         start = (x + torch.empty_like(x).uniform_(-e, e)).clamp(0, 1)
     else:
         start = x + 0.001 * torch.randn(x.shape, device=x.device)
     target = teacher(x).detach()
     own_target = student(x).detach()
     objectives = {
-        "pgd": lambda z: cross_entropy(student(z), y),
-        "pgd_at": lambda z: cross_entropy(student(z), y),
+        "cw": lambda z: margin(student(z), y),
         "trades": lambda z: kl(own_target, student(z)),
         "saad": lambda z: kl(linearised(teacher, x, y, z), student(z)),
         "rslad": lambda z: kl(target, student(z)),
         "adaad": lambda z: kl(teacher(z), student(z)),
         "igdm": lambda z: kl(teacher(z) - teacher(2 * x - z), student(z) - student(2 * x - z)),
     }
-    return maximise(objectives[name], x, start, e, args.step_size, args.steps)
+    objective = objectives.get(name, lambda z: cross_entropy(student(z), y))
+    return maximise(objective, x, start, e, args.step_size, args.steps)
 
 
 def linearised(teacher, x, y, z):
@@ -172,6 +183,11 @@ def product_run(method, student, teacher, batches, args, wrap=lambda model: mode
         loss.backward()
         optimizer.step()
     return loss.item()
+
+
+def engine(**changes):
+    default = {"device": "cpu", "precision": "fp32", "compile": 0, "batch": 6, "deterministic": 0, "seed": 0}
+    return Engine(SimpleNamespace(**{**default, **changes}))
 
 
 def settings(method, *flags):

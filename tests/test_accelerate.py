@@ -1,27 +1,21 @@
-"""Accelerated networks equal the plain ones: logits, input gradients, weights and BatchNorm statistics, in float64.
+"""Accelerated networks equal the plain ones: logits, input gradients and BatchNorm statistics, in float64.
 
-Tolerance: folding and replaying reorder sums; in float64 that leaves some 1e-13 (see test_steps.py).
+Whole steps are in test_steps.py. Tolerance: folding and replaying reorder sums; in float64 that leaves some 1e-13.
 """
 
 import copy
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import CLASSES, CLOSE, EXAMPLES, SCRIPTS, assert_same_network, product_run, settings
+from reference import CLASSES, CLOSE, assert_same_network, engine, product_run, settings
 from torch import nn
 
 import attacks
 from cifar100_models import build_model
-from experiment import UserError, data
-from experiment.engine import Engine
+from experiment import UserError, data, files
 from experiment.engine.accelerated import Accelerated, FoldedConv
-
-
-def engine(**changes):
-    default = {"device": "cpu", "precision": "fp32", "compile": 0, "batch": 6, "deterministic": 0, "seed": 0}
-    return Engine(SimpleNamespace(**{**default, **changes}))
+from experiment.engine.attack_step import GraphedStep
 
 
 def accelerated(model, compiled=False, batch=6):
@@ -35,25 +29,6 @@ def settled(name):
         for _ in range(5):
             model(torch.rand(8, 3, 8, 8, dtype=torch.float64))
     return model
-
-
-CASES = [(method, flags) for method in SCRIPTS for flags in ([], ["--preset", "paper"])]
-CASES += [(method, []) for method in EXAMPLES]
-CASES += [("rslad_IGDM", ["--beta", "0.7", "--gamma", "1.3"]), ("adaad_IGDM", ["--attack", "igdm"])]
-
-
-@pytest.mark.parametrize(("method", "flags"), CASES)
-def test_accelerated_steps_equal_plain_steps(method, flags, networks, batches):
-    student, teacher = networks
-    args = settings(method, *flags)
-    expected = copy.deepcopy(student)
-    torch.manual_seed(5)
-    plain_loss = product_run(method, expected, copy.deepcopy(teacher), batches, args)
-    machine = engine()
-    torch.manual_seed(5)
-    loss = product_run(method, student, teacher, batches, args, wrap=machine.accelerate, around=machine.step)
-    assert loss == pytest.approx(plain_loss, rel=1e-9)
-    assert_same_network(student, expected)
 
 
 @pytest.mark.parametrize("name", ["RES-8", "RES-18", "MN-V2", "WRN-10-2"])
@@ -138,41 +113,6 @@ def test_wrapping_draws_no_random_number():
     model, before = build_model("RES-8", CLASSES), torch.get_rng_state()
     accelerated(model)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-class Counting(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.passes = model, 0
-
-    def forward(self, x):
-        self.passes += 1
-        return self.model(x)
-
-
-NEEDED = {
-    "adaad": (2, 1),
-    "adaad_IGDM": (3, 2),
-    "ard": (2, 1),
-    "ard_IGDM": (3, 2),
-    "rslad": (2, 2),
-    "rslad_IGDM": (3, 3),
-}
-
-
-@pytest.mark.parametrize("method", SCRIPTS)
-def test_no_pass_runs_twice(method, networks, batches):
-    """Passes outside of the attack: the student's with the clean one, and the teacher's, RSLAD's T(x) included."""
-    student, teacher = Counting(networks[0]), Counting(networks[1]).eval()
-    args = settings(method)
-    machine = engine()
-    fast = {network: machine.accelerate(network) for network in (student, teacher)}
-    for network, wrapped in fast.items():
-        wrapped.view = None  # so that every pass runs through the counter
-        network.passes = 0  # tracing counted one
-    product_run(method, student, teacher, batches[:1], args, wrap=fast.get, around=machine.step)
-    in_attack = (args.steps, args.steps if args.attack == "adaad" else 0)
-    assert (student.passes - in_attack[0], teacher.passes - in_attack[1]) == NEEDED[method]
 
 
 def test_a_changed_tensor_or_weight_is_no_repetition():
@@ -372,3 +312,56 @@ def test_a_compiled_network_that_computes_something_else_is_refused(broken, netw
     assert student.training
     for name, value in student.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+# An attack's step on a CUDA graph's static buffers; the capture itself is tested in test_gpu.py
+
+
+def graphed(networks):
+    """An engine whose steps use the graph's buffers, as it does on CUDA with --compile 1; and both fast networks."""
+    machine = engine()
+    fast = [machine.accelerate(network) for network in networks]
+    machine._attack_step = GraphedStep(fast, 6)
+    return machine, *fast
+
+
+def stepped(method, networks, batches, *flags, graph):
+    """The student after the method's steps, and the number of captured steps."""
+    student, teacher = copy.deepcopy(networks)
+    machine, fast_student, fast_teacher = graphed((student, teacher))
+    step = machine._attack_step
+    if not graph:
+        machine._attack_step = None
+    fast = {id(student): fast_student, id(teacher): fast_teacher}
+    torch.manual_seed(5)
+    around = {"wrap": lambda model: fast[id(model)], "around": machine.step}
+    product_run(method, student, teacher, batches, settings(method, *flags), **around)
+    return student, len(step._captured)
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "captured"),
+    [
+        ("ard_IGDM", (), 1),
+        ("rslad", (), 1),
+        ("adaad_IGDM", (), 1),
+        ("adaad_IGDM", ("--attack", "igdm"), 1),
+        ("adaad", ("--teacher_every", "3"), 0),  # its objective keeps the teacher's logits from step to step
+    ],
+)
+def test_replayed_buffers_are_the_same_step(method, flags, captured, networks, batches):
+    plain, _ = stepped(method, networks, batches, *flags, graph=False)
+    ours, found = stepped(method, networks, batches, *flags, graph=True)
+    assert found == captured
+    assert files.state_sha256(ours) == files.state_sha256(plain)
+
+
+def test_a_replay_leaves_earlier_results_alone(networks):
+    """x_adv of the step before, and logits remembered for it, belong to the caller."""
+    machine, student, teacher = graphed(networks)
+    x, other = torch.rand(2, 6, 3, 8, 8, dtype=torch.float64)
+    with machine.step():
+        first = attacks.adaad(student, teacher, x)
+        kept = first.clone()
+        attacks.adaad(student, teacher, other)
+    assert torch.equal(first, kept)

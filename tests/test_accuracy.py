@@ -1,12 +1,12 @@
-"""Accuracies and curves: closed forms, what they leave untouched, what is an error, and torchattacks beside them."""
+"""Accuracies, curves and gradient alignment: closed forms, side effects, errors, and torchattacks beside them."""
 
 import itertools
 import sys
-import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from evaluation_cases import EPSILON, SmallMemory, labelled, tiny_network
 from torch import nn
 
@@ -284,27 +284,54 @@ def test_accuracy_by_class_is_worst_first():
     assert rows[0]["interval"] == [*evaluation.wilson_interval(0, 2)]
 
 
+# Gradient alignment
+
+
+def test_a_gradient_of_zero_counts_as_cosine_zero():
+    constant = tiny_network()
+    constant[3].weight.data.zero_()
+    x, y = labelled(tiny_network())
+    assert evaluation.gradient_alignment(constant, tiny_network(), x, y)["gc"] == 0
+    assert evaluation.gradient_alignment(constant, constant, x, y) == {"gd": 0, "gc": 0}
+
+
+def test_the_report_is_what_float64_autograd_says():
+    """Written out image by image, on networks in float64; delta is that of the student's PGD-20."""
+    student, teacher = tiny_network(seed=1).double(), tiny_network(seed=2).double()
+    x, y = labelled(tiny_network(), 9, 3)
+    x = x.double() / 255
+    report = evaluation.gradient_report(student, teacher, x, y, 0.01)
+    *_, kept = evaluation.accuracy_curve(student, x, y, "pgd", [0.01], keep=True)
+    scalars = {
+        "probability": lambda z, label: z.softmax(dim=0)[label],
+        "cross_entropy": lambda z, label: -z.log_softmax(dim=0)[label],
+        "logit": lambda z, label: z[label],
+    }
+    for name, scalar in scalars.items():
+        gradients, unexplained, change = ([], []), [0, 0], [0, 0]
+        for i, (image, label) in enumerate(zip(x, y, strict=True)):
+            for which, network in enumerate((student, teacher)):
+                clean = image.clone().requires_grad_()
+                value = scalar(network(clean[None])[0], label)
+                (gradient,) = torch.autograd.grad(value, clean)
+                x_adv = kept[i].double()
+                moved = (scalar(network(x_adv[None])[0], label) - value).item()
+                gradients[which].append(gradient.flatten())
+                unexplained[which] += abs(moved - (gradient * (x_adv - image)).sum().item())
+                change[which] += abs(moved)
+        ours, theirs = map(torch.stack, gradients)
+        found = report["scalars"][name]
+        assert found["gd"] == pytest.approx((ours - theirs).norm(dim=1).mean().item(), rel=1e-9)
+        assert found["gc"] == pytest.approx(F.cosine_similarity(ours, theirs).mean().item(), rel=1e-9)
+        # The kept x_adv is in float32: its rounding of 2^-25 against changes of 1e-2.
+        assert found["remainder_student"] == pytest.approx(unexplained[0] / change[0], rel=1e-4)
+        assert found["remainder_teacher"] == pytest.approx(unexplained[1] / change[1], rel=1e-4)
+    probability = {name: report["scalars"]["probability"][name] for name in ("gd", "gc")}
+    assert {name: report[name] for name in ("gd", "gc")} == probability
+    assert evaluation.gradient_alignment(student, teacher, x, y, batch=4) == pytest.approx(probability, rel=1e-12)
+
+
 # torchattacks
-
-
-def test_fgsm_and_pgd_agree_with_torchattacks():
-    with warnings.catch_warnings():
-        # requests 2.25.1, which torchattacks pins, complains about the versions of chardet and urllib3.
-        warnings.simplefilter("ignore")
-        import torchattacks
-    network = tiny_network()
-    x, y = labelled(network, 16)
-    x = x / 255
-    theirs = torchattacks.FGSM(network, eps=EPSILON)(x, y)
-    # The ball is cut in another order there (x + clamp(x_adv - x)): one rounding of 2^-24 per operation.
-    torch.testing.assert_close(attacks.fgsm(network, x, y, EPSILON), theirs, rtol=0, atol=1e-6)
-    for random_start in (False, True):
-        attack = torchattacks.PGD(network, eps=EPSILON, alpha=EPSILON / 4, steps=20, random_start=random_start)
-        torch.manual_seed(5)
-        theirs = attack(x, y)
-        torch.manual_seed(5)  # both draw uniform noise of x's shape once
-        ours = attacks.pgd(network, x, y, EPSILON, EPSILON / 4, 20, random_start)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_a_difference_from_torchattacks_is_found(monkeypatch):

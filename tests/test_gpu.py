@@ -5,14 +5,15 @@ what a CPU can run of it there: a rehearsal of the file itself.
 """
 
 import copy
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import reference
 import torch
 from limits import HANGS
 from reference import CLASSES, SCRIPTS, product_run, reference_run, settings
@@ -20,7 +21,6 @@ from reference import CLASSES, SCRIPTS, product_run, reference_run, settings
 import attacks
 from cifar100_models import build_model
 from experiment import files
-from experiment.engine import Engine
 from experiment.engine.attack_step import GraphedStep
 
 ROOT = Path(__file__).parent.parent
@@ -32,9 +32,7 @@ pytestmark = [
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="a CPU has no such thing")
 
 
-def engine(**changes):
-    default = {"device": DEVICE, "precision": "fp32", "compile": 0, "batch": 6, "deterministic": 0, "seed": 0}
-    return Engine(SimpleNamespace(**{**default, **changes}))
+engine = functools.partial(reference.engine, device=DEVICE)
 
 
 def on(device, networks, batches):

@@ -194,29 +194,6 @@ def test_an_igdm_script_only_adds_lines(method):
     assert len(with_igdm) - len(baseline) <= 20
 
 
-@pytest.mark.parametrize("method", [*BASELINES, "examples/trades"])
-def test_the_addition_is_the_papers(method):
-    """The same lines are added to each of the three, but for the table of alpha, its source, and indentation.
-
-    The same lines, among them those that load a teacher, are added to both examples.
-    """
-
-    def added(name):
-        baseline = iter((ROOT / f"{name}_cifar100.py").read_text().splitlines())
-        expected, lines = next(baseline), []
-        for line in (ROOT / f"{name}_IGDM_cifar100.py").read_text().splitlines():
-            if line == expected:
-                expected = next(baseline, None)
-            else:
-                lines.append(line)
-        return [line.strip() for line in lines if '"alpha": cli.' not in line and "appendix" not in line]
-
-    of_examples = method.startswith("examples/")
-    missing = {"import torch"}  # TRADES needs it without IGDM, PGD-AT does not
-    first = [line for line in added("examples/pgd_at") if line not in missing] if of_examples else added(BASELINES[0])
-    assert added(method) == first
-
-
 @pytest.mark.parametrize(("script", "most"), [*((m, 90) for m in METHODS), *((f"examples/{e}", 95) for e in EXAMPLES)])
 def test_a_script_is_short(script, most):
     assert 60 <= len((ROOT / f"{script}.py").read_text().splitlines()) <= most

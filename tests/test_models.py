@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cifar100_models import MODELS, build_model, check_model_name
+from experiment.study import costs
 
 NAMES = ("RES-18", "RES-20", "RES-8", "MN-V2", "WRN-10-1", "WRN-16-2")
 LIGHT = ("RES-20", "RES-8", "MN-V2", "WRN-10-1", "WRN-16-2")
@@ -22,31 +23,13 @@ def images(*shape):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def gmac(model, side):
-    """Multiply-accumulates of convolutions and linear layers for one image, counted while it passes."""
-    macs = []
-
-    def count(module, _inputs, output):
-        if isinstance(module, nn.Conv2d):
-            kernel = module.kernel_size[0] * module.kernel_size[1]
-            macs.append(output.numel() * kernel * module.in_channels // module.groups)
-        elif isinstance(module, nn.Linear):
-            macs.append(output.numel() * module.in_features)
-
-    for module in model.modules():
-        module.register_forward_hook(count)
-    model.eval()(torch.empty(1, 3, side, side, device="meta"))
-    return sum(macs) / 1e9
-
-
 @pytest.mark.parametrize(
     ("name", "parameters", "cost"),
     [("RES-18", 11_220_132, 0.5555), ("MN-V2", 2_412_212, 0.0913), ("WRN-28-10", 36_536_884, 5.2434)],
 )
 def test_parameters_and_cost_are_the_published_ones(name, parameters, cost):
-    model = on_paper(name)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    assert gmac(model, 32) == pytest.approx(cost, abs=5e-5)  # all digits printed here
+    assert sum(p.numel() for p in on_paper(name).parameters()) == parameters
+    assert costs.forward_macs(name) / 1e9 == pytest.approx(cost, abs=5e-5)  # all digits printed here
 
 
 @pytest.mark.parametrize(
