@@ -18,7 +18,8 @@ import attacks
 from benchmarks import workload
 from cifar100_models import build_model
 from experiment import cli
-from experiment.study import costs, plan
+from experiment.study import plan
+from experiment.study.command import forward_macs
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TUTORIAL = ROOT / "docs/tutorial.md"
@@ -210,7 +211,7 @@ def test_the_cost_of_the_attack_is_counted(row):
     """Passes counted on networks that are called, times the operations of one pass."""
     page = (ROOT / "docs/performance.md").read_text()
     cells = re.search(rf"^\| `--{row}`[^|]*\| (\S+) \| (\S+) \| (\S+) \|$", page, re.MULTILINE)
-    student, teacher = costs.forward_macs("RES-18") / 1e9, costs.forward_macs("WRN-28-10") / 1e9
+    student, teacher = forward_macs("RES-18") / 1e9, forward_macs("WRN-28-10") / 1e9
     flag, value = row.split()
     network = CallCount()
     setting = {"attack": value} if flag == "attack" else {"attack": "adaad", "teacher_every": int(value)}

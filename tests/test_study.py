@@ -11,8 +11,9 @@ import pytest
 from limits import HANGS
 
 from experiment import RunStopped, UserError, text
-from experiment.study import costs, plan, processes
 from experiment.study import main as study_main
+from experiment.study import plan, processes
+from experiment.study.command import forward_macs, hours_of
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -157,9 +158,9 @@ def test_the_costs_follow_the_settings(study_of):
     text = f'[grid]\nscript = ["adaad_IGDM_cifar100"]\n[settings]\nteacher = "BDM"\nstudent = "RES-18"\n{settings}'
 
     def hours(more):
-        return costs.hours_of(study_of(text + more).runs[0])
+        return hours_of(study_of(text + more).runs[0])
 
-    student, teacher = (costs.forward_macs(name) for name in ("RES-18", "BDM"))
+    student, teacher = (forward_macs(name) for name in ("RES-18", "BDM"))
     assert (student, teacher) == (pytest.approx(0.556e9, rel=0.002), pytest.approx(5.243e9, rel=0.001))
     evaluation = 42 * student * 10_000 * 2 / 150e12 / 3600  # once: --eval_after is 90
     training = hours("") - evaluation

@@ -34,28 +34,28 @@ LABELS = {
 
 def macs(method: str, settings: dict) -> float:
     """Operations of a training step per image, as experiment/study/costs.toml counts its passes."""
-    from experiment.study import costs
+    from experiment.study import command
 
-    forward, to_input, full, teacher_forward, teacher_backward = costs.counted()["passes"][method]
+    forward, to_input, full, teacher_forward, teacher_backward = command.counted()["passes"][method]
     if teacher_backward:
         evaluations = math.ceil(settings["steps"] / settings.get("teacher_every", 1))
         teacher_forward += evaluations - teacher_backward
         teacher_backward = evaluations
-    student = (forward + to_input + 2 * full) * costs.forward_macs(settings["student"], SIDE)
-    return student + (teacher_forward + teacher_backward) * costs.forward_macs("RES-20", SIDE)
+    student = (forward + to_input + 2 * full) * command.forward_macs(settings["student"], SIDE)
+    return student + (teacher_forward + teacher_backward) * command.forward_macs("RES-20", SIDE)
 
 
 def points(study: str) -> dict[tuple[str, int], tuple[float, float, float, int]]:
     """By method and teacher_every: cost in MMAC, mean AutoAttack accuracy and half its interval (per cent), seeds."""
     from scipy.stats import sem, t
 
-    from experiment.study import costs
+    from experiment.study import command
 
     found = defaultdict(list)
     for run in json.loads((ROOT / f"docs/results/{study}.json").read_text())["runs"]:
         config, result = run["config"], run["result"]
         method = "+".join(part for part in (config["method"], config["adds"]) if part)
-        if method in costs.counted()["passes"]:
+        if method in command.counted()["passes"]:
             settings = config["settings"]
             key = method, settings.get("teacher_every", 1)
             found[key].append((macs(method, settings) / 1e6, 100 * result["autoattack"]["accuracy"]))

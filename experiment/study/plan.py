@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import UserError, cli
-from experiment.files import read_json
+from experiment.records import read_config
 from experiment.text import short_name, started_as
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,17 +53,13 @@ class PlannedRun:
         return "+".join(part for part in (self.recipe["method"], self.recipe.get("adds")) if part)
 
     def state(self) -> str:
-        """finished, running (a process has its folder), unfinished or to do.
-
-        Raises:
-            UserError: the folder holds something else, or a run with other settings than the study gives.
-        """
+        """finished, running (a process has its folder), unfinished or to do; UserError if it holds another run."""
         from experiment.run import find_run
 
-        path, settings = self.folder / "config.json", dict(self.settings)
-        written = read_json(path).get("settings") if path.is_file() else None
-        if isinstance(written, dict):  # the run itself decides on what the study does not give, and on the device
-            asked = set(self.given) - {"device", "run_name"}
+        settings = dict(self.settings)
+        if (self.folder / "config.json").is_file():
+            # The run itself decides on what the study does not give, and on the device.
+            asked, written = set(self.given) - {"device", "run_name"}, read_config(self.folder).settings
             settings |= {flag: value for flag, value in written.items() if flag not in asked}
         config, result = find_run(self.folder, self.script.name, argparse.Namespace(**settings))
         if result is not None:
@@ -208,8 +204,6 @@ def is_locked(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:  # or the file does not exist
+        return isinstance(error, BlockingIOError)
     return False

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +20,30 @@ DEFAULTS = {"name": "study", "timeout_min": 24 * 60, "gpus_per_node": 1, "cpus_p
 SECONDS_TO_SAVE = 60
 
 
-@dataclass
-class _Child:
-    run: PlannedRun
-    process: subprocess.Popen
-    device: str | None
-
-
 class Processes:
-    """Runs one process per run, `jobs` at a time or one per device.
+    """Runs one process per run, `jobs` at a time or one per device; what a run prints goes to a file in `logs`.
 
-    Ctrl-C, SIGTERM, SIGUSR1 and a hang-up stop the children in order (each saves itself); no further one is started.
-
-    Args:
-        logs: folder of what the runs print, a file per run.
-        jobs: processes at a time; the machine's cores are divided among them unless OMP_NUM_THREADS is set.
-        devices: values of --device, one process on each at a time; they take the place of `jobs`.
+    Ctrl-C, SIGTERM, SIGUSR1 and a hang-up stop the processes in order (each saves itself); no further one is started.
+    The cores are divided among the processes unless OMP_NUM_THREADS is set.
     """
 
     def __init__(self, logs: Path, jobs: int = 1, devices: Sequence[str] = ()) -> None:
         self._logs = logs
         self._places: list[str | None] = list(devices) or [None] * jobs
         self._threads = max(1, len(os.sched_getaffinity(0)) // len(self._places))
-        self._children: list[_Child] = []
+        self._started: list[subprocess.Popen] = []
         self._stopped_by: signal.Signals | None = None
         self._failed: dict[str, str] = {}
 
     def work(self, runs: Sequence[PlannedRun]) -> dict[str, str]:
-        """Run all of them; return by name the last line of each failed run, which does not stop the others.
-
-        Raises:
-            RunStopped: a signal came; the children have ended.
-        """
-        waiting = list(runs)
+        """Run all of them; return by name the last line of each failed run, which does not stop the others."""
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last is a cluster's warning
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
-            while (waiting and not self._stopped_by) or self._children:
-                while waiting and not self._stopped_by and self._places:
-                    self._start(waiting.pop(0))
-                time.sleep(POLL_SECONDS if self._children else 0)
-                self._children = [child for child in self._children if not self._has_ended(child)]
+            with ThreadPoolExecutor(len(self._places)) as pool:  # a thread per place waits for its process
+                list(pool.map(self._run, runs))
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -71,14 +52,16 @@ class Processes:
             raise RunStopped(f"stopped by {name}; the same command resumes it", RunStopped.INTERRUPTED)
         return self._failed
 
-    def _start(self, run: PlannedRun) -> None:
+    def _run(self, run: PlannedRun) -> None:
+        if self._stopped_by:
+            return
         state = run.state()  # now: another process may have taken it since the grid was read
         if state in (FINISHED, RUNNING):
             print(f"{run.name}: {state}{' in another process' if state == RUNNING else ''}, skipped", flush=True)
             return
-        device = self._places.pop(0)
+        device, log = self._places.pop(0), self._logs / f"{run.name}.log"
         self._logs.mkdir(parents=True, exist_ok=True)
-        with self._log(run).open("ab") as output:
+        with log.open("ab") as output:
             # A group of its own: the terminal's Ctrl-C must reach it once, through this process, and not twice.
             process = subprocess.Popen(
                 [sys.executable, *started_as(run.script), *run.arguments, *(["--device", device] if device else [])],
@@ -88,36 +71,25 @@ class Processes:
                 env={"OMP_NUM_THREADS": str(self._threads), **os.environ},
                 process_group=0,
             )
-        self._children.append(_Child(run, process, device))
-        if self._stopped_by:  # while the process was made: it was no child yet
-            process.send_signal(signal.SIGTERM)
+        self._started.append(process)
+        if self._stopped_by:  # while the process was made
+            process.terminate()
         print(f"{run.name}: {'resumed' if (run.folder / 'last.pt').exists() else 'started'}", flush=True)
-
-    def _log(self, run: PlannedRun) -> Path:
-        return self._logs / f"{run.name}.log"
-
-    def _has_ended(self, child: _Child) -> bool:
-        status, run = child.process.poll(), child.run
-        if status is None:
-            return False
-        self._places.append(child.device)
-        end = "finished"
+        status, end = process.wait(), "finished"
+        self._places.append(device)
         if self._stopped_by and status == RunStopped.INTERRUPTED:
             saved = (run.folder / "last.pt").is_file()
             end = f"stopped, {'saved' if saved else 'before it had anything to save'}"
         elif status:
-            lines = self._log(run).read_text(errors="replace").strip().splitlines()
-            last = lines[-1].strip() if lines else "it printed nothing"
-            self._failed[run.name] = f"{last} (exit status {status}, {self._log(run)})"
+            lines = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+            self._failed[run.name] = f"{lines[-1].strip()} (exit status {status}, {log})"
             end = f"failed: {self._failed[run.name]}"
         print(f"{run.name}: {end}", flush=True)
-        return True
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._stopped_by = signal.Signals(number)
-        for child in self._children:
-            if child.process.poll() is None:
-                child.process.send_signal(signal.SIGTERM)
+        for process in self._started:
+            process.terminate()
 
 
 class Job:
@@ -153,9 +125,6 @@ def submit(study: Study, jobs: int, options: Mapping[str, Any], cluster: str = "
     """Send what is not finished as one array, at most `jobs` at a time, after a missing teacher; return its jobs.
 
     `cluster` may also be submitit's local executor, which starts processes on this machine.
-
-    Raises:
-        UserError: no SLURM, an unknown option, or a teacher that is being trained elsewhere.
     """
     import submitit
 
