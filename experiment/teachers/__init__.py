@@ -1,7 +1,6 @@
 """Trained networks: RobustBench's Linf zoos, checkpoints, bare weights; a teacher is a frozen one of them."""
 
-from experiment.teachers.loader import FrozenTeacher, check_teacher_name, load_teacher
-from experiment.teachers.networks import Network, load_network
+from experiment.teachers.networks import FrozenTeacher, Network, check_teacher_name, load_network, load_teacher
 from experiment.teachers.zoo import published_accuracy
 
 __all__ = ["FrozenTeacher", "Network", "check_teacher_name", "load_network", "load_teacher", "published_accuracy"]
