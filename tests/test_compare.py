@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from experiment import UserError, cli, evaluation
 from experiment import compare as comparing
 from experiment.compare import figures, statistics
+from experiment.compare.command import fill_marks
 from experiment.compare.comparison import comparison_of
-from experiment.compare.documents import as_document, fill_marks
 from experiment.compare.notes import notes_of
 from experiment.compare.read import read_runs
-from experiment.compare.tables import as_latex, tables_of
+from experiment.compare.tables import as_document, as_latex, tables_of
 from experiment.text import AUTOATTACK_STEPS, as_text
 
 ROOT = Path(__file__).parents[1]

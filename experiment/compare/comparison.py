@@ -7,6 +7,7 @@ AutoAttack accuracy minus the baseline's, needs runs that were made under the sa
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
@@ -15,7 +16,7 @@ import numpy as np
 from experiment import UserError
 from experiment.compare.read import Runs
 from experiment.compare.runs import PendingRun, RunRecord
-from experiment.compare.statistics import interval_of_gain, mcnemar
+from experiment.compare.statistics import interval_of_gain
 from experiment.text import ABSENT, comma_list, short_text
 
 
@@ -44,16 +45,11 @@ class SeedGroup:
         return [run.seed for run in self.runs]
 
     def values(self, name: str) -> list[float]:
-        """One of ``RunRecord.values`` per seed that has it."""
-        return [run.values[name] for run in self.runs if name in run.values]
-
-    def all_values(self, name: str) -> list[float]:
-        """As `values`, but empty unless every seed has one."""
-        values = self.values(name)
-        return values if len(values) == len(self.runs) else []
+        """One of ``RunRecord.values`` per seed; none unless every seed has it."""
+        return [run.values[name] for run in self.runs] if all(name in run.values for run in self.runs) else []
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gain:
     """AutoAttack accuracy of a group minus another's, over the seeds that both have; fractions."""
 
@@ -62,14 +58,17 @@ class Gain:
     pairs: list[tuple[RunRecord, RunRecord]]
     """(run of the baseline, run of the group) of each seed."""
     by_seed: dict[int, float]
-    p_values: dict[int, float]
-    """McNemar's, by seed."""
-    interval: tuple[float, float]
-    """95 %, of the mean."""
+    differences: np.ndarray
+    """Seeds x images: 1 where only the second run of a pair is correct under attack, -1 where only the first is."""
 
     @property
     def mean(self) -> float:
         return fmean(self.by_seed.values())
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """95 %, of the mean."""
+        return interval_of_gain(self.differences, list(self.by_seed.values()))
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,11 @@ class Comparison:
     """Run folders further down, which are left out."""
 
     @property
+    def runs(self) -> list[RunRecord]:
+        """The finished runs, in the order of the groups."""
+        return [run for group in self.groups for run in group.runs]
+
+    @property
     def varying(self) -> list[str]:
         """Those of teacher, student and dataset in which students differ."""
         settings = [group.first.setting for group in self.groups if group.is_student]
@@ -98,17 +102,15 @@ class Comparison:
 
 
 def comparison_of(runs: Runs) -> Comparison:
-    """Group, label and subtract runs.
-
-    Raises:
-        UserError: there is no run; two runs have the same settings and the same seed, so that they are not independent.
-    """
+    """Group, label and subtract runs; UserError if two have all settings in common, and so are not independent."""
     if not runs.finished and not runs.pending:
         raise UserError("there are no runs to compare")
     groups = _grouped(runs.finished)
     gains, refusals = _gains(groups)
-    best = [_gain_at_best(gain) for gain in gains if all(_is_paired(pair, "best_attack") for pair in gain.pairs)]
-    return Comparison(groups, gains, best, _ablations(groups), refusals, runs.pending, runs.deeper)
+    at_best = [
+        (best, _minus(gain, best)) for gain in gains if (best := _gain(gain.group, gain.baseline, "best_attack"))
+    ]
+    return Comparison(groups, gains, at_best, _ablations(groups), refusals, runs.pending, runs.deeper)
 
 
 def _grouped(runs: Sequence[RunRecord]) -> list[SeedGroup]:
@@ -161,20 +163,19 @@ def _gains(groups: Sequence[SeedGroup]) -> tuple[list[Gain], list[str]]:
             continue
         # Several baselines (another learning rate, say) may be listed: the one that fits is the one subtracted.
         baseline = min(baselines, key=lambda other: len(_differing_settings(group.first, other.first)))
-        pairs = _pairs(group, baseline)
-        if reason := _not_comparable(group, baseline, pairs):
+        if reason := _not_comparable(group, baseline):
             what = f"{baseline.first.folder} ({baseline.first.name}) from {group.first.folder} ({group.first.name})"
             refusals.append(f"cannot subtract {what}: {reason}")
-        elif all(map(_is_paired, pairs)):
-            gains.append(_gain(group, baseline, pairs))
+        elif gain := _gain(group, baseline):
+            gains.append(gain)
     return gains, refusals
 
 
-def _not_comparable(group: SeedGroup, baseline: SeedGroup, pairs: Sequence[tuple[RunRecord, RunRecord]]) -> str | None:
+def _not_comparable(group: SeedGroup, baseline: SeedGroup) -> str | None:
     if settings := _differing_settings(group.first, baseline.first):
         allowed = comma_list(group.first.config.added_settings) or "nothing"
         return f"they differ in {'; '.join(settings)}. Only {allowed} may differ. Rerun one of them"
-    if not pairs:
+    if set(group.seeds).isdisjoint(baseline.seeds):
         seeds = f"{comma_list(baseline.seeds)} and {comma_list(group.seeds)}"
         return f"their seeds differ: {seeds}. Give runs with the same seeds"
     return None
@@ -195,44 +196,26 @@ def _ablations(groups: Sequence[SeedGroup]) -> list[Gain]:
     firsts: dict[object, SeedGroup] = {}
     for group in groups:
         first = firsts.setdefault((group.first.pair, group.first.added), group)
-        pairs, differing = _pairs(group, first), _differing([first.first, group.first])
+        differing = _differing([first.first, group.first])
         one = len(differing) == 1 and differing != ["dataset_sha256"]  # other images cannot be paired
-        if one and pairs and all(map(_is_paired, pairs)):
-            found.append(_gain(group, first, pairs))
+        if one and (gain := _gain(group, first)):
+            found.append(gain)
     return found
 
 
-def _pairs(group: SeedGroup, baseline: SeedGroup) -> list[tuple[RunRecord, RunRecord]]:
-    """(run of the baseline, run of the group) for each seed that both have."""
+def _gain(group: SeedGroup, baseline: SeedGroup, attack: str = "attack") -> Gain | None:
+    """`group` minus `baseline`; None unless both have common seeds with results per image, on the same images."""
     by_seed = {run.seed: run for run in baseline.runs}
-    return [(by_seed[run.seed], run) for run in group.runs if run.seed in by_seed]
+    pairs = [(by_seed[run.seed], run) for run in group.runs if run.seed in by_seed]
+    attacks = [[getattr(run, attack) for run in pair] for pair in pairs]
+    images = {len(found.flags or "") if found else 0 for pair in attacks for found in pair}
+    if len(images) != 1 or 0 in images:
+        return None
+    correct = (np.array([[list(found.flags) for found in pair] for pair in attacks]) == "-").astype(int)
+    gains = {run.seed: own.accuracy - base.accuracy for (_, run), (base, own) in zip(pairs, attacks, strict=True)}
+    return Gain(group, baseline, pairs, gains, correct[:, 1] - correct[:, 0])
 
 
-def _is_paired(pair: tuple[RunRecord, RunRecord], attack: str = "attack") -> bool:
-    """Whether AutoAttack's result per image is known of both, on the same images."""
-    flags = [getattr(run, attack) and getattr(run, attack).flags for run in pair]
-    return all(flags) and len(flags[0]) == len(flags[1])
-
-
-def _gain_at_best(last: Gain) -> tuple[Gain, Gain]:
-    best = _gain(last.group, last.baseline, last.pairs, "best_attack")
-    more = _differences(last.pairs) - _differences(last.pairs, "best_attack")
-    by_seed = {seed: value - best.by_seed[seed] for seed, value in last.by_seed.items()}
-    interval = interval_of_gain(more, list(by_seed.values()))
-    return best, replace(best, by_seed=by_seed, p_values={}, interval=interval)
-
-
-def _differences(pairs: Sequence[tuple[RunRecord, RunRecord]], attack: str = "attack") -> np.ndarray:
-    """Seeds x images: 1 where only the second run is correct under attack, -1 where only the first is, else 0."""
-    flags = np.array([[list(getattr(run, attack).flags) for run in pair] for pair in pairs])
-    correct = (flags == "-").astype(int)
-    return correct[:, 1] - correct[:, 0]
-
-
-def _gain(
-    group: SeedGroup, baseline: SeedGroup, pairs: list[tuple[RunRecord, RunRecord]], attack: str = "attack"
-) -> Gain:
-    by_seed = {run.seed: getattr(run, attack).accuracy - getattr(base, attack).accuracy for base, run in pairs}
-    differences = _differences(pairs, attack)
-    p_values = {run.seed: mcnemar(row) for (_, run), row in zip(pairs, differences, strict=True)}
-    return Gain(group, baseline, pairs, by_seed, p_values, interval_of_gain(differences, list(by_seed.values())))
+def _minus(gain: Gain, other: Gain) -> Gain:
+    by_seed = {seed: value - other.by_seed[seed] for seed, value in gain.by_seed.items()}
+    return replace(gain, by_seed=by_seed, differences=gain.differences - other.differences)

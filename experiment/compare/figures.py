@@ -5,7 +5,6 @@ import tomllib
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,8 +17,8 @@ from experiment.files import write_atomically
 from experiment.text import escaped
 
 FORMATS = ("png", "pdf", "svg")
-WIDE, STACKED = 150, 60
-"""Characters in a line below a figure: with panels side by side, and with panels in one column."""
+CHARACTERS = 13.6
+"""Of small print, in a line of one inch."""
 
 Styles = Mapping[SeedGroup, dict[str, Any]]
 """Line colour and style per group; "label" is its name in figures."""
@@ -66,7 +65,7 @@ def styles_of(comparison: Comparison) -> Styles:
     A method keeps its colour whatever else is shown. A marker stands for a teacher, student and dataset; further
     variants of one method (another alpha) have other ones.
     """
-    colors = tomllib.loads(resources.files("experiment.compare").joinpath("method_colors.toml").read_text())
+    colors = tomllib.loads(Path(__file__).with_name("method_colors.toml").read_text())
     others = colors.pop("others")
     counts: Counter[tuple[str, ...]] = Counter()
     markers: dict[tuple[str, ...], int] = {("",): 0}  # a teacher's
@@ -120,7 +119,7 @@ def _comparison_figure(groups: Sequence[SeedGroup], styles: Styles, stacked: boo
             axes.set_ylabel("test accuracy (%)")
         _tidy(axes)
     _draw_bars(bars, groups, styles)
-    _legend(figure, robust, curves, styles, STACKED if stacked else WIDE)
+    _legend(figure, robust, curves, styles)
     return figure
 
 
@@ -173,10 +172,9 @@ def _draw_bars(axes: Any, groups: Sequence[SeedGroup], styles: Styles) -> None:
     _tidy(axes, grid="x")
 
 
-def _legend(
-    figure: Any, axes: Any, groups: Sequence[SeedGroup], styles: Styles, characters: int, **options: Any
-) -> None:
+def _legend(figure: Any, axes: Any, groups: Sequence[SeedGroup], styles: Styles, title: str | None = None) -> None:
     """The groups below the figure, in as many columns as fit."""
+    characters = round(CHARACTERS * figure.get_figwidth())
     columns = max(1, characters // (max(len(styles[group]["label"]) for group in groups) + 8))
     figure.legend(
         *axes.get_legend_handles_labels(),
@@ -184,7 +182,8 @@ def _legend(
         ncols=min(4, len(groups), columns),
         frameon=False,
         fontsize=9,
-        **options,
+        title=title and textwrap.fill(title, characters),
+        title_fontsize=9,
     )
 
 
@@ -219,17 +218,16 @@ def _alignment_figure(groups: Sequence[SeedGroup], styles: Styles, stacked: bool
     if not shown:
         return None
     columns = {"gc": "GC (cosine: higher is closer)", "gd": "GD (distance)"}
-    if all(len(group.values("logit_gc")) == len(group.values("gc")) for group in shown):
+    if all(group.values("logit_gc") for group in shown):
         columns |= {"logit_gc": "logit GC", "logit_gd": "logit GD"}
-    side_by_side, characters = (1, STACKED) if stacked else (2, WIDE)
+    side_by_side = 1 if stacked else 2
     rows = len(columns) // side_by_side
     figure = _new_figure(5.5 * side_by_side, 1.0 + 4.0 * rows)
     panels = figure.subplots(rows, side_by_side, sharey=True).flatten()
     for axes, (key, title) in zip(panels, columns.items(), strict=True):
         centres: dict[SeedGroup, tuple[float, float]] = {}
         for group in shown:
-            runs = [run.values for run in group.runs if {key, "autoattack"} <= run.values.keys()]
-            x, y = [values[key] for values in runs], [100 * values["autoattack"] for values in runs]
+            x, y = group.values(key), [100 * value for value in group.values("autoattack")]
             style = styles[group] | {"linestyle": "", "label": None}
             axes.plot(x, y, **style, alpha=0.45, markersize=4)
             centres[group] = (fmean(x), fmean(y))
@@ -240,10 +238,10 @@ def _alignment_figure(groups: Sequence[SeedGroup], styles: Styles, stacked: bool
                 axes.annotate("", centres[group], centres[base], arrowprops=arrow)
             axes.plot(*([value] for value in centres[group]), **styles[group] | {"linestyle": ""}, markersize=9)
         label = f"{title} between the input gradients of student and teacher"
-        axes.set_xlabel(textwrap.fill(label, characters), fontsize=9)
+        axes.set_xlabel(textwrap.fill(label, 70 if stacked else 100), fontsize=9)
         _tidy(axes, grid="both")
     for axes in panels[::side_by_side]:
         axes.set_ylabel("AutoAttack accuracy (%)")
     title = "small marks are runs, large ones means, arrows lead from a baseline to the version with an addition"
-    _legend(figure, panels[0], shown, styles, characters, title=textwrap.fill(title, characters), title_fontsize=9)
+    _legend(figure, panels[0], shown, styles, title)
     return figure

@@ -5,7 +5,7 @@ from statistics import fmean, stdev
 
 from experiment.compare.comparison import Comparison, Gain, SeedGroup
 from experiment.compare.runs import RunRecord, published
-from experiment.compare.statistics import seeds_needed
+from experiment.compare.statistics import mcnemar, seeds_needed
 from experiment.text import ABSENT, budget, comma_list, points, short_text
 
 GAINS_TO_FIND = (0.01, 0.02, 0.03)
@@ -74,7 +74,7 @@ def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
         yield f"GD (lower is closer to the teacher), GC (higher is closer): {text}."
     if any(group.values("best_minus_last") for group in groups):
         yield "best - last: PGD-20 of the checkpoint chosen on held-out training images minus that of the last."
-    if peaks := [group for group in groups if group.is_student and group.all_values("peak_minus_last")]:
+    if peaks := [group for group in groups if group.is_student and group.values("peak_minus_last")]:
         each = comma_list(f"{group.label} {points(group.values('peak_minus_last'))}" for group in peaks)
         yield (
             "Robust overfitting, upper bound: PGD-20 of the epoch that is best on the test images minus that of the "
@@ -92,7 +92,8 @@ def _notes_on_gain(gain: Gain) -> Iterator[str]:
     how = "bootstrap over images"
     if len(seeds) > 1:
         how = "the wider of Student's t over seeds and the bootstrap over seeds and images"
-    values = (f"{100 * gain.by_seed[seed]:+.2f} (p {_p_value(gain.p_values[seed])})" for seed in seeds)
+    rows = zip(gain.by_seed.values(), gain.differences, strict=True)
+    values = (f"{100 * value:+.2f} (p {_p_value(mcnemar(row))})" for value, row in rows)
     yield (
         f"{verdict(gain)} ({how}). The interval {'includes' if low <= 0 <= high else 'excludes'} 0. "
         f"By seed, with McNemar's exact p: {comma_list(values)}."

@@ -54,11 +54,7 @@ class Runs:
 
 
 def read_runs(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
-    """Read every run once, in the order given; `run_dir` holds the runs of studies.
-
-    Raises:
-        UserError: a source is not of these kinds, or a file in it holds what no run writes.
-    """
+    """Read every run once, in the order given; `run_dir` holds the runs of studies."""
     runs, seen = Runs(), set()
     for source in sources:
         planned = {}
@@ -94,18 +90,14 @@ def _run_folders(source: Path) -> tuple[list[Path], list[Path]]:
     # os.path.isdir answers False where Path's raises, such as for a name that is too long.
     if not os.path.isdir(source):
         raise UserError(f"{source} is not a run folder, a folder that holds some, a study or a records file")
+    levels = [[path.parent for path in sorted(source.glob("*/" * level + "config.json"))] for level in range(DEPTH)]
     levels = [
-        [path.parent for path in sorted(source.glob("*/" * level + "config.json")) if not _is_export(path.parent)]
-        for level in range(DEPTH)
-    ]
+        [folder for folder in level if not (folder / "model.safetensors").is_file()] for level in levels
+    ]  # exports
     found = next(filter(None, levels), None)
     if found is None:
         raise UserError(f"{source} is not a run folder and holds none. {advice(source)}")
     return found, [folder for level in levels for folder in level if level is not found]
-
-
-def _is_export(folder: Path) -> bool:
-    return (folder / "model.safetensors").is_file()
 
 
 def _read_unfinished(folder: Path) -> PendingRun:
@@ -169,11 +161,8 @@ def records_of(runs: Sequence[RunRecord]) -> str:
 
 def _by_column(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     keys = dict.fromkeys(key for row in rows for key in row)
-    return {key: [_rounded(row.get(key)) for row in rows] for key in keys}
-
-
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+    columns = {key: [row.get(key) for row in rows] for key in keys}
+    return {key: [float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for v in columns[key]] for key in keys}
 
 
 def _by_row(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:

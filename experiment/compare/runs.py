@@ -5,7 +5,6 @@ import tomllib
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from importlib import resources
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ SHORT_NAMES = {name: alias for alias, name in ALIASES.items()}
 @functools.cache
 def published() -> dict[str, Any]:
     """published.toml: figures that others published, and under "source" who did, on which data and for how long."""
-    return tomllib.loads(resources.files("experiment.compare").joinpath("published.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(Path(__file__).with_name("published.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,12 +28,7 @@ def mcnemar(differences: np.ndarray) -> float:
 
 
 def interval_of_gain(differences: np.ndarray, gains: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a mean gain: the bootstrap's, or with several seeds Student's t over them where that is wider.
-
-    Args:
-        differences: seeds x images.
-        gains: per seed.
-    """
+    """95 % interval of a mean gain: the wider of the bootstrap over seeds x images and Student's t over the gains."""
     bootstrap = bootstrap_interval(differences)
     if len(gains) == 1:
         return bootstrap

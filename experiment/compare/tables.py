@@ -33,7 +33,6 @@ OPTIONAL = (
 """Columns that are left out where nothing was measured for them, unless they are asked for."""
 DIGITS = {"gd": 4, "gc": 3, "logit_gd": 3, "logit_gc": 3}
 """Decimals of what is not an accuracy."""
-SIGNED = {"best_minus_last": "+"}
 
 
 def tables_of(comparison: Comparison, columns: Sequence[str] = ()) -> list[Table]:
@@ -81,9 +80,8 @@ def _cell(group: SeedGroup, name: str, comparison: Comparison) -> str:
         return what[name]
     if name == "autoattack" and run.attack and run.attack.version != "standard":
         return f"{points(group.values(name))}, {run.attack.version}"
-    # Measured of some seeds only, an optional value would be shown beside "n seeds" as if of all.
-    values = group.all_values(name) if name in OPTIONAL else group.values(name)
-    return spread(values, DIGITS[name]) if name in DIGITS else points(values, SIGNED.get(name, ""))
+    values = group.values(name)
+    return spread(values, DIGITS[name]) if name in DIGITS else points(values, "+" if name == "best_minus_last" else "")
 
 
 def _published_table(comparison: Comparison) -> Table:
@@ -120,13 +118,18 @@ def _pending_table(pending: Sequence[PendingRun]) -> Table:
 def as_markdown(table: Table) -> str:
     """A Markdown table."""
     ruler = ["---" if head in TEXT_COLUMNS else "---:" for head in table[0]]
-    rows = [[markdown_text(cell) if cell != "-" else cell for cell in row] for row in table]
+    rows = [[_markdown_text(cell) if cell != "-" else cell for cell in row] for row in table]
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ruler, *rows[1:]))
 
 
-def markdown_text(text: str) -> str:
+def _markdown_text(text: str) -> str:
     """Text that Markdown shows as it is."""
     return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def as_document(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Tables and notes in Markdown."""
+    return "\n\n".join([*map(as_markdown, tables), "\n".join(f"- {_markdown_text(note)}" for note in notes)])
 
 
 def as_csv(comparison: Comparison) -> str:
