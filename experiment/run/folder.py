@@ -65,14 +65,8 @@ def find_run(folder: Path, script: str, args: argparse.Namespace) -> tuple[dict[
         if foreign:
             raise UserError(f"{folder} is not a run folder (it contains {foreign[0]}). Use another --run_name")
         return {}, None
-    config = files.read_json(folder / "config.json")
-    if config.get("format") != FORMAT:
-        raise UserError(f"{folder}/config.json was not written by this version. Use another --run_name")
-    result = files.read_json(folder / "result.json") if "result.json" in entries else None
-    if result is not None:
-        from experiment.records import Result, checked  # a machine that only trains may lack pydantic
-
-        checked(Result, result, folder / "result.json")
+    config = _read(folder / "config.json")
+    result = _read(folder / "result.json") if "result.json" in entries else None
     trained = {"student.pt", "last.pt"} <= entries  # without last.pt, the run would train again
     unattacked = trained and (result is None or result.get("autoattack") is None)
     free = [*settings_with(Role.FREE), *(settings_with(Role.AUTOATTACK) if unattacked else ())]
@@ -87,6 +81,14 @@ def find_run(folder: Path, script: str, args: argparse.Namespace) -> tuple[dict[
             "or another --run_name for a new run"
         )
     return config, None if unattacked and args.aa_examples else result
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a record of this version. The models of records.py need pydantic, which a machine that trains may lack."""
+    record = files.read_json(path)
+    if record.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by this version. Use another --run_name")
+    return record
 
 
 def _differing(config: dict[str, Any], current: dict[str, Any], free: Sequence[str]) -> list[str]:

@@ -297,21 +297,14 @@ class Run:
         """
         self._bar.close()
         self._may_stop_anywhere()  # all state is saved
-        parts = (self.args, self._config, self._images, self._networks, self._state, self.engine)
-        result = Measurement(*parts, self.folder, self._write_student, autoattack).result()
+        parts = (self.args, self._config, self._images, self._networks, self._state, self.engine, self.folder)
+        result = Measurement(*parts, autoattack).result()
         if not self.engine.main:
             return
         files.write_json(self.folder / "result.json", result)
         for tracker in self._trackers:
             tracker.finish(result, self.folder / "student.pt")
         print(summary(result, str(self.folder)), flush=True)
-
-    def _write_student(self, name: str, model: nn.Module, more: dict[str, Any]) -> None:
-        """Write a network to a file of the run folder that is loadable without the run."""
-        if self.engine.main:
-            settings = json.loads(json.dumps(vars(self.args)))  # plain types only
-            info = {"method": self.recipe["method"], "run": self.folder.name, "settings": settings, **more}
-            files.save_student(self.folder / name, model, self.args.student, self._images.num_classes, info)
 
     def _stop_line(self, signal_name: str) -> str:
         """Return the line that a stopped run prints."""

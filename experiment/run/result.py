@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,14 +22,7 @@ from experiment.run.state import Networks, State
 
 @dataclass
 class Measurement:
-    """Final measurements of a run. Every rank measures; rank 0 writes.
-
-    Attributes:
-        write: writes a network to a file of the run folder, with the file's name and further information.
-        autoattack: ``evaluation.autoattack``.
-        attack_seconds: AutoAttack's time, over all ranks and resumptions.
-        waited: the time that this process has spent in AutoAttack.
-    """
+    """Final measurements of a run. Every rank measures; rank 0 writes."""
 
     args: argparse.Namespace
     config: dict[str, Any]
@@ -37,10 +31,9 @@ class Measurement:
     state: State
     engine: Engine
     folder: Path
-    write: Callable[[str, nn.Module, dict[str, Any]], None]
     autoattack: Callable[..., dict[str, Any]]
-    attack_seconds: float = 0.0
-    waited: float = 0.0
+    attack_seconds: float = 0.0  # of AutoAttack, over all ranks and resumptions
+    waited: float = 0.0  # in AutoAttack, of this process
 
     def result(self) -> dict[str, Any]:
         """Save, compare and attack the student, the best epoch and the mean; return the content of result.json."""
@@ -48,7 +41,7 @@ class Measurement:
         began = time.monotonic()
         # Keep the file of a run that is attacked later: other runs record its hash as their teacher's.
         if not _holds(self.folder / "student.pt", student.state_dict()):
-            self.write("student.pt", student, {})
+            self._write("student.pt", student)
         self.engine.barrier()
         gradients = self._gradients()
         last = state.rows[-1]
@@ -75,6 +68,13 @@ class Measurement:
             "changed": state.changed,  # differences between the start and the resumptions
         }
 
+    def _write(self, name: str, model: nn.Module, **more: Any) -> None:
+        """Write a network to a file of the run folder that is loadable without the run."""
+        if self.engine.main:
+            settings = json.loads(json.dumps(vars(self.args)))  # plain types only
+            info = {"method": self.config["method"], "run": self.folder.name, "settings": settings, **more}
+            files.save_student(self.folder / name, model, self.args.student, self.images.num_classes, info)
+
     def _attack(self, name: str, model: nn.Module) -> dict[str, Any]:
         """Run AutoAttack on the first --aa_examples test images, with its chunks in the folder `name`."""
         args, began = self.args, time.monotonic()
@@ -100,7 +100,7 @@ class Measurement:
             return None
         model = copy.deepcopy(self.networks.student)
         model.load_state_dict(self.state.best_weights)
-        self.write("best.pt", model, best)
+        self._write("best.pt", model, **best)
         row, attack = self.state.rows[best["epoch"] - 1], None
         if self.args.aa_best and self.args.aa_examples:
             is_last = best["epoch"] == self.args.epochs
@@ -124,7 +124,7 @@ class Measurement:
         # in the last bit, and AutoAttack's chunks would then belong to different networks.
         if self.engine.main and not _holds(path, dict(model.named_parameters())):
             update_bn(inputs, model)
-            self.write(path.name, model, {"averaged_epochs": epochs})
+            self._write(path.name, model, averaged_epochs=epochs)
         self.engine.barrier()
         model.load_state_dict(files.load(path)["state_dict"])
         accuracies = monitor(model, images, args.epsilon)

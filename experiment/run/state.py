@@ -17,31 +17,19 @@ from experiment.run.folder import FORMAT
 
 @dataclass
 class State:
-    """Progress of a run. Every field is saved and restored under its name.
+    """Progress of a run. Every field is saved and restored under its name."""
 
-    Attributes:
-        epoch: number of finished epochs.
-        step: finished steps of the current epoch.
-        seen: training images of the current epoch, over all ranks.
-        sums: sums of the loss terms over these images; on the device during training.
-        rows: the rows of metrics.jsonl.
-        seconds: of ``train`` and ``evaluation`` so far.
-        epoch_seconds: training time of the current epoch.
-        changed: differences between the start of the run and its resumptions.
-        best: epoch and held-out accuracy of the best epoch.
-        best_weights: its state dict, of which best.pt is a copy. A kill may lose the epoch of a separate file, and the
-            repeated epoch may differ.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    seen: int = 0
-    sums: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the current epoch
+    seen: int = 0  # training images of the current epoch, over all ranks
+    sums: dict[str, Any] = field(default_factory=dict)  # of the loss terms over these; on the device during training
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "evaluation": 0.0})
-    epoch_seconds: float = 0.0
-    changed: list[str] = field(default_factory=list)
-    best: dict[str, Any] | None = None
+    epoch_seconds: float = 0.0  # training time of the current epoch
+    changed: list[str] = field(default_factory=list)  # between the start of the run and its resumptions
+    best: dict[str, Any] | None = None  # epoch and held-out accuracy of the best epoch
+    # Its state dict, of which best.pt is a copy: a kill may lose the epoch of a separate file, and the repeated epoch
+    # may differ.
     best_weights: dict[str, Tensor] | None = None
 
     def begin_epoch(self) -> None:

@@ -25,21 +25,14 @@ REPEAT_SECONDS = 3.0
 
 
 class Stopping:
-    """Signal handlers of a run.
+    """Signal handlers of a run: for SIGTERM, SIGINT, SIGUSR1, and SIGHUP unless it is ignored (nohup).
 
-    Attributes:
-        busy: whether the loop handles signals at the next step boundary; otherwise the run stops at once.
-        number: the signal received, 0 for none.
+    Before the run stops, `save` saves unsaved state; `describe` makes the line to print from the signal's name.
     """
 
     def __init__(self, engine: Engine, save: Callable[[], None], describe: Callable[[str], str]) -> None:
-        """Install handlers for SIGTERM, SIGINT, SIGUSR1, and SIGHUP unless it is ignored (nohup).
-
-        Args:
-            save: saves unsaved state; called before the run stops.
-            describe: maps the signal's name to the line that the run prints.
-        """
-        self.busy, self.number, self._since = False, 0, 0.0
+        self.busy = False  # whether the loop handles signals at the next step; otherwise the run stops at once
+        self.number, self._since = 0, 0.0  # the signal received, 0 for none
         self._engine, self._save, self._describe = engine, save, describe
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
@@ -61,11 +54,7 @@ class Stopping:
         return number > 0
 
     def leave(self) -> None:
-        """Stop after saving unsaved state.
-
-        Raises:
-            RunStopped: always.
-        """
+        """Save unsaved state and raise RunStopped."""
         # The process is ending: ignore further signals. SIG_IGN would make Python report a pending signal as an error,
         # so a function handles it first; the interpreter removes that function shortly before its end, so SIG_IGN
         # follows at exit.
