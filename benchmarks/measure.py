@@ -47,12 +47,7 @@ class Setting:
     """A function to time, the global settings it runs under, and its peak memory."""
 
     def __init__(self, fields: dict[str, Any], device: torch.device, build: Callable[[], Callable[[], object]]) -> None:
-        """Build and warm up.
-
-        Args:
-            fields: identify the setting in the report.
-            build: sets the global settings and returns the function to time.
-        """
+        """Warm up what `build` returns, which also sets the global settings; `fields` name the setting in reports."""
         self.fields, self.device = fields, device
         before = self._allocated()
         self.run = build()

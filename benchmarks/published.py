@@ -94,10 +94,8 @@ def training_step(
 def pgd_correct(model: nn.Module, x: Tensor, y: Tensor, steps: int = 20, weight_gradients: bool = True) -> int:
     """Count the images of one batch that are correctly classified under PGD.
 
-    Args:
-        weight_gradients: call ``loss.backward()``, as the evaluation that TRADES published does and many copied: it
-            also computes weight gradients in every step, which are not used. Otherwise
-            ``torch.autograd.grad``.
+    `weight_gradients` calls ``loss.backward()``, as TRADES' evaluation does and many copied: it also computes weight
+    gradients in every step, which are not used.
     """
     x_adv = torch.clamp(x + torch.empty_like(x).uniform_(-EPSILON, EPSILON), 0.0, 1.0)
     for _ in range(steps):

@@ -189,11 +189,7 @@ class Report:
 
 
 def insert(path: Path, mark: str, text: str) -> None:
-    """Put text between the lines ``<!-- begin MARK -->`` and ``<!-- end MARK -->`` of a file.
-
-    Raises:
-        UserError: the file does not have them.
-    """
+    """Put text between the lines ``<!-- begin MARK -->`` and ``<!-- end MARK -->`` of a file."""
     begin, end = f"<!-- begin {mark} -->\n", f"<!-- end {mark} -->"
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
     before, begun, rest = old.partition(begin)

@@ -109,15 +109,8 @@ def make_batches(batch: int, device: torch.device | str, count: int = 4) -> list
 
 def engine(device: torch.device, precision: str = "fp32", batch: int = 1) -> Engine:
     """A run's engine, without its other options."""
-    settings = {
-        "device": str(device),
-        "precision": precision,
-        "batch": batch,
-        "compile": 0,
-        "deterministic": 0,
-        "seed": 0,
-    }
-    return Engine(argparse.Namespace(**settings))
+    others = {"compile": 0, "deterministic": 0, "seed": 0}
+    return Engine(argparse.Namespace(device=str(device), precision=precision, batch=batch, **others))
 
 
 @functools.cache
