@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cifar100_models import MODELS, build_model, check_model_name
-from experiment.study import costs
+from experiment.study.command import forward_macs
 
 NAMES = ("RES-18", "RES-20", "RES-8", "MN-V2", "WRN-10-1", "WRN-16-2")
 LIGHT = ("RES-20", "RES-8", "MN-V2", "WRN-10-1", "WRN-16-2")
@@ -29,7 +29,7 @@ def images(*shape):
 )
 def test_parameters_and_cost_are_the_published_ones(name, parameters, cost):
     assert sum(p.numel() for p in on_paper(name).parameters()) == parameters
-    assert costs.forward_macs(name) / 1e9 == pytest.approx(cost, abs=5e-5)  # all digits printed here
+    assert forward_macs(name) / 1e9 == pytest.approx(cost, abs=5e-5)  # all digits printed here
 
 
 @pytest.mark.parametrize(
