@@ -46,6 +46,7 @@ GPU_TESTS = ROOT / "tests" / "test_gpu.py"
 COMMANDS = [
     f"{ROOT}/train_teacher.py {SHORT} --model RES-8 --run_name teacher --aa_examples 0",
     *(f"{ROOT}/{method}_cifar100.py {STUDENT} --aa_examples 0 --run_name {method}" for method in METHODS),
+    f"{ROOT}/ard_cifar100.py {STUDENT} --aa_examples 0 --run_name ard",  # finished: shows its summary
     f"{ROOT}/ard_cifar100.py {STUDENT} --aa_examples 8 --run_name attacked",
     f"-m pytest -W default -o addopts= -q -p no:cacheprovider -k 'not compiled and not end_to_end' {GPU_TESTS}",
     "-m benchmarks.gpu_check --rehearse --out gpu_check --parts baseline fidelity launches",

@@ -122,34 +122,29 @@ class Job:
 
 
 def submit(study: Study, jobs: int, options: Mapping[str, Any], cluster: str = "slurm") -> list[Any]:
-    """Send what is not finished as one array, at most `jobs` at a time, after a missing teacher; return its jobs.
-
-    `cluster` may also be submitit's local executor, which starts processes on this machine.
-    """
+    """Send what is not finished, a missing teacher first, the runs as one array, `jobs` at a time; return the jobs."""
     import submitit
 
     folder = study.folder / "logs" / "slurm"
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-        parallel = {"slurm_array_parallelism": jobs} if cluster == "slurm" else {}
-        executor.update_parameters(**{**DEFAULTS, **parallel, **options})
-    except (RuntimeError, NameError, TypeError, ValueError) as error:
+        executor.update_parameters(**{**DEFAULTS, "slurm_array_parallelism": jobs, **options})
+    except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"submitit: {' '.join(str(error).split())}") from error
     if study.teacher and study.teacher.state() == RUNNING:
         raise UserError(f"{study.teacher.folder} is being trained; send the runs once it is finished")
+    sent = []
     if study.teacher and study.teacher.state() != FINISHED:
-        teacher = executor.submit(_job(study.teacher))
-        print(f"{study.teacher.name}: job {teacher.job_id}")
-        if cluster == "slurm":
-            executor.update_parameters(slurm_additional_parameters={"dependency": f"afterok:{teacher.job_id}"})
-        else:
-            teacher.result()
-    waiting = [run for run in study.runs if run.state() not in (FINISHED, RUNNING)]
-    jobs_sent = executor.submit_array([_job(run) for run in waiting]) if waiting else []
-    for run, job in zip(waiting, jobs_sent, strict=True):
-        print(f"{run.name}: job {job.job_id}")
+        sent = [executor.submit(_job(study.teacher))]
+        print(f"{study.teacher.name}: job {sent[0].job_id}")
+        executor.update_parameters(slurm_additional_parameters={"dependency": f"afterok:{sent[0].job_id}"})
+    if waiting := [run for run in study.runs if run.state() not in (FINISHED, RUNNING)]:
+        jobs_of_runs = executor.submit_array([_job(run) for run in waiting])
+        for run, job in zip(waiting, jobs_of_runs, strict=True):
+            print(f"{run.name}: job {job.job_id}")
+        sent += jobs_of_runs
     print(f"output of the jobs: {folder}")
-    return jobs_sent
+    return sent
 
 
 def _job(run: PlannedRun) -> Job:
