@@ -128,7 +128,7 @@ def test_pair_is_printed_written_and_drawn(pair, tmp_path, capsys):
     assert cells(printed, "AdaAD+IGDM") == ["AdaAD+IGDM", "80.00", "41.00", "+3.00 (+0.00 to +7.00)"]
     header, ruler, *rows = printed.splitlines()[:4]
     assert len({len(line) for line in (header, ruler, *rows)}) == 1, "columns are aligned"
-    assert printed.endswith(f"\nmarkdown  {out / 'comparison.md'}, with all columns\n")
+    assert printed.endswith(f"\nmarkdown  {out / 'comparison.md'}, with all columns and notes\n")
     assert (out / "comparison.png").read_bytes().startswith(PNG)
     assert (out / "comparison.pdf").read_bytes().startswith(b"%PDF")
     assert "AdaAD+IGDM" in (out / "comparison.svg").read_text(), "text stays text"
@@ -597,6 +597,13 @@ def test_columns_are_chosen_for_every_format(pair, tmp_path, written, capsys):
         comparing.main([str(pair[0]), "--columns", "speed"])
     assert "speed" in (error := capsys.readouterr().err)
     assert "autoattack" in error
+
+
+def test_the_terminal_has_notes_on_the_columns_that_it_shows(tmp_path, written):
+    run = make_run(tmp_path / "run", result={"gradients": GRADIENTS})
+    assert "GD (lower is closer" not in written(run)
+    assert "GD (lower is closer" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "GD (lower is closer" in written(run, "--columns", "method", "gc")
 
 
 @pytest.mark.parametrize(

@@ -98,15 +98,17 @@ def _show(comparison: Comparison, out: Path, columns: Sequence[str], files: Mapp
     from experiment.compare.figures import all_figures, write_figures  # matplotlib takes a second
 
     tables, notes, figures = tables_of(comparison, columns), notes_of(comparison), all_figures(comparison)
-    plots = write_figures(figures, out)
+    write_figures(figures, out)
     parts = [as_document(tables, notes), *(f"![{name}]({name}.png)" for name in figures)]
     if commands := _commands(comparison):
         parts += ["Commands:", "\n".join(["```sh", *commands, "```"])]
     _write(out / "comparison.md", "\n\n".join(parts) + "\n")
-    short = tables_of(comparison, columns or short_columns(comparison))
-    lines = [*(as_text(table) + "\n" for table in short), *notes]
-    lines += [f"\nplots     {', '.join(map(str, plots))}" if plots else "\nno plots: no run is finished"]
-    lines += [f"markdown  {out / 'comparison.md'}, with all columns"]
+    columns_shown = columns or short_columns(comparison)
+    short = tables_of(comparison, columns_shown)
+    lines = [*(as_text(table) + "\n" for table in short), *notes_of(comparison, columns_shown)]
+    plots = out / f"{{{','.join(figures)}}}.{{png,pdf,svg}}"
+    lines += [f"\nplots     {plots}" if figures else "\nno plots: no run is finished"]
+    lines += [f"markdown  {out / 'comparison.md'}, with all columns and notes"]
     contents = {
         "csv": lambda: as_csv(comparison),
         "latex": lambda: as_latex(comparison, columns),

@@ -37,15 +37,12 @@ def all_figures(comparison: Comparison, *, stacked: bool = False) -> dict[str, A
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def write_figures(figures: Mapping[str, Any], out: Path) -> list[Path]:
+def write_figures(figures: Mapping[str, Any], out: Path) -> None:
     """Write each figure as PNG, PDF and SVG; equal figures are equal files."""
-    paths = []
     for name, figure in figures.items():
         for kind in FORMATS:
-            paths.append(out / f"{name}.{kind}")
             content = rendered(figure, kind)
-            write_atomically(paths[-1], lambda file, content=content: file.write(content))
-    return paths
+            write_atomically(out / f"{name}.{kind}", lambda file, content=content: file.write(content))
 
 
 def rendered(figure: Any, kind: str) -> bytes:

@@ -18,13 +18,16 @@ DIGITS = 9
 """Decimals of a value before it is ranked: far more than is printed, far fewer than a float has."""
 
 
-def notes_of(comparison: Comparison) -> list[str]:
-    """All sentences."""
+def notes_of(comparison: Comparison, columns: Sequence[str] = ()) -> list[str]:
+    """All sentences; with `columns`, without those on gradients or the best epoch if no such column is among them."""
+    gradients = not columns or any(key in columns for key, _ in MEASURES.values())
     return [
-        *_notes_on_columns(comparison.groups),
+        *_notes_on_accuracies(comparison.groups),
+        *(_notes_on_gradients(comparison.groups) if gradients else ()),
+        *(_notes_on_overfitting(comparison.groups) if not columns or "best_minus_last" in columns else ()),
         *(note for gain in (*comparison.gains, *comparison.ablations) for note in _notes_on_gain(gain)),
         *(_note_on_best(best, more) for best, more in comparison.gains_at_best),
-        *_notes_on_alignment(comparison),
+        *(_notes_on_alignment(comparison) if gradients else ()),
         *_notes_on_settings(comparison.groups),
         *_notes_on_published_figures(comparison.groups),
         *_notes_on_missing(comparison),
@@ -41,7 +44,7 @@ def verdict(gain: Gain) -> str:
     )
 
 
-def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
+def _notes_on_accuracies(groups: Sequence[SeedGroup]) -> Iterator[str]:
     from experiment.evaluation import wilson_interval
 
     runs = [run for group in groups for run in group.runs]
@@ -69,9 +72,20 @@ def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
         for run in group.runs:
             warnings = (run.attack and run.attack.warnings) or ()
             yield from (f"{group.label}, seed {run.seed}, AutoAttack warned: {text}." for text in warnings)
-    gradients = [run.result.gradients for run in runs if run.result.gradients]
+
+
+def _notes_on_gradients(groups: Sequence[SeedGroup]) -> Iterator[str]:
+    gradients = [run.result.gradients for group in groups for run in group.runs if run.result.gradients]
     for text in dict.fromkeys(measured.definition for measured in gradients):
         yield f"GD (lower is closer to the teacher), GC (higher is closer): {text}."
+    if images := sorted({measured.scalars_examples for measured in gradients if measured.scalars}):
+        yield (
+            "Logit GD and logit GC: the same with g = gradient of logits[true class] "
+            f"(evaluate.py, the first {comma_list(images)} test images)."
+        )
+
+
+def _notes_on_overfitting(groups: Sequence[SeedGroup]) -> Iterator[str]:
     if any(group.values("best_minus_last") for group in groups):
         yield "best - last: PGD-20 of the checkpoint chosen on held-out training images minus that of the last."
     if peaks := [group for group in groups if group.is_student and group.values("peak_minus_last")]:
@@ -79,11 +93,6 @@ def _notes_on_columns(groups: Sequence[SeedGroup]) -> Iterator[str]:
         yield (
             "Robust overfitting, upper bound: PGD-20 of the epoch that is best on the test images minus that of the "
             f"last: {each}."
-        )
-    if images := sorted({measured.scalars_examples for measured in gradients if measured.scalars}):
-        yield (
-            "Logit GD and logit GC: the same with g = gradient of logits[true class] "
-            f"(evaluate.py, the first {comma_list(images)} test images)."
         )
 
 
