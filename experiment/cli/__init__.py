@@ -14,21 +14,3 @@ from experiment.cli.flags import (
 )
 from experiment.cli.parser import Parser, by_teacher_and_student, parse_args, resolve_device
 from experiment.entry import guard
-
-__all__ = [
-    "ALIASES",
-    "LATER_SETTINGS",
-    "Parser",
-    "Role",
-    "by_teacher_and_student",
-    "fraction",
-    "guard",
-    "number",
-    "options",
-    "parse_args",
-    "positive_int",
-    "resolve_device",
-    "settings_with",
-    "switch",
-    "whole",
-]

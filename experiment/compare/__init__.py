@@ -1,5 +1,3 @@
 """Runs side by side: read, compared, shown."""
 
 from experiment.compare.command import main
-
-__all__ = ["main"]

@@ -2,5 +2,3 @@
 
 from experiment.data.sets import Data, as_float, augment, load_data, selection
 from experiment.data.sources import check_dataset
-
-__all__ = ["Data", "as_float", "augment", "check_dataset", "load_data", "selection"]

@@ -2,5 +2,3 @@
 
 from experiment.engine.accelerated import Accelerated
 from experiment.engine.machine import Engine, cpu_name, gathered, ranks
-
-__all__ = ["Accelerated", "Engine", "cpu_name", "gathered", "ranks"]

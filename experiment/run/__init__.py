@@ -2,5 +2,3 @@
 
 from experiment.run.folder import find_run, provenance
 from experiment.run.loop import Run
-
-__all__ = ["Run", "find_run", "provenance"]

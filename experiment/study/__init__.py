@@ -2,5 +2,3 @@
 
 from experiment.study.command import main
 from experiment.study.plan import PlannedRun, is_locked, read_study
-
-__all__ = ["PlannedRun", "is_locked", "main", "read_study"]

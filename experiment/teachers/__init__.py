@@ -2,5 +2,3 @@
 
 from experiment.teachers.networks import FrozenTeacher, Network, check_teacher_name, load_network, load_teacher
 from experiment.teachers.zoo import published_accuracy
-
-__all__ = ["FrozenTeacher", "Network", "check_teacher_name", "load_network", "load_teacher", "published_accuracy"]
