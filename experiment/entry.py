@@ -5,13 +5,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import NoReturn
 
 from experiment import RunStopped, UserError
 
-batch_of_script: ContextVar[int] = ContextVar("batch", default=0)
-"""--batch of the running script, 0 without one: guard suggests a smaller one when memory is short."""
+_OUT_OF_MEMORY = ("out of memory", "unable to find an engine", "alloc_failed", "allocation_failed")
 
 
 def guard(main: Callable[[], None]) -> None:
@@ -23,9 +21,8 @@ def guard(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # compare.py ... | head
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # otherwise the interpreter prints an error at exit
+        # Otherwise the interpreter prints an error at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         _leave(f"error: {error}", 2)
@@ -42,7 +39,8 @@ def guard(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        _leave(_out_of_memory(str(error), batch_of_script.get()), 2)
+        reason = str(error).partition(". ")[0]  # the rest is about torch's allocator
+        _leave(f"error: out of GPU memory ({reason}); use a smaller --batch and another --run_name, or free some", 2)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -57,25 +55,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 
 
-_OUT_OF_MEMORY = (
-    "cuda error: out of memory",
-    "cuda out of memory",
-    "unable to find an engine to execute this computation",
-    "cudnn_status_alloc_failed",
-    "allocation_failed",
-    "cublas_status_alloc_failed",
-)
-
-
 def _leave(line: str, status: int) -> NoReturn:
     if line:  # of several ranks, one prints
         print(" ".join(line.split()), file=sys.stderr)
     sys.exit(status)
-
-
-def _out_of_memory(reason: str, batch: int) -> str:
-    """One line with the batch to try next: memory is dominated by activations, which are proportional to it."""
-    advice = f"try --batch {batch // 2}, which needs about half, with --run_name for a new run" if batch > 1 else ""
-    first = reason.partition(". ")[0]  # the rest is about torch's allocator
-    at = f" at --batch {batch}" if batch else ""
-    return f"error: out of GPU memory{at} ({first}); {advice or 'free some of it'}"

@@ -79,7 +79,7 @@ ALLOWED = End(0, "", "allowed", flags=(*LONG, "--aa_examples", "0", "--stop_on_c
 EARLY = End(0, "", "allowed: BatchNorm statistics have not converged", flags=("--aa_examples", "0"))
 NO_MEMORY = End(
     2,
-    "error: .*out of GPU memory at --batch 256 .*try --batch 128",
+    "error: out of GPU memory .*use a smaller --batch",
     "one line that suggests a batch size, exit status 2",
 )
 
@@ -101,7 +101,7 @@ FAULTS = [
     Fault("SIGUSR1", "autoattack", 1, 2, "SIGUSR1 twice", 6, STOPPED),
     Fault("no space left: last.pt", "write:last.pt", 1, 9_000_000, "ENOSPC", 3, NO_DISK),
     Fault("no space left: metrics.jsonl", "write:metrics.jsonl", 1, 500, "ENOSPC", 3, NO_DISK),
-    Fault("no space left: an AutoAttack chunk", "write:chunk-00000.json", 1, 700, "ENOSPC", 3, NO_DISK),
+    Fault("no space left: an AutoAttack chunk", "write:chunk-00000.json", 1, 600, "ENOSPC", 3, NO_DISK),
     Fault("no space left: student.pt", "write:student.pt", 1, 300_000, "ENOSPC", 3, NO_DISK),
     Fault("no space left: result.json", "write:result.json", 1, 1900, "ENOSPC", 3, NO_DISK),
     Fault("fsync fails (I/O error)", "fsync", 3, 28, "EIO", 3, NO_DISK),

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 from experiment import UserError
 from experiment.cli.flags import ALIASES, FLAGS, GROUPS, Role, own_flag, settings_with
-from experiment.entry import batch_of_script
 from experiment.text import budget, short_name, started_as
 
 PAPER = "preset paper"
@@ -50,25 +49,13 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = next((text.partition("=")[0] for text in unknown if text.startswith("-")), "")
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{_suggestion(flag, self._option_string_actions)}")
+            near = difflib.get_close_matches(flag.lower(), self._option_string_actions, n=1)
+            suggestion = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion}")
         return parsed
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        try:
-            super()._check_value(action, value)
-        except argparse.ArgumentError as error:
-            message = f"{error.message}{_suggestion(value, action.choices)}"
-            raise argparse.ArgumentError(action, message) from error
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
-
-
-def _suggestion(given: str, allowed: Iterable[str]) -> str:
-    """The allowed word nearest to the given one, as the end of an error line; empty if none is near."""
-    by_lower_case = {word.lower(): word for word in allowed}
-    near = difflib.get_close_matches(given.lower(), by_lower_case, n=1)
-    return f"; did you mean {by_lower_case[near[0]]}?" if near else ""
 
 
 def defaults_of(recipe: dict[str, Any], preset: str) -> Defaults:
@@ -217,7 +204,6 @@ def parse_args(
         named = [name for name in changed if name not in ("teacher", "student")]
         named += [name for name, value in usual.items() if getattr(args, name) != value]
         args.run_name = default_run_name(script, args, named)
-    batch_of_script.set(args.batch)
     return args
 
 
