@@ -1,6 +1,6 @@
 """Export the student of a finished run: ONNX, safetensors, a Hugging Face folder with a model card.
 
-python export.py RUN_DIR [--onnx FILE] [--safetensors FILE] [--hub DIR [--push OWNER/NAME]]
+python export.py RUN_DIR [--onnx FILE] [--safetensors FILE] [--hub DIR]
 
 All formats map pixels in [0, 1] to logits in eval mode. The ONNX file takes any batch size. It is written only if
 onnxruntime reproduces the student's logits on clean and on attacked test images.
@@ -76,14 +76,11 @@ def parse_args(argv=None):
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="write an ONNX file, checked with onnxruntime")
     parser.add_argument("--safetensors", type=Path, metavar="FILE", help="write the weights alone")
     parser.add_argument("--hub", type=Path, metavar="DIR", help="write weights, config.json and a model card")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder of --hub to the Hugging Face hub")
     parser.add_argument("--license", default="mit", help="licence of the weights, as the model card states it")
     parser.add_argument("--data_dir", help="data directory for the check of --onnx (default: the run's)")
     args = parser.parse_args(argv)
     if not (args.onnx or args.safetensors or args.hub):
         parser.error("nothing to write: give --onnx FILE, --safetensors FILE or --hub DIR")
-    if args.push and not args.hub:
-        parser.error("argument --push: needs --hub DIR, the folder to upload")
     # An export may replace an earlier one, but not a run's student.pt or config.json, nor another README.md.
     for name in ("onnx", "safetensors"):
         path = getattr(args, name)
@@ -107,18 +104,13 @@ def main():
         raise UserError(f"--hub: others cannot build {own}. Use --safetensors or --onnx")
     folders = [path.parent for path in (args.onnx, args.safetensors) if path]
     for folder in [*folders, *filter(None, [args.hub])]:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create {folder}: {error.strerror}") from error
+        files.make_folder(folder)
     if args.onnx:
         write_onnx(args.onnx, student.model, check_images(config.settings, args.data_dir, student.model))
     if args.safetensors:
         write_safetensors(args.safetensors, student)
     if args.hub:
         write_hub(args.hub, student, config, result, args.license)
-    if args.push:
-        push(args.hub, args.push)
 
 
 def check_images(settings, data_dir, student):
@@ -186,7 +178,7 @@ def write_hub(folder, student, config, result, licence):
     files.write_json(folder / "config.json", described)
     card = model_card(folder.resolve().name, described, result, licence)
     files.write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
-    print(f"{folder}: model.safetensors, config.json, README.md (model card)")
+    print(f"{folder}: model.safetensors, config.json, README.md (model card); upload: hf upload OWNER/NAME {folder}")
 
 
 def model_card(name, described, result, licence):
@@ -242,22 +234,6 @@ def public_command(command):
         if not private:
             kept.append(part)
     return shlex.join(kept)
-
-
-def push(folder, repo):
-    """Upload the three files; create the repository if necessary."""
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HTTPError
-
-    hub = huggingface_hub.HfApi()
-    try:
-        hub.create_repo(repo, exist_ok=True)
-        names = ["model.safetensors", "config.json", "README.md"]
-        url = hub.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names)
-    except (HTTPError, HFValidationError, OSError) as error:  # OSError: no network, or no token
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--push {repo}: the upload failed ({reason}). {folder} is complete; push it again") from error
-    print(f"uploaded to {url}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ import export
 import hubconf
 from experiment import UserError, data, files, records, teachers
 
-REPO = "someone/student"
-
 
 @pytest.fixture(scope="module")
 def run(small):
@@ -145,35 +143,6 @@ def test_a_network_of_ones_own_file_goes_to_no_hub(run, command, tmp_path, monke
         hubconf.student(foreign)
 
 
-def test_push_uploads_the_three_files(command, monkeypatch, tmp_path, capsys):
-    import huggingface_hub
-
-    calls = []
-
-    class Hub:
-        def create_repo(self, repo, exist_ok):
-            calls.append(("create", repo, exist_ok))
-
-        def upload_folder(self, repo_id, folder_path, allow_patterns):
-            found = {path.name for path in folder_path.iterdir()}
-            calls.append(("upload", repo_id, found == set(allow_patterns)))
-            return "https://hub/someone/student"
-
-    with pytest.raises(UserError, match=r"--push a b/c: the upload failed \(Repo id must "):
-        command("--hub", tmp_path / "hub", "--push", "a b/c")
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    command("--hub", tmp_path / "hub", "--push", REPO)
-    assert calls == [("create", REPO, True), ("upload", REPO, True)]
-    assert "uploaded to https://hub/someone/student" in capsys.readouterr().out
-
-    def fails(self, repo, exist_ok):
-        raise OSError("no network\nand more")
-
-    monkeypatch.setattr(Hub, "create_repo", fails)
-    with pytest.raises(UserError, match=r"upload failed \(no network\)"):
-        command("--hub", tmp_path / "hub", "--push", REPO)
-
-
 def test_only_a_finished_run_and_its_own_student_are_exported(small, run, command, tmp_path):
     with pytest.raises(UserError, match=r"it has no result\.json"):
         command("--hub", tmp_path / "hub", folder=small.home)
@@ -193,7 +162,6 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(run, command, capsys
     monkeypatch.chdir(tmp_path)
     for flags, said in [
         ((), "nothing to write"),
-        (("--push", REPO, "--onnx", "x.onnx"), "needs --hub DIR"),
         (("--safetensors", run / "student.pt"), "must end in .safetensors"),
         (("--onnx", run / "result.json"), "must end in .onnx"),
         (("--hub", run), "is not empty and not an earlier export"),
