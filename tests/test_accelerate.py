@@ -14,8 +14,7 @@ from torch import nn
 import attacks
 from cifar100_models import build_model
 from experiment import UserError, data, files
-from experiment.engine.accelerated import Accelerated, FoldedConv
-from experiment.engine.attack_step import GraphedStep
+from experiment.engine.accelerated import Accelerated, FoldedConv, GraphedStep
 
 
 def accelerated(model, compiled=False, batch=6):

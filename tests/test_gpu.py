@@ -21,7 +21,7 @@ from reference import CLASSES, SCRIPTS, product_run, reference_run, settings
 import attacks
 from cifar100_models import build_model
 from experiment import files
-from experiment.engine.attack_step import GraphedStep
+from experiment.engine.accelerated import GraphedStep
 
 ROOT = Path(__file__).parent.parent
 DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")
