@@ -262,15 +262,13 @@ def test_a_side_that_does_not_divide_is_an_error(tmp_path, side):
     assert "images of 16 x 32 pixels (expected square images" in refusal(npz(tmp_path, wide), side=side)
 
 
-def test_class_names_give_the_number_of_classes(tmp_path, capsys):
+def test_class_names_give_the_number_of_classes(tmp_path):
     """A sample of few images may lack a class; without the names the same file is an error."""
     for names in (["cat", "dog", "fox"], [b"cat", b"dog", b"fox"]):
         loaded = load_data(npz(tmp_path, arrays() | {"class_names": np.array(names)}))
         assert (loaded.num_classes, loaded.class_names) == (3, ("cat", "dog", "fox"))
-    assert capsys.readouterr().err == ""
     path = npz(tmp_path, arrays() | {"class_names": np.array(["cat", "dog", "fox", "owl", "rat"])})
     assert load_data(path).num_classes == 5
-    assert capsys.readouterr().err == f"warning: {path}: 2 of 5 classes have no training image\n"
 
 
 def change(key, value):

@@ -1,7 +1,6 @@
 """Data sets as NumPy arrays: CIFAR and SVHN by torchvision, scikit-learn's digits, .npz files, folders of images."""
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,22 +68,13 @@ def read(dataset: str, data_dir: Path) -> Arrays:
     if dataset == "digits":
         return _digits()
     arrays = _npz(Path(dataset)) if dataset.endswith(".npz") else _image_folder(Path(dataset))
-    return _checked(arrays, dataset)
+    for problem in _problems(arrays):
+        raise UserError(f"{dataset}: {problem}")
+    return arrays
 
 
 def _test_splits(folder: Path) -> list[Path]:
     return [folder / name for name in ("test", "val") if (folder / name).is_dir()]
-
-
-def _checked(arrays: Arrays, source: str) -> Arrays:
-    """Return the arrays, or raise UserError with the first problem; warn of named classes without a training image."""
-    problem = next(_problems(arrays), None)
-    if problem:
-        raise UserError(f"{source}: {problem}")
-    missing = arrays.num_classes - len(np.unique(arrays.y_train))
-    if missing:
-        print(f"warning: {source}: {missing} of {arrays.num_classes} classes have no training image", file=sys.stderr)
-    return arrays
 
 
 def _problems(arrays: Arrays) -> Iterator[str]:
