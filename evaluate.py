@@ -9,7 +9,7 @@ evaluations/<time>_<what>.json; result.json is not changed.
 import time
 from pathlib import Path
 
-from experiment import UserError, cli, data, evaluation, files, records, teachers
+from experiment import cli, data, evaluation, files, records, teachers
 from experiment.engine import Engine
 from experiment.run import provenance
 from experiment.text import short_name
@@ -62,8 +62,7 @@ def parse_args(argv=None):
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    run, config, result = read_run(args)
-    path = Path(args.what)
+    path, (network, run, config, result) = Path(args.what), read_run(args)
     # A file may have been moved away from its teacher, so --teacher has no default then.
     names = [name for name in FROM_RUN if path.is_dir() or not name.startswith("teacher")]
     # As text, so that argparse checks a hand-edited value like a flag.
@@ -72,6 +71,7 @@ def parse_args(argv=None):
         del own["aa_examples"]
     parser.set_defaults(**own)
     args = parser.parse_args(argv)
+    args.network = network
     args.folder = path if path.is_dir() else path.parent if path.exists() else Path()  # of the records
     needs = {"gradients": "teacher", "autoattack": "aa_examples"}
     lacking = {name: flag for name, flag in needs.items() if not getattr(args, flag)}
@@ -105,42 +105,35 @@ def parse_args(argv=None):
 
 
 def read_run(args):
-    """Return the settings of the network's run ({} if unknown), its config.json and its result.json (or None)."""
+    """Load an own checkpoint or run (None for others); its settings ({}), config.json and result.json (or None)."""
     path = Path(args.what)
-    if not path.exists():
+    if args.weights or not path.exists():
         teachers.check_teacher_name(args.what, args.weights, "--weights")
     if args.arch or not path.exists():
-        return {}, None, None
-    try:
-        info = files.read_student(path, unfinished=True)["info"]
-    except UserError as error:
-        raise UserError(f"{error}{'; bare weights are measured with --arch' if path.is_file() else ''}") from error
-    folder, config, result = path if path.is_dir() else path.parent, None, None
+        return None, {}, None, None
+    network = teachers.load_network(path)
+    folder, config, result, info = path if path.is_dir() else path.parent, None, None, network.info["info"]
     if path.is_dir() or info is None:  # a last.pt has no settings of its own
         config = records.read_config(folder) if (folder / "config.json").is_file() else None
         result = records.read_result(folder) if (folder / "result.json").is_file() else None
     settings = config.settings if config else (info or {}).get("settings", {})
     if settings:
         records.checked(records.Settings, settings, folder / "config.json" if config else path)
-    return settings, config, result
+    return network, settings, config, result
 
 
-def load_networks(args, images, device, result):
-    """Load the network, those of --beside, and the teacher (None if not needed); also return the network's SHA-256."""
+def load_networks(args, images, device):
+    """Return the network, those of --beside, and the teacher (None if not needed)."""
     options = {"num_classes": images.num_classes, "dataset": args.dataset, "device": device}
-    network = teachers.load_network(args.what, arch=args.arch, weights=args.weights, **options)
-    digest = files.state_sha256(network.model)
-    if result:
-        records.check_student(args.folder, result, digest)
+    network = args.network or teachers.load_network(args.what, arch=args.arch, weights=args.weights, **options)
+    network.model.to(device)
     teacher = None
     if "gradients" in args.attacks or args.figure:
-        teacher = teachers.load_teacher(
-            args.teacher, images.num_classes, args.teacher_path, args.dataset, device=device
-        )
+        teacher = teachers.load_teacher(args.teacher, teacher_path=args.teacher_path, **options)
     beside = [teachers.load_network(name, **options) for name in args.beside]
     for each in (network, *beside, *([teacher] if teacher else [])):
         evaluation.check_network(each.name, each.model, images.x_test, images.num_classes)
-    return network, digest, beside, teacher
+    return network, beside, teacher
 
 
 def measure(args, x, y, class_names, student, fast, teacher):
@@ -161,14 +154,10 @@ def measure(args, x, y, class_names, student, fast, teacher):
         accuracies["autoattack"] = evaluation.autoattack_curve(student, x_aa, y_aa, args.epsilons, **options)
     found = {"accuracies": accuracies}
     if args.per_class and accuracies:
-        # At --epsilon, or at the largest of --epsilons; clean accuracy has one point.
-        at = args.epsilons.index(args.epsilon) if args.epsilon in args.epsilons else -1
-        points = {name: points[0 if name == "clean" else at] for name, points in accuracies.items()}
-        rows = {
-            name: evaluation.per_class(point["flags"], y[: point["examples"]], class_names)
-            for name, point in points.items()
-        }
-        found["per_class"] = {"epsilon": args.epsilons[at], "attacks": rows}
+        rows = {}
+        for name, (*_, point) in accuracies.items():  # at the largest epsilon
+            rows[name] = evaluation.per_class(point["flags"], y[: point["examples"]], class_names)
+        found["per_class"] = {"epsilon": args.epsilons[-1], "attacks": rows}
     if args.torchattacks:
         found["torchattacks"] = evaluation.beside_torchattacks(student, x, y, args.epsilon, steps=args.steps, **seed)
     if "gradients" in args.attacks:
@@ -183,7 +172,10 @@ def main():
     evaluation.check_outputs(args.folder, args.out, *others)
     engine = Engine(args)
     images = data.load_data(args.dataset, args.data_dir, engine.device, **data.selection(args))
-    network, digest, beside, teacher = load_networks(args, images, engine.device, result)
+    network, beside, teacher = load_networks(args, images, engine.device)
+    digest = files.state_sha256(network.model)
+    if result:
+        records.check_student(args.folder, result, digest)
     x, y = images.x_test[: args.examples], images.y_test[: args.examples]
     class_names = images.class_names or tuple(map(str, range(images.num_classes)))
     started, fast = time.perf_counter(), engine.accelerate(network.model)

@@ -55,6 +55,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], previous: Pa
         raise UserError(f"cannot write {path}: {reason}; free some space or write elsewhere") from error
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder, with its parents, if it is missing; UserError if that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {path}: {error.strerror}") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
@@ -73,11 +81,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text: {error.reason} at byte {error.start}") from error
 
 
 def _json_object(text: str, where: str) -> dict[str, Any]:
@@ -181,21 +187,51 @@ def source_file(model: nn.Module) -> dict[str, Any]:
     return {"source_file": source} if source else {}
 
 
-def load_student(path: Path, *, unfinished: bool = False) -> nn.Module:
-    """Load a network from a student checkpoint or run folder, on the CPU, in eval mode; no global generator changes.
+def load_student(path: Path) -> nn.Module:
+    """Load a network from a student checkpoint or run folder; raises as ``open_student`` and ``build_student``."""
+    return build_student(open_student(path))
+
+
+def open_student(path: Path, *, unfinished: bool = False) -> dict[str, Any]:
+    """Read a student checkpoint, or that of a run folder; ``path`` in the result is the file itself.
 
     Args:
         unfinished: also accept a run's ``last.pt``, and a run folder that has no ``student.pt`` yet.
 
     Raises:
-        UserError: as ``load``; not a student checkpoint; unknown architecture; weights that do not fit it; the file
-            of a FILE.py:function is missing or has changed.
+        UserError: as ``load``; not a student checkpoint.
     """
-    path, content = _read(path, unfinished=unfinished)
+    path = Path(path)
+    if path.is_dir():
+        names = ["student.pt", *(["last.pt"] if unfinished else [])]
+        found = [path / name for name in names if (path / name).exists()]
+        if not found:
+            kind = "a run with a checkpoint" if unfinished else "a finished run"
+            raise UserError(f"{path} holds no {' or '.join(names)}; it is not the folder of {kind}. {advice(path)}")
+        path = found[0]
+    content = load(path)
+    if isinstance(content, dict) and "optimizer" in content:
+        if not unfinished:
+            raise UserError(
+                f"{path} is a run's resume file, not a student; give the run's folder when the run is finished"
+            )
+        content = {**content, "format": STUDENT_FORMAT, "state_dict": content.get("model")}
+    if not isinstance(content, dict) or content.get("format") != STUDENT_FORMAT:
+        raise UserError(f"{path} is not a student checkpoint of this project (format {STUDENT_FORMAT})")
+    return {**content, "path": path}
+
+
+def build_student(content: dict[str, Any]) -> nn.Module:
+    """Build the network that ``open_student`` read, on the CPU, in eval mode; no global generator changes.
+
+    Raises:
+        UserError: unknown architecture; weights that do not fit it; the file of a FILE.py:function is missing or has
+            changed.
+    """
     try:
         name = content["architecture"]
         if "source_file" in content:
-            name = _find_source(path, **content["source_file"])
+            name = _find_source(content["path"], **content["source_file"])
         with torch.random.fork_rng(devices=[]):
             model = build_model(name, content["num_classes"])
         model.load_state_dict(content["state_dict"])
@@ -203,19 +239,20 @@ def load_student(path: Path, *, unfinished: bool = False) -> nn.Module:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path} does not hold a network that can be rebuilt: {reason}") from error
+        raise UserError(f"{content['path']} does not hold a network that can be rebuilt: {reason}") from error
     return model.eval()
 
 
-def read_student(path: Path, *, unfinished: bool = False) -> dict[str, Any]:
-    """The entries of a student checkpoint but its weights (None where it has none), and ``path``, the file itself.
-
-    Args:
-        unfinished: as for ``load_student``; a ``last.pt`` also has ``epoch`` and ``step``.
-    """
-    path, content = _read(path, unfinished=unfinished)
-    names = ("architecture", "num_classes", "info", "source_file", "epoch", "step")
-    return {name: content.get(name) for name in names} | {"path": path}
+def _find_source(checkpoint: Path, path: str, sha256: str, function: str) -> str:
+    """FILE.py:function at its old path or beside the checkpoint; only a file with the stored hash is run."""
+    file, beside = Path(path), checkpoint.parent / Path(path).name
+    for place in (file, beside):
+        if place.is_file() and file_sha256(place) == sha256:
+            return f"{place}:{function}"
+    raise UserError(
+        f"{checkpoint} needs {file.name} with the function {function} and SHA-256 {sha256[:12]}...; {file} is missing "
+        f"or has been changed since. Restore it, or put a copy at {beside}"
+    )
 
 
 MAKE_A_RUN = "A run is made with: python adaad_cifar100.py --run_name NAME"
@@ -231,36 +268,3 @@ def advice(folder: Path) -> str:
         return "It is an export: give the run that it was made from."
     runs = sorted(path.parent for path in folder.glob("*/config.json"))
     return f"It holds runs: give one of them, such as {runs[0]}" if runs else MAKE_A_RUN
-
-
-def _read(path: Path, *, unfinished: bool) -> tuple[Path, dict[str, Any]]:
-    """The file of a student checkpoint or run folder, and its content."""
-    path = Path(path)
-    if path.is_dir():
-        names = ["student.pt", *(["last.pt"] if unfinished else [])]
-        found = [path / name for name in names if (path / name).exists()]
-        if not found:
-            kind = "a run with a checkpoint" if unfinished else "a finished run"
-            raise UserError(f"{path} holds no {' or '.join(names)}; it is not the folder of {kind}. {advice(path)}")
-        path = found[0]
-    content = load(path)
-    if unfinished and isinstance(content, dict) and "optimizer" in content:
-        content = {**content, "format": STUDENT_FORMAT, "state_dict": content.get("model")}
-    elif isinstance(content, dict) and "optimizer" in content:
-        raise UserError(f"{path} is a run's resume file, not a student; give the run's folder when the run is finished")
-    if not isinstance(content, dict) or content.get("format") != STUDENT_FORMAT:
-        raise UserError(f"{path} is not a student checkpoint of this project (format {STUDENT_FORMAT})")
-    return path, content
-
-
-def _find_source(checkpoint: Path, path: str, sha256: str, function: str) -> str:
-    """FILE.py:function at its old path or beside the checkpoint; only a file with the stored hash is run."""
-    file, beside = Path(path), checkpoint.parent / Path(path).name
-    found = [place for place in dict.fromkeys((file, beside)) if place.is_file()]
-    for place in found:
-        if file_sha256(place) == sha256:
-            return f"{place}:{function}"
-    need = f"{checkpoint} needs {file.name} with the function {function} and SHA-256 {sha256[:12]}..."
-    if found:
-        raise UserError(f"{need}; {found[0]} has been changed since: restore it, or put a copy at {beside}")
-    raise UserError(f"{need}; it is neither at {file} nor next to the checkpoint. Put it at {beside}")

@@ -113,7 +113,7 @@ def load_network(
         else:
             model, entries = _own(Path(what), unfinished)
             path, classes, architecture = entries["path"], entries["num_classes"], entries["architecture"]
-            info = {key: entries[key] for key in ("info", "epoch", "step")}
+            info = {key: entries.get(key) for key in ("info", "epoch", "step")}
             _check_classes(what, classes, num_classes)
     return Network(model.eval().to(device), classes, what, architecture, path, files.file_sha256(path), info)
 
@@ -184,8 +184,8 @@ def _own(path: Path, unfinished: bool) -> tuple[nn.Module, dict[str, Any]]:
     if path.suffix == ".safetensors":
         raise UserError(f"{path} holds weights without their architecture: give it, as {_HOW}")
     try:
-        entries = files.read_student(path, unfinished=unfinished)
-        model = files.load_student(path, unfinished=unfinished)
+        entries = files.open_student(path, unfinished=unfinished)
+        model = files.build_student(entries)
     except UserError as error:
         foreign = path.is_file() and "is not a student checkpoint" in str(error)
         hint = f"; RobustBench's go with their name, --teacher BDM --teacher_path {path}, others as {_HOW}"
