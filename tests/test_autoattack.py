@@ -195,10 +195,9 @@ def test_results_of_different_runs_are_not_mixed(quick_autoattack, tmp_path):
     assert run(x=x / 255) == expected  # the same images as floats are the same data
 
     path = tmp_path / "chunk-00001.json"
-    for damaged in (chunks[path].replace(b'"clean": "110"', b'"clean": "111"'), chunks[path][:-20], b"[1]", b"{}"):
-        assert damaged != chunks[path]
+    for damaged in (chunks[path][:-20], b"[1]", b"{}"):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"Delete \S*chunk-00001\.json to attack its images again"):
+        with pytest.raises(UserError, match=r"chunk-00001\.json is damaged .* Delete it to attack its images again"):
             run()
         assert path.read_bytes() == damaged
 

@@ -142,8 +142,8 @@ def accuracy_curve(
                 x_adv = latest
             else:
                 x_adv[index] = latest
-        found = accuracy_of(flags_text(predictions == labels))
-        points.append({"epsilon": epsilon, **found, "attacked": counts, "steps": steps})
+        flags = flags_text(predictions == labels)
+        points.append({"epsilon": epsilon, **accuracy_of(flags), "flags": flags, "attacked": counts, "steps": steps})
     return points, predictions, x_adv
 
 
@@ -172,8 +172,8 @@ def autoattack_curve(
             name = f"epsilon{epsilon:.6f}_seed{seed}_batch{batch}_network{network}_images{images}{arithmetic}"
             result = autoattack(model, x_left, y_left, epsilon, folder=folder / name, batch=batch, seed=seed)
             robust[index] = torch.tensor([flag == "1" for flag in result["flags"]["square"]])
-        found = accuracy_of(flags_text(robust))
-        points.append({"epsilon": epsilon, **found, "attacked": [len(index)], "result": result})
+        point = {"epsilon": epsilon, "flags": flags_text(robust), "attacked": [len(index)], "result": result}
+        points.append({**point, **accuracy_of(point["flags"])})
     return points
 
 
@@ -184,12 +184,10 @@ def per_class(flags: str, y: Tensor, names: Sequence[str]) -> list[dict[str, Any
         flags: one character per image, as in ``accuracy_curve``.
         names: one per label.
     """
-    by_class: dict[int, str] = {}
-    for flag, label in zip(flags, y.tolist(), strict=True):
-        by_class[label] = by_class.get(label, "") + flag
-    rows = [{"class": names[label], **accuracy_of(each)} for label, each in sorted(by_class.items())]
-    for row in rows:
-        del row["flags"]
+    rows, labels = [], y.tolist()
+    for label in sorted(set(labels)):
+        own = "".join(flag for flag, other in zip(flags, labels, strict=True) if other == label)
+        rows.append({"class": names[label], **accuracy_of(own)})
     return sorted(rows, key=lambda row: row["accuracy"])
 
 
@@ -203,8 +201,8 @@ def beside_torchattacks(
 
     Returns:
         A row per attack: ``attack``, ``steps`` (None for FGSM), ``epsilon``, ``ours``, ``torchattacks`` (fractions),
-        ``flags`` of both, ``only_ours`` and ``only_theirs`` (images misclassified under one of them only), and ``p``
-        (exact McNemar test of these two counts).
+        ``only_ours`` and ``only_theirs`` (images misclassified under one of them only), and ``p`` (exact McNemar test
+        of these two counts).
     """
     from scipy.stats import binomtest
 
@@ -219,23 +217,12 @@ def beside_torchattacks(
     }
     rows = []
     for name, their_attack in their_attacks.items():
-        ours, theirs = (
-            attacked(model, x, y, attack, seed=seed, progress=f"{name}, ours and torchattacks'")[0] == y.cpu()
-            for attack in (attack_of(name, epsilon, steps), torch.enable_grad()(their_attack))
-        )
-        only_ours, only_theirs = int((theirs & ~ours).sum()), int((ours & ~theirs).sum())
-        differing = only_ours + only_theirs
-        rows.append(
-            {
-                "attack": name,
-                "steps": steps if name == "pgd" else None,
-                "epsilon": epsilon,
-                "ours": ours.double().mean().item(),
-                "torchattacks": theirs.double().mean().item(),
-                "flags": {"ours": flags_text(ours), "torchattacks": flags_text(theirs)},
-                "only_ours": only_ours,
-                "only_theirs": only_theirs,
-                "p": binomtest(only_ours, differing).pvalue if differing else 1.0,
-            }
-        )
+        both = (attack_of(name, epsilon, steps), torch.enable_grad()(their_attack))
+        options = {"seed": seed, "progress": f"{name}, ours and torchattacks'"}
+        ours, theirs = (attacked(model, x, y, attack, **options)[0] == y.cpu() for attack in both)
+        row = {"attack": name, "steps": steps if name == "pgd" else None, "epsilon": epsilon}
+        row |= {"ours": ours.double().mean().item(), "torchattacks": theirs.double().mean().item()}
+        row |= {"only_ours": int((theirs & ~ours).sum()), "only_theirs": int((ours & ~theirs).sum())}
+        differing = row["only_ours"] + row["only_theirs"]
+        rows.append({**row, "p": binomtest(row["only_ours"], differing).pvalue if differing else 1.0})
     return rows

@@ -1,7 +1,6 @@
 """AutoAttack by its authors' package, in chunks of images for resuming and for several ranks."""
 
 import hashlib
-import json
 import re
 import sys
 import time
@@ -33,7 +32,7 @@ from experiment.evaluation.batches import (
     measuring,
     within_memory,
 )
-from experiment.files import read_json, state_sha256, write_json
+from experiment.files import make_folder, read_json, state_sha256, write_json
 from experiment.text import AUTOATTACK_STEPS
 
 AUTOATTACK = AUTOATTACK_STEPS[1:]
@@ -130,8 +129,7 @@ def autoattack(
         with measuring(device, in_parts), attack_switches():
             records[i] = _attack_chunk(in_parts, images, labels, epsilon, seed, classes)
         if folder is not None:
-            content = {"parts": keys[i], "record": records[i]}
-            write_json(_chunk_file(folder, i), {**content, "sha256": _checksum(content)})
+            write_json(_chunk_file(folder, i), {"parts": keys[i], "record": records[i]})
         attacked = sum(record["images"] for record in records.values())
         robust = sum(record["flags"]["square"].count("1") for record in records.values())
         say(f"AutoAttack: {attacked} of {len(x)} images, robust {100 * robust / attacked:.2f} %")
@@ -289,33 +287,22 @@ def data_sha256(x: Tensor, y: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([content["parts"], content["record"]], sort_keys=True).encode()).hexdigest()
-
-
 def _finished_chunks(folder: Path, keys: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Create the folder, and read the chunk files in it: records by number."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {folder}: {error.strerror}") from error
+    make_folder(folder)
     records = {}
     for i, key in enumerate(keys):
         path = _chunk_file(folder, i)
         if not path.exists():
             continue
-        advice = f"Delete {path} to attack its images again"
         try:
-            content = {"parts": None, "record": None, **read_json(path)}
-        except UserError as error:
-            raise UserError(f"{error}. {advice}") from error
-        if content.get("sha256") != _checksum(content):
-            raise UserError(f"{path} is damaged: its checksum does not match. {advice}")
-        differing = [name for name in key if content["parts"].get(name) != key[name]]
-        if differing:
+            content = read_json(path)
+            parts, records[i] = content["parts"], content["record"]
+        except (UserError, KeyError) as error:
+            raise UserError(f"{path} is damaged ({error}). Delete it to attack its images again") from error
+        if differing := [name for name in key if parts.get(name) != key[name]]:
             raise UserError(
                 f"{path} holds AutoAttack results of another {' and '.join(differing)}; results are not mixed: "
                 f"use another folder, or delete {folder} to attack again"
             )
-        records[i] = content["record"]
     return records

@@ -1,10 +1,10 @@
 """What evaluate.py writes, never overwriting: its record and the text of it, adversarial images, figures."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from experiment.evaluation.accuracy import STEPS, attack_of
 from experiment.evaluation.alignment import input_gradients
 from experiment.evaluation.autoattack import autoattack_label
 from experiment.evaluation.batches import as_pixels, device_of, measuring
-from experiment.files import read_json, write_atomically, write_json
+from experiment.files import make_folder, read_json, write_atomically, write_json
 from experiment.text import as_text, budget
 
 if TYPE_CHECKING:  # a machine that only trains may lack pydantic
@@ -27,19 +27,17 @@ FORMAT = 2
 
 
 def check_outputs(folder: Path, out: Path | None, *others: Path) -> None:
-    """Check, before the evaluation, that its files can be written and overwrite nothing.
+    """Check, before the evaluation, that its files can be written and overwrite nothing; create their folders.
 
     Args:
         out: file of the record; None for one in `folder`.
     """
-    for path in (*others, *([out] if out else [])):
+    for path in (*others, out or folder / FOLDER / "record"):
         if path.exists():
             raise UserError(f"{path} exists and is not overwritten. Use another name")
-        # The folder of the records is created later.
-        if not path.parent.is_dir() and not (path.parent.name == FOLDER and path.parent.parent.is_dir()):
-            raise UserError(f"{path}: no such folder: {path.parent}")
-    if out is None and not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write to {folder}. Use --out FILE.json")
+        make_folder(path.parent)
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"cannot write to {path.parent}. Use another folder, for the record with --out FILE.json")
 
 
 def write_record(folder: Path, record: dict[str, Any], out: Path | None = None) -> Path:
@@ -55,7 +53,6 @@ def write_record(folder: Path, record: dict[str, Any], out: Path | None = None) 
     # Two evaluations may end in the same second.
     name = f"{now:%Y-%m-%dT%H-%M-%S.%fZ}_{'-'.join(record['measured'])}.json"
     path = out or folder / FOLDER / name
-    path.parent.mkdir(exist_ok=True)
     write_json(path, {"format": FORMAT, "time": f"{now:%Y-%m-%dT%H:%M:%S.%fZ}", **record})
     return path
 
@@ -149,12 +146,10 @@ def differences(record: dict[str, Any], config: "Config", result: "Result | None
         config, result: of the run; None for an unfinished run.
     """
     found = []
-    for title, own, of_run in (
-        ("data", record["dataset_sha256"], config.dataset_sha256),
-        ("teacher", record["teacher_sha256"], config.teacher_sha256),
-    ):
+    for name in ("dataset", "teacher"):
+        own, of_run = record[f"{name}_sha256"], getattr(config, f"{name}_sha256")
         if own and of_run and own != of_run:
-            found.append(f"the {title} differs from the run's: SHA-256 {own[:12]}..., in config.json {of_run[:12]}...")
+            found.append(f"the {name} differs from the run's: SHA-256 {own[:12]}..., in config.json {of_run[:12]}...")
     if result is None:
         return found
     settings, accuracies, pairs = record["settings"], record["accuracies"], {}
@@ -165,11 +160,8 @@ def differences(record: dict[str, Any], config: "Config", result: "Result | None
         if "pgd" in accuracies and usual and settings["epsilons"] == [config.settings["epsilon"]]:
             pairs["PGD-20"] = (accuracies["pgd"][0]["accuracy"], result.pgd20)
     attack, of_run = accuracies.get("autoattack", [{}])[0].get("result"), result.autoattack
-    if (
-        attack
-        and of_run
-        and all(attack[key] == getattr(of_run, key) for key in ("examples", "epsilon", "seed", "batch"))
-    ):
+    keys = ("examples", "epsilon", "seed", "batch")
+    if attack and of_run and all(attack[key] == getattr(of_run, key) for key in keys):
         pairs["AutoAttack"] = (attack["accuracy"], of_run.accuracy)
     for name, (own, of_run) in pairs.items():
         if own != of_run:
@@ -180,18 +172,13 @@ def differences(record: dict[str, Any], config: "Config", result: "Result | None
 # Files of other formats -----------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    path.parent.mkdir(exist_ok=True)  # the folder of the records
-    write_atomically(path, write)
-
-
 def save_adversarial(path: Path, x: Tensor, y: Tensor, predictions: Tensor, x_adv: Tensor) -> None:
     """Write an .npz with x and x_adv, (N, C, H, W) float32 in [0, 1], and y and predictions, (N,) int64."""
     import numpy as np
 
     tensors = {"x": as_pixels(x).float(), "x_adv": x_adv, "y": y, "predictions": predictions}
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-    _write(path, lambda file: np.savez_compressed(file, **arrays))
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def curve_figure(path: Path, curves: dict[str, list[dict[str, Any]]], restarts: int, title: str) -> None:
@@ -210,7 +197,7 @@ def curve_figure(path: Path, curves: dict[str, list[dict[str, Any]]], restarts: 
     axes.set(xlabel="epsilon × 255", ylabel="accuracy, %", title=title, ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(title="with 95 % intervals")
-    _write(path, lambda file: figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150))
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150))
 
 
 def alignment_figure(
@@ -261,4 +248,4 @@ def alignment_figure(
             axes.set(xticks=[], yticks=[])
     for axes, name in zip(grid[0], columns, strict=True):
         axes.set_title(name, fontsize=9, wrap=True)
-    _write(path, lambda file: figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150))
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150))
