@@ -257,13 +257,9 @@ def adaad(
 def _with_kept_teacher(student: nn.Module, teacher: nn.Module, teacher_every: int) -> Callable[[Tensor], Tensor]:
     """AdaAD's objective with a teacher that is evaluated at every K-th step only, for one call of `ascend`.
 
-    The gradient of KL(T(x_k) || S(x_k)) at step k is the sum of two shares:
-
-        through the student   J_S(x_k)^T dKL/dS   at S(x_k) and T(x_j)
-        through the teacher   J_T(x_j)^T dKL/dT   at S(x_j) and T(x_j)
-
-    with j = K floor(k / K), the last step at which the teacher was evaluated. The returned function has this gradient:
-    the teacher's share is constant between two evaluations, so it enters as a linear term.
+    The gradient at step k is J_S(x_k)^T dKL/dS at S(x_k) and T(x_j), plus the teacher's share, J_T(x_j)^T dKL/dT at
+    S(x_j) and T(x_j); j = K floor(k / K) is the last step at which the teacher was evaluated. The share is constant
+    between two evaluations, so it enters as a linear term.
 
     Source: ours. Related: YOPO (Zhang et al., NeurIPS 2019) keeps a network's costate over several steps; SAAD (Lee &
     Chung, TMLR 2026) linearises the teacher once per batch, in the true class's logit.
