@@ -5,7 +5,7 @@ import enum
 import math
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import attacks
 from cifar100_models import check_model_name
@@ -31,12 +31,11 @@ class Role(enum.Flag):
     LATER = enum.auto()  # not in config.json of the first runs of format 1, which did what the default does
 
 
-class Flag(NamedTuple):
-    """One entry of the table."""
+class Flag:
+    """One entry of the table: help text, roles, and further arguments of argparse's add_argument."""
 
-    roles: Role
-    options: dict[str, Any]
-    """Arguments of argparse's add_argument."""
+    def __init__(self, text: str, roles: Role = Role.NONE, **options: Any) -> None:
+        self.roles, self.options = roles, {"help": text, **options}
 
 
 # Types: parsers for argparse, whose errors name the value and what is expected
@@ -48,14 +47,12 @@ def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> 
     limits += f" up to {high:g}" if math.isfinite(high) else ""
 
     def parse(text: str) -> float:
-        numerator, slash, denominator = text.partition("/")
         try:
-            parts = float(numerator), float(denominator if slash else 1)
-            value = parts[0] / parts[1]
+            parts = [float(part) for part in text.split("/", 1)]
+            value = parts[0] / parts[1] if parts[1:] else parts[0]
         except (ValueError, ZeroDivisionError):
-            parts, value = (), math.nan
-        finite = all(map(math.isfinite, (*parts, value)))
-        if not finite or not low <= value <= high or (above and value == low):
+            parts, value = [], math.nan
+        if not all(map(math.isfinite, [*parts, value])) or not low <= value <= high or (above and value == low):
             raise _not_allowed(text, f"a number{limits}, or a fraction such as 8/255")
         return value
 
@@ -112,105 +109,101 @@ _SWITCH: dict[str, Any] = {"type": switch, "metavar": "{0,1}", "default": 0}
 _COUNT: dict[str, Any] = {"type": whole(0), "default": 0}
 
 
-def _flag(text: str, roles: Role = Role.NONE, **options: Any) -> Flag:
-    return Flag(roles, {"help": text, **options})
-
-
 def own_flag(default: Any) -> Flag:
     """A flag that only this script's RECIPE has: of its default's type, or any number where the default is computed."""
     types = {bool: switch, int: whole(0), float: number(-math.inf)}
     kind = number(-math.inf) if callable(default) else types.get(type(default), str)
-    return _flag("this script's own: see RECIPE and training_loss", METHOD, type=kind)
+    return Flag("this script's own: see RECIPE and training_loss", METHOD, type=kind)
 
 
 GROUPS: dict[str, dict[str, Flag]] = {
     "method": {
-        "preset": _flag("default: as IGDM's release documents; paper: as the papers", choices=("default", "paper"),
-                        default="default"),
-        "teacher": _flag("BDM, DEC, LTD, a RobustBench Linf name, checkpoint or run folder; or architecture of "
-                         "--teacher_path", METHOD),
-        "teacher_path": _flag("downloaded RobustBench .pt file of --teacher", FREE | MAY_DIFFER, default=None),
-        "student": _flag("RES-18, MN-V2, RES-20, RES-8, WRN-d-w, or FILE.py:function", METHOD, type=model_name),
-        "objective": _flag("adversarial training objective", METHOD, choices=("TRADES", "PGD-AT")),
-        "trades_weight": _flag("weight of TRADES' robust term (1/lambda in its paper)", METHOD, type=number()),
-        "target": _flag("teacher's target: T(x_adv) or T(x)", METHOD, choices=("adversarial", "clean")),
-        "ce_weight": _flag("lambda, the weight of CE(S(x_adv), y)", METHOD, type=number()),
-        "clean_weight": _flag("share of the clean term KL(T(x) || S(x)); 1/6 in the paper", METHOD, type=number(0, 1)),
-        "loss_scale": _flag("factor on the base loss; 0.1 in the paper", METHOD, type=number(above=True)),
-        "alpha": _flag("weight of the IGDM term at the end of its ramp", METHOD, type=number()),
-        "beta": _flag("the plus point is x + beta delta", METHOD, type=number()),
-        "gamma": _flag("the minus point is x - gamma delta", METHOD, type=number()),
-        "ramp_epochs": _flag("epochs after which the IGDM term's weight, alpha * epoch / ramp_epochs, is alpha", METHOD,
-                             type=positive_int),
+        "preset": Flag("default: as IGDM's release documents; paper: as the papers", choices=("default", "paper"),
+                       default="default"),
+        "teacher": Flag("BDM, DEC, LTD, a RobustBench Linf name, checkpoint or run folder; or architecture of "
+                        "--teacher_path", METHOD),
+        "teacher_path": Flag("downloaded RobustBench .pt file of --teacher", FREE | MAY_DIFFER, default=None),
+        "student": Flag("RES-18, MN-V2, RES-20, RES-8, WRN-d-w, or FILE.py:function", METHOD, type=model_name),
+        "objective": Flag("adversarial training objective", METHOD, choices=("TRADES", "PGD-AT")),
+        "trades_weight": Flag("weight of TRADES' robust term (1/lambda in its paper)", METHOD, type=number()),
+        "target": Flag("teacher's target: T(x_adv) or T(x)", METHOD, choices=("adversarial", "clean")),
+        "ce_weight": Flag("lambda, the weight of CE(S(x_adv), y)", METHOD, type=number()),
+        "clean_weight": Flag("share of the clean term KL(T(x) || S(x)); 1/6 in the paper", METHOD, type=number(0, 1)),
+        "loss_scale": Flag("factor on the base loss; 0.1 in the paper", METHOD, type=number(above=True)),
+        "alpha": Flag("weight of the IGDM term at the end of its ramp", METHOD, type=number()),
+        "beta": Flag("the plus point is x + beta delta", METHOD, type=number()),
+        "gamma": Flag("the minus point is x - gamma delta", METHOD, type=number()),
+        "ramp_epochs": Flag("epochs after which the IGDM term's weight, alpha * epoch / ramp_epochs, is alpha", METHOD,
+                            type=positive_int),
     },
     "optimisation": {
-        "epochs": _flag("number of epochs", METHOD, type=positive_int),
-        "batch": _flag("images per optimizer step, over all GPUs together", METHOD, type=positive_int),
-        "lr": _flag("learning rate of SGD", METHOD, type=number(above=True)),
-        "momentum": _flag("momentum of SGD", METHOD, type=number(0, 1)),
-        "wd": _flag("weight decay; 2e-4 in the released code", METHOD, type=number()),
-        "lr_milestones": _flag("epochs after which lr is divided by 10 (default: 1/2 and 3/4 of the epochs)", METHOD,
-                               type=positive_int, nargs="*"),
+        "epochs": Flag("number of epochs", METHOD, type=positive_int),
+        "batch": Flag("images per optimizer step, over all GPUs together", METHOD, type=positive_int),
+        "lr": Flag("learning rate of SGD", METHOD, type=number(above=True)),
+        "momentum": Flag("momentum of SGD", METHOD, type=number(0, 1)),
+        "wd": Flag("weight decay; 2e-4 in the released code", METHOD, type=number()),
+        "lr_milestones": Flag("epochs after which lr is divided by 10 (default: 1/2 and 3/4 of the epochs)", METHOD,
+                              type=positive_int, nargs="*"),
     },
     "attack": {
-        "attack": _flag("objective of inner maximisation (attacks.py)", METHOD, choices=attacks.INNER_MAXIMISATIONS),
-        "epsilon": _flag("Linf budget, pixels in [0, 1]", METHOD, type=fraction),
-        "step_size": _flag("size of an attack step, pixels in [0, 1]", METHOD, type=fraction),
-        "steps": _flag("number of attack steps", METHOD, type=positive_int),
-        "teacher_every": _flag("evaluate the teacher at every K-th attack step; 1 in the paper",
-                               METHOD | LATER, type=positive_int, default=1),
+        "attack": Flag("objective of inner maximisation (attacks.py)", METHOD, choices=attacks.INNER_MAXIMISATIONS),
+        "epsilon": Flag("Linf budget, pixels in [0, 1]", METHOD, type=fraction),
+        "step_size": Flag("size of an attack step, pixels in [0, 1]", METHOD, type=fraction),
+        "steps": Flag("number of attack steps", METHOD, type=positive_int),
+        "teacher_every": Flag("evaluate the teacher at every K-th attack step; 1 in the paper",
+                              METHOD | LATER, type=positive_int, default=1),
     },
     "data": {
-        "dataset": _flag("cifar100, cifar10, svhn, digits (in scikit-learn), an .npz file, or a folder of images",
-                         default="cifar100"),
-        "data_dir": _flag("data directory; CIFAR and SVHN are downloaded here if missing", _TRACKING,
-                          type=os.path.expanduser, default="data"),
-        "side": _flag("side in pixels to which images are reduced, by block means (0: unchanged)",
-                      NAMED | LATER, **_COUNT),
-        "train_examples": _flag("size of a fixed subset of the training set, stratified by class (0: all)",
-                                NAMED | LATER, **_COUNT),
-        "holdout": _flag("training images held out, stratified by class, to measure PGD-10 on (0: none)",
-                         NAMED | LATER, **_COUNT),
+        "dataset": Flag("cifar100, cifar10, svhn, digits (in scikit-learn), an .npz file, or a folder of images",
+                        default="cifar100"),
+        "data_dir": Flag("data directory; CIFAR and SVHN are downloaded here if missing", _TRACKING,
+                         type=os.path.expanduser, default="data"),
+        "side": Flag("side in pixels to which images are reduced, by block means (0: unchanged)",
+                     NAMED | LATER, **_COUNT),
+        "train_examples": Flag("size of a fixed subset of the training set, stratified by class (0: all)",
+                               NAMED | LATER, **_COUNT),
+        "holdout": Flag("training images held out, stratified by class, to measure PGD-10 on (0: none)",
+                        NAMED | LATER, **_COUNT),
     },
     "evaluation": {
-        "eval_after": _flag("epoch after which clean and PGD-20 accuracy are measured; the last epoch always is",
-                            MAY_DIFFER, type=whole(0), default=90),
-        "aa_examples": _flag("test images for AutoAttack (standard), the first N (0: none)", AUTOATTACK,
-                             type=whole(0), default=10_000),
-        "aa_batch": _flag("images per AutoAttack chunk; each has its own random draws and is saved when done",
-                          AUTOATTACK | MAY_DIFFER, type=positive_int, default=250),
-        "aa_best": _flag("1 runs AutoAttack on the best epoch of --holdout too", AUTOATTACK | MAY_DIFFER | LATER,
-                         **_SWITCH),
-        "swa_after": _flag("epoch after which the weights are averaged; the average is measured too (0: none)",
-                           NAMED | LATER, **_COUNT),
+        "eval_after": Flag("epoch after which clean and PGD-20 accuracy are measured; the last epoch always is",
+                           MAY_DIFFER, type=whole(0), default=90),
+        "aa_examples": Flag("test images for AutoAttack (standard), the first N (0: none)", AUTOATTACK,
+                            type=whole(0), default=10_000),
+        "aa_batch": Flag("images per AutoAttack chunk; each has its own random draws and is saved when done",
+                         AUTOATTACK | MAY_DIFFER, type=positive_int, default=250),
+        "aa_best": Flag("1 runs AutoAttack on the best epoch of --holdout too", AUTOATTACK | MAY_DIFFER | LATER,
+                        **_SWITCH),
+        "swa_after": Flag("epoch after which the weights are averaged; the average is measured too (0: none)",
+                          NAMED | LATER, **_COUNT),
     },
     "run": {
-        "seed": _flag("seed of weights, order, augmentation, attacks and AutoAttack", MAY_DIFFER, **_COUNT),
-        "device": _flag("auto, cpu, cuda or cuda:N", MAY_DIFFER, default="auto"),
-        "compile": _flag("1 compiles the networks with torch.compile", NAMED, **_SWITCH),
-        "deterministic": _flag("1 makes runs on CUDA bit-identical too, slower", NAMED, **_SWITCH),
-        "precision": _flag("arithmetic of the networks (default: fp32 on the CPU, tf32 on CUDA)", NAMED,
-                           choices=("fp32", "tf32", "bf16")),
-        "stop_on_collapse": _flag("0 continues with a student that predicts one class only", FREE | MAY_DIFFER | LATER,
-                                  **_SWITCH | {"default": 1}),
-        "checkpoint_minutes": _flag("minutes between checkpoints", FREE | MAY_DIFFER, type=number(above=True),
-                                    default=10.0),
-        "run_dir": _flag("folder of the run folders", _TRACKING, type=os.path.expanduser, default="runs"),
-        "run_name": _flag("name of the run folder (default: made of script, dataset, networks, changed flags and seed)",
-                          MAY_DIFFER, type=run_name),
+        "seed": Flag("seed of weights, order, augmentation, attacks and AutoAttack", MAY_DIFFER, **_COUNT),
+        "device": Flag("auto, cpu, cuda or cuda:N", MAY_DIFFER, default="auto"),
+        "compile": Flag("1 compiles the networks with torch.compile", NAMED, **_SWITCH),
+        "deterministic": Flag("1 makes runs on CUDA bit-identical too, slower", NAMED, **_SWITCH),
+        "precision": Flag("arithmetic of the networks (default: fp32 on the CPU, tf32 on CUDA)", NAMED,
+                          choices=("fp32", "tf32", "bf16")),
+        "stop_on_collapse": Flag("0 continues with a student that predicts one class only", FREE | MAY_DIFFER | LATER,
+                                 **_SWITCH | {"default": 1}),
+        "checkpoint_minutes": Flag("minutes between checkpoints", FREE | MAY_DIFFER, type=number(above=True),
+                                   default=10.0),
+        "run_dir": Flag("folder of the run folders", _TRACKING, type=os.path.expanduser, default="runs"),
+        "run_name": Flag("name of the run folder (default: made of script, dataset, networks, changed flags and seed)",
+                         MAY_DIFFER, type=run_name),
     },
     "tracking": {
-        "nowand": _flag("inverse of --wandb, as in the released code", _TRACKING,
-                        **_SWITCH | {"nargs": "?", "const": 1, "default": 1}),
-        "wandb": _flag("1 logs the metrics to Weights & Biases (default: 0)", PRIVATE,
-                       **_SWITCH | {"nargs": "?", "const": 1, "default": None}),
-        "wandb_project": _flag("W&B project", _TRACKING, default="robust-distillation"),
-        "wandb_entity": _flag("W&B entity (default: your own)", _TRACKING, default=None),
-        "wandb_name": _flag("W&B run name (default: the run folder's)", _TRACKING, default=None),
-        "wandb_tags": _flag("W&B tags", _TRACKING, nargs="*", default=[]),
-        "wandb_artifact": _flag("1 uploads the final student to Weights & Biases", _TRACKING | LATER, **_SWITCH),
-        "tensorboard": _flag("1 logs the metrics to TensorBoard, in the run folder", FREE | MAY_DIFFER | LATER,
-                             **_SWITCH),
+        "nowand": Flag("inverse of --wandb, as in the released code", _TRACKING,
+                       **_SWITCH | {"nargs": "?", "const": 1, "default": 1}),
+        "wandb": Flag("1 logs the metrics to Weights & Biases (default: 0)", PRIVATE,
+                      **_SWITCH | {"nargs": "?", "const": 1, "default": None}),
+        "wandb_project": Flag("W&B project", _TRACKING, default="robust-distillation"),
+        "wandb_entity": Flag("W&B entity (default: your own)", _TRACKING, default=None),
+        "wandb_name": Flag("W&B run name (default: the run folder's)", _TRACKING, default=None),
+        "wandb_tags": Flag("W&B tags", _TRACKING, nargs="*", default=[]),
+        "wandb_artifact": Flag("1 uploads the final student to Weights & Biases", _TRACKING | LATER, **_SWITCH),
+        "tensorboard": Flag("1 logs the metrics to TensorBoard, in the run folder", FREE | MAY_DIFFER | LATER,
+                            **_SWITCH),
     },
 }  # fmt: skip
 """By group and name. The default of a METHOD flag is the RECIPE's."""

@@ -77,25 +77,22 @@ def _milestones(milestones: list[int] | None, epochs: int, args: argparse.Namesp
     return [math.ceil(args.epochs / 2), math.ceil(args.epochs * 3 / 4)]
 
 
-def fill(args: argparse.Namespace, given: set[str], defaults: Defaults) -> list[str]:
-    """Set every flag that was not given to its default; return the given flags that differ from theirs.
+def fill(args: argparse.Namespace, given: set[str], defaults: Defaults) -> dict[str, Any]:
+    """Set every flag that was not given to its default; return the value of each default.
 
     Raises:
         UserError: the preset has no default for these networks.
     """
-    changed = set()
+    values = dict.fromkeys(defaults)
     for flag, default in sorted(defaults.items(), key=lambda item: callable(item[1])):  # computed ones come last
         try:
-            value = default(args) if callable(default) else default
+            values[flag] = default(args) if callable(default) else default
         except UserError as error:
             if flag not in given:
                 raise UserError(f"--preset paper has no {flag} {error}: give --{flag}") from error
-            value = None  # any value differs
         if flag not in given:
-            setattr(args, flag, value)
-        elif getattr(args, flag) != value:
-            changed.add(flag)
-    return [flag for flag in defaults if flag in changed]
+            setattr(args, flag, values[flag])
+    return values
 
 
 def by_teacher_and_student(students: tuple[str, ...], **teachers: tuple[float, ...]) -> Callable[..., float]:
@@ -124,10 +121,10 @@ def by_teacher_and_student(students: tuple[str, ...], **teachers: tuple[float, .
 
 def default_run_name(script: str, args: argparse.Namespace, changed: Iterable[str]) -> str:
     """Script, data set, teacher, student, the values of changed flags, and the seed."""
-    preset = "paper" if getattr(args, "preset", "default") == "paper" else None
-    networks = (short_name(str(getattr(args, flag))) for flag in ("dataset", "teacher", "student") if flag in args)
-    parts = [Path(script).stem.removesuffix("_cifar100"), *networks, preset]
-    parts += [f"{flag}{_compact(getattr(args, flag))}" for flag in changed]
+    networks = [flag for flag in ("dataset", "teacher", "student") if flag in args]
+    parts = [Path(script).stem.removesuffix("_cifar100"), *(short_name(getattr(args, flag)) for flag in networks)]
+    parts += ["paper"] if getattr(args, "preset", "default") == "paper" else []
+    parts += [f"{flag}{_compact(getattr(args, flag))}" for flag in changed if flag not in networks]
     name = "_".join(part for part in parts if part)
     if len(name) > LONGEST:
         name = f"{name[:LONGEST]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -191,7 +188,7 @@ def parse_args(
     given = {name for name, value in vars(marked).items() if value is not unset}
     defaults = defaults_of(recipe, getattr(args, "preset", "default"))
     try:
-        changed = fill(args, given, defaults)
+        usual = fill(args, given, defaults)
     except UserError as error:
         parser.error(str(error))
     args.device = resolve_device(parser, args.device, elsewhere=elsewhere)
@@ -199,11 +196,9 @@ def parse_args(
     args.precision = args.precision or precision
     _check(parser, args, given, defaults.get("attack"))
     if args.run_name is None:
-        usual = {name: FLAGS[name].options.get("default") for name in settings_with(Role.NAMED)}
+        usual |= {name: FLAGS[name].options.get("default") for name in settings_with(Role.NAMED)}
         usual["precision"] = precision
-        named = [name for name in changed if name not in ("teacher", "student")]
-        named += [name for name, value in usual.items() if getattr(args, name) != value]
-        args.run_name = default_run_name(script, args, named)
+        args.run_name = default_run_name(script, args, [name for name in usual if getattr(args, name) != usual[name]])
     return args
 
 
