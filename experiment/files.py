@@ -175,16 +175,11 @@ def save_student(path: Path, model: nn.Module, architecture: str, num_classes: i
         "format": STUDENT_FORMAT,
         "architecture": architecture,
         "num_classes": num_classes,
+        "source_file": getattr(model, "source_file", None),  # of a network from the user's own file
         "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
         "info": info,
     }
-    save(path, content | source_file(model))
-
-
-def source_file(model: nn.Module) -> dict[str, Any]:
-    """The checkpoint's entry about the file of a network of the user's own; {} for other networks."""
-    source = getattr(model, "source_file", None)
-    return {"source_file": source} if source else {}
+    save(path, content)
 
 
 def load_student(path: Path) -> nn.Module:
@@ -230,8 +225,8 @@ def build_student(content: dict[str, Any]) -> nn.Module:
     """
     try:
         name = content["architecture"]
-        if "source_file" in content:
-            name = _find_source(content["path"], **content["source_file"])
+        if source := content.get("source_file"):
+            name = _find_source(content["path"], **source)
         with torch.random.fork_rng(devices=[]):
             model = build_model(name, content["num_classes"])
         model.load_state_dict(content["state_dict"])
@@ -255,9 +250,6 @@ def _find_source(checkpoint: Path, path: str, sha256: str, function: str) -> str
     )
 
 
-MAKE_A_RUN = "A run is made with: python adaad_cifar100.py --run_name NAME"
-
-
 def advice(folder: Path) -> str:
     """One sentence, with the command, on what to do about a folder that is not a finished run."""
     if (folder / "config.json").is_file():
@@ -266,5 +258,6 @@ def advice(folder: Path) -> str:
             return f"Resume the run with: {command}"
     if (folder / "model.safetensors").is_file():
         return "It is an export: give the run that it was made from."
-    runs = sorted(path.parent for path in folder.glob("*/config.json"))
-    return f"It holds runs: give one of them, such as {runs[0]}" if runs else MAKE_A_RUN
+    if runs := sorted(path.parent for path in folder.glob("*/config.json")):
+        return f"It holds runs: give one of them, such as {runs[0]}"
+    return "A run is made with: python adaad_cifar100.py --run_name NAME"

@@ -82,7 +82,7 @@ class Checkpoints:
             "id": self._identity,
             "architecture": self._args.student,
             "num_classes": num_classes,
-            **files.source_file(networks.student),
+            "source_file": getattr(networks.student, "source_file", None),
             # The learning rate of an epoch follows from these; the schedule has no other state.
             "schedule": {"lr": self._args.lr, "lr_milestones": self._args.lr_milestones},
             "model": networks.student.state_dict(),
