@@ -183,8 +183,8 @@ def draw(labels: np.ndarray, count: int, flag: str) -> tuple[np.ndarray, np.ndar
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Convert uint8 images to float32 in [0, 1]; dividing by 255 gives exactly the values of torchvision's ToTensor."""
-    return images.float().div_(255)
+    """Convert uint8 images to float32 in [0, 1], exactly as torchvision's ToTensor; others are returned unchanged."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def augment(images: Tensor, pad: int, shift: Tensor, mirror: Tensor | None) -> Tensor:

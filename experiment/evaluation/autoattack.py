@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from experiment import UserError
 from experiment.compat import import_autoattack
+from experiment.data import as_float
 from experiment.engine import gathered, ranks
 from experiment.evaluation.batches import (
     InParts,
     accuracy_of,
-    as_pixels,
     check_images,
     device_of,
     flags_text,
@@ -101,7 +101,7 @@ def autoattack(
         raise UserError(f"epsilon {epsilon:g} is out of range for AutoAttack (expected 0 < epsilon <= 1)")
     device, (rank, world) = device_of(model, x), ranks()
     with measuring(device, model):
-        classes = model(as_pixels(x[:1].to(device)).float()).shape[1]
+        classes = model(as_float(x[:1].to(device)).float()).shape[1]
     settings = {"epsilon": epsilon, "seed": seed, "version": _version_for(classes)}
     settings["package"] = f"pyautoattack {version_of('pyautoattack')}"
     student = state_sha256(model)
@@ -118,14 +118,13 @@ def autoattack(
         if rank == 0:
             print(line, file=sys.stderr, flush=True)
 
-    name = f"AutoAttack {STANDARD}" if settings["version"] == STANDARD else settings["version"]
     say(
-        f"{name} on {len(x)} images: epsilon {epsilon:.6f}, seed {seed}, chunks of {batch}, {settings['package']}; "
-        f"{len(records)} of {len(chunks)} chunks were done before"
+        f"{autoattack_label(settings['version'])} on {len(x)} images: epsilon {epsilon:.6f}, seed {seed}, chunks of "
+        f"{batch}, {settings['package']}; {len(records)} of {len(chunks)} chunks were done before"
     )
     in_parts = InParts(model, min(batch, len(x)))
     for i in left[rank::world]:
-        images, labels = as_pixels(x[chunks[i]].to(device)).float(), y[chunks[i]].to(device)
+        images, labels = as_float(x[chunks[i]].to(device)).float(), y[chunks[i]].to(device)
         with measuring(device, in_parts), attack_switches():
             records[i] = _attack_chunk(in_parts, images, labels, epsilon, seed, classes)
         if folder is not None:
@@ -282,7 +281,7 @@ def _chunk_file(folder: Path, i: int) -> Path:
 def data_sha256(x: Tensor, y: Tensor) -> str:
     """SHA-256 of the images as the network sees them, and of the labels."""
     digest = hashlib.sha256(str(tuple(x.shape)).encode())
-    digest.update(as_pixels(x).float().cpu().contiguous().numpy().tobytes())
+    digest.update(as_float(x).float().cpu().contiguous().numpy().tobytes())
     digest.update(y.to(torch.int64).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

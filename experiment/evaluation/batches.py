@@ -26,11 +26,6 @@ def device_of(model: nn.Module, x: Tensor) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), x.device)
 
 
-def as_pixels(x: Tensor) -> Tensor:
-    """Convert images to float in [0, 1]."""
-    return as_float(x) if x.dtype == torch.uint8 else x
-
-
 def check_images(x: Tensor, y: Tensor) -> None:
     """Raise UserError unless x is (N, C, H, W), uint8 or in [0, 1], and y is (N,)."""
     if x.ndim != 4 or len(x) == 0 or y.shape != (len(x),):
@@ -52,7 +47,7 @@ def check_network(name: str, model: nn.Module, x: Tensor, num_classes: int) -> N
     device = device_of(model, x)
     try:
         with measuring(device, model):
-            logits = model(as_pixels(x.to(device)).float())
+            logits = model(as_float(x.to(device)).float())
     except Exception as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
@@ -146,7 +141,7 @@ def per_image(
     with measuring(device, *in_parts):
         for i in tqdm(mine, unit="batch", desc=progress, disable=hidden, dynamic_ncols=True, leave=False):
             rows = slice(i * batch, (i + 1) * batch)
-            x_batch, y_batch = as_pixels(x[rows].to(device)), y[rows].to(device)
+            x_batch, y_batch = as_float(x[rows].to(device)), y[rows].to(device)
             # One random stream per batch, which does not depend on the rank. A hash, because neighbouring seeds would
             # share streams; 32 bits, because the CPU generator ignores higher ones.
             stream = zlib.crc32(f"{seed} {i}".encode())

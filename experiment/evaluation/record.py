@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from experiment import UserError
+from experiment.data import as_float
 from experiment.evaluation.accuracy import STEPS, attack_of
 from experiment.evaluation.alignment import input_gradients
 from experiment.evaluation.autoattack import autoattack_label
-from experiment.evaluation.batches import as_pixels, device_of, measuring
+from experiment.evaluation.batches import device_of, measuring
 from experiment.files import make_folder, read_json, write_atomically, write_json
 from experiment.text import as_text, budget
 
@@ -176,7 +177,7 @@ def save_adversarial(path: Path, x: Tensor, y: Tensor, predictions: Tensor, x_ad
     """Write an .npz with x and x_adv, (N, C, H, W) float32 in [0, 1], and y and predictions, (N,) int64."""
     import numpy as np
 
-    tensors = {"x": as_pixels(x).float(), "x_adv": x_adv, "y": y, "predictions": predictions}
+    tensors = {"x": as_float(x).float(), "x_adv": x_adv, "y": y, "predictions": predictions}
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
@@ -223,7 +224,7 @@ def alignment_figure(
 
     titles, networks = zip(("teacher", teacher), *students, strict=True)
     device = device_of(teacher, x)
-    clean, labels = as_pixels(x.to(device)).float(), y.to(device)
+    clean, labels = as_float(x.to(device)).float(), y.to(device)
     with measuring(device, *networks):
         torch.manual_seed(0)
         delta = (attack_of("pgd", epsilon)(networks[1], clean, labels) - clean).cpu()
