@@ -55,9 +55,8 @@ class Runs:
 
 def read_runs(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
     """Read every run once, in the order given; `run_dir` holds the runs of studies."""
-    runs, seen = Runs(), set()
+    runs, seen, planned = Runs(), set(), {}
     for source in sources:
-        planned = {}
         if source.suffix == ".json" and os.path.isfile(source):
             runs.finished += _read_records(source)
             continue
@@ -90,10 +89,10 @@ def _run_folders(source: Path) -> tuple[list[Path], list[Path]]:
     # os.path.isdir answers False where Path's raises, such as for a name that is too long.
     if not os.path.isdir(source):
         raise UserError(f"{source} is not a run folder, a folder that holds some, a study or a records file")
-    levels = [[path.parent for path in sorted(source.glob("*/" * level + "config.json"))] for level in range(DEPTH)]
-    levels = [
-        [folder for folder in level if not (folder / "model.safetensors").is_file()] for level in levels
-    ]  # exports
+    levels = []
+    for depth in range(DEPTH):
+        folders = [path.parent for path in sorted(source.glob("*/" * depth + "config.json"))]
+        levels.append([folder for folder in folders if not (folder / "model.safetensors").is_file()])  # no exports
     found = next(filter(None, levels), None)
     if found is None:
         raise UserError(f"{source} is not a run folder and holds none. {advice(source)}")

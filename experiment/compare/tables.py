@@ -26,10 +26,7 @@ HEADS = {
     "images": "AutoAttack images",
 }
 """The head of each column, by its name for --columns."""
-OPTIONAL = (
-    *("gd", "gc", "logit_gd", "logit_gc"),
-    *("best_minus_last", "best_autoattack", "holdout_pgd10", "swa_autoattack"),
-)
+OPTIONAL = ("gd", "gc", "logit_gd", "logit_gc", "best_minus_last", "best_autoattack", "holdout_pgd10", "swa_autoattack")
 """Columns that are left out where nothing was measured for them, unless they are asked for."""
 DIGITS = {"gd": 4, "gc": 3, "logit_gd": 3, "logit_gc": 3}
 """Decimals of what is not an accuracy."""
@@ -86,10 +83,8 @@ def _cell(group: SeedGroup, name: str, comparison: Comparison) -> str:
 
 def _published_table(comparison: Comparison) -> Table:
     """Our figures (per cent) beside the published ones and the difference (points); a dash for unfinished runs."""
-
-    rows: list[tuple[str, Experiment, SeedGroup | None]] = [
-        (group.label, group.first, group) for group in comparison.groups
-    ]
+    rows: list[tuple[str, Experiment, SeedGroup | None]]
+    rows = [(group.label, group.first, group) for group in comparison.groups]
     shown = {(run.name, *run.setting) for _, run, _ in rows}
     waiting = {(run.name, *run.setting): run for run in comparison.pending}  # seeds of one experiment once
     rows += [(run.name, run, None) for key, run in waiting.items() if key not in shown]
@@ -107,12 +102,11 @@ def _published_table(comparison: Comparison) -> Table:
 
 
 def _pending_table(pending: Sequence[PendingRun]) -> Table:
-    names = ("teacher", "student")
     rows = [
-        [run.folder, run.name, *(run.names[name] for name in names), str(run.settings.seed), run.state]
+        [run.folder, run.name, run.names["teacher"], run.names["student"], str(run.settings.seed), run.state]
         for run in pending
     ]
-    return [["run", "method", *names, "seed", "state"], *rows] if rows else []
+    return [["run", "method", "teacher", "student", "seed", "state"], *rows] if rows else []
 
 
 def as_markdown(table: Table) -> str:

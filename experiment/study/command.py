@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +156,9 @@ def forward_macs(name: str, side: int = 32) -> float | None:
 
 def _run(study: Study, jobs: int, devices: Sequence[str]) -> None:
     """Run what is not finished, the teacher first; what this machine cannot run is an error before any run starts."""
-    for run in (run for run in study.all_runs if run.state() != FINISHED):
-        for device in ([f"--device={device}"] for device in devices) if devices else [[]]:
-            cli.parse_args(str(run.script), run.recipe, [*run.arguments, *device])
+    places = [["--device", device] for device in devices] or [[]]
+    for run, place in product((run for run in study.all_runs if run.state() != FINISHED), places):
+        cli.parse_args(str(run.script), run.recipe, [*run.arguments, *place])
     processes = Processes(study.folder / "logs", jobs, devices)
     if study.teacher and study.teacher.state() != FINISHED:
         failed = processes.work([study.teacher])
