@@ -66,7 +66,7 @@ RESUMED = "resumed, bit-identical"
 # A checkpoint a day: what is saved is saved because of the signal.
 DAILY = ("--checkpoint_minutes", "1440")
 # 206 steps: BatchNorm statistics count as converged from 200 on.
-LONG = ("--batch", "14", "--steps", "1", "--checkpoint_minutes", "10")
+LONG = ("--train_examples", "309", "--batch", "3", "--steps", "1", "--checkpoint_minutes", "10")
 KILLED = End(-signal.SIGKILL, "", RESUMED, resumes=True)
 STOPPED = End(75, "stopped by SIG.*resumes", f"one line, exit status 75, state saved; {RESUMED}", True, flags=DAILY)
 NO_DISK = End(

@@ -17,7 +17,7 @@ from pathlib import Path
 from fault_kills import RESUMED
 from fault_server import ROOT, SCRIPTS, SECONDS, SMALL, Row, result_of
 
-FLAGS = [*SMALL, "--batch", "128", "--steps", "4"]
+FLAGS = [*SMALL, "--train_examples", "0", "--batch", "128", "--steps", "4"]
 """24 steps in two epochs, some seconds of training."""
 
 SIGNALS = (

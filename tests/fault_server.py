@@ -6,7 +6,9 @@ import io
 import json
 import os
 import re
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,14 +20,16 @@ from fault_injection import sabotage
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("adaad_cifar100", "adaad_IGDM_cifar100")
 SMALL = [
-    *("--dataset", "digits", "--student", "RES-8", "--teacher", "teacher/student.pt", "--batch", "256"),
-    *("--epochs", "2", "--steps", "2", "--epsilon", "0.14", "--step_size", "0.07", "--device", "cpu"),
+    *("--dataset", "digits", "--student", "RES-8", "--teacher", "teacher/student.pt"),
+    *("--train_examples", "300", "--batch", "52", "--epochs", "2", "--steps", "2"),
+    *("--epsilon", "0.14", "--step_size", "0.07", "--device", "cpu"),
     *("--aa_examples", "12", "--aa_batch", "4", "--checkpoint_minutes", "1e-9"),
 ]
 """12 steps in two epochs, a checkpoint after each, and AutoAttack in three chunks."""
 TEACHER = [
-    *("--dataset", "digits", "--model", "RES-8", "--batch", "128", "--epochs", "2", "--steps", "2"),
-    *("--epsilon", "0.1", "--step_size", "0.05", "--aa_examples", "0", "--run_dir", ".", "--run_name", "teacher"),
+    *("--dataset", "digits", "--model", "RES-8", "--train_examples", "600", "--batch", "64"),
+    *("--epochs", "2", "--steps", "2", "--epsilon", "0.1", "--step_size", "0.05", "--aa_examples", "0"),
+    *("--run_dir", ".", "--run_name", "teacher"),
 ]
 TIMES = ("seconds", "attack_seconds", "images_per_second")
 SECONDS = 600  # after which a run of some seconds counts as hung
@@ -44,23 +48,27 @@ def serve() -> None:
         "wandb",
         "pyautoattack",
         "torch._inductor",
+        "matplotlib.pyplot",
+        "pandas",
+        "scipy.stats",
         *SCRIPTS,
         "train_teacher",
         "evaluate",
-        "compare",
         "experiment.evaluation",
     ):
         importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            child = os.fork()
-            if child == 0:
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                _child(request)
-            status = _wait(child, request)
-            answer = {"status": status}
+            children = []
+            for rank in range(request.get("ranks", 1)):
+                child = os.fork()
+                if child == 0:
+                    os.dup2(out.fileno(), 1)
+                    os.dup2(err.fileno(), 2)
+                    _child(request, {"RANK": str(rank), "LOCAL_RANK": str(rank)} if "ranks" in request else {})
+                children.append(child)
+            answer = {"status": max((_wait(child, request) for child in children), key=abs)}
             for name, file in (("out", out), ("err", err)):
                 file.seek(0)
                 answer[name] = file.read().decode(errors="replace")
@@ -80,18 +88,20 @@ def _wait(child: int, request: dict) -> int:
     return status if "kill_after" in request else 999
 
 
-def _child(request: dict) -> None:
+def _child(request: dict, place: dict[str, str]) -> None:
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the fault run itself may be under nohup
         os.chdir(request["cwd"])
-        os.environ.update(request.get("env", {}))
+        os.environ.update(request.get("env", {}) | place)
         sys.stdin, sys.argv = io.StringIO(), [request["script"] + ".py", *request["argv"]]
-        script, cli = (importlib.import_module(name) for name in (request["script"], "experiment.cli"))
         for fault in request.get("faults", []):
             sabotage(*fault)
-        cli.guard(script.main)
+        if Path(sys.argv[0]).is_file():
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            importlib.import_module("experiment.cli").guard(importlib.import_module(request["script"]).main)
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -119,9 +129,14 @@ class Server:
             env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"},
         )
 
-    def run(self, script: str, argv: list[str], cwd: Path, **request: object) -> "Outcome":
-        """Run a script's main as its command line would; faults: [(point, n, action)], kill_after: seconds."""
-        request |= {"script": script, "argv": [str(a) for a in argv], "cwd": str(cwd)}
+    def run(self, script: str | Path, argv: list[str], cwd: Path, **request: object) -> "Outcome":
+        """Run a file (without .py) or a module's main; faults: [(point, n, action)], kill_after: seconds, ranks."""
+        if "ranks" in request:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            request["env"] = {**address, "WORLD_SIZE": str(request["ranks"])}
+        request |= {"script": str(script), "argv": [str(a) for a in argv], "cwd": str(cwd)}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Outcome(**json.loads(self._process.stdout.readline()))

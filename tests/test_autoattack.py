@@ -1,20 +1,14 @@
 """AutoAttack: the package's own result, chunks that resume, ranks that share them, and faults."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from evaluation_cases import EPSILON, Masked, SmallMemory, labelled, replace_run, tiny_network, without_seconds
-from limits import HANGS
 from torch import nn
 
 import attacks
 from experiment import UserError, compat, evaluation, files
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("build", "breaking"), [(tiny_network, "apgd-ce apgd-t fab-t"), (Masked, "apgd-t square")])
@@ -203,73 +197,46 @@ def test_results_of_different_runs_are_not_mixed(quick_autoattack, tmp_path):
 
 
 TWO_RANKS = """
-import sys
+import os, pytest, sys, time
+from datetime import timedelta
 from pathlib import Path
-import torch
 import torch.distributed as dist
-sys.path[:0] = [{root!r}, {tests!r}]
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://{shared}", rank=rank, world_size=2)
-import pytest
 from evaluation_cases import EPSILON, labelled, quicken, tiny_network
 from experiment import evaluation
+dist.init_process_group("gloo")
 quicken(pytest.MonkeyPatch())
-network = tiny_network()
+network, rank = tiny_network(), dist.get_rank()
 x, y = labelled(network, 11, 1)
-print(evaluation.pgd_accuracy(network, x, y, EPSILON, steps=3, batch=4))
-print(evaluation.accuracy(network, x, y))  # one batch: the second rank has none
-result = evaluation.autoattack(network, x, y, EPSILON, folder=Path({folder!r}), batch=3)
-print({{name: value for name, value in result.items() if "seconds" not in name}})
-dist.destroy_process_group()
-"""
+found = [evaluation.pgd_accuracy(network, x, y, EPSILON, steps=3, batch=4)]
+found.append(evaluation.accuracy(network, x, y))  # one batch: the second rank has none
+result = evaluation.autoattack(network, x, y, EPSILON, folder=Path("chunks"), batch=3)
+found.append({name: value for name, value in result.items() if "seconds" not in name})
+Path(f"found{rank}").write_text(repr(found))
 
-
-def two_ranks(tmp_path, script, **names):
-    """Run a script in two processes; return what each printed to stdout and stderr."""
-    names |= {"root": str(ROOT), "tests": str(ROOT / "tests"), "shared": tmp_path / "shared"}
-    (tmp_path / "rank.py").write_text(script.format(**names))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen([sys.executable, "rank.py", str(rank)], cwd=tmp_path, **pipes) for rank in range(2)]
-    return [process.communicate(timeout=HANGS) for process in ranks]
-
-
-def test_two_ranks_share_the_work_and_agree_with_one(quick_autoattack, tmp_path):
-    network = tiny_network()
-    x, y = labelled(network, 11, 1)
-    expected = (
-        f"{evaluation.pgd_accuracy(network, x, y, EPSILON, steps=3, batch=4)}\n{evaluation.accuracy(network, x, y)}\n"
-        f"{without_seconds(evaluation.autoattack(network, x, y, EPSILON, batch=3))}\n"
-    )
-    found = two_ranks(tmp_path, TWO_RANKS, folder=str(tmp_path / "chunks"))
-    assert [out for out, _ in found] == [expected, expected], found
-    assert "AutoAttack: 6 of 11 images" in found[0][1]  # those of rank 0
-    assert "AutoAttack" not in found[1][1]
-    assert len(list((tmp_path / "chunks").iterdir())) == 4
-
-
-SLOW_RANK = """
-import sys, time
-from datetime import timedelta
-import torch.distributed as dist
-sys.path[:0] = [{root!r}, {tests!r}]
-from evaluation_cases import labelled, tiny_network
-from experiment import evaluation
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://{shared}", rank=rank, world_size=2)
+# A rank that has finished waits longer than the group's timeout.
 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
 def answer(model, x, y, *_):
     time.sleep(5 * rank)
-    return {{"images": len(x), "flags": dict.fromkeys(("clean", *evaluation.AUTOATTACK), str(rank)),
-             "seconds": dict.fromkeys(evaluation.AUTOATTACK, 1.0), "warnings": []}}
+    return {"images": len(x), "flags": dict.fromkeys(("clean", *evaluation.AUTOATTACK), str(rank)),
+            "seconds": dict.fromkeys(evaluation.AUTOATTACK, 1.0), "warnings": []}
 sys.modules["experiment.evaluation.autoattack"]._attack_chunk = answer
-print(evaluation.autoattack(tiny_network(), *labelled(tiny_network(), 2), 0.1, batch=1)["flags"]["square"])
+Path(f"slow{rank}").write_text(evaluation.autoattack(network, x[:2], y[:2], 0.1, batch=1)["flags"]["square"])
 dist.destroy_process_group()
 """
 
 
-def test_a_finished_rank_waits_longer_than_the_groups_timeout(tmp_path):
-    found = two_ranks(tmp_path, SLOW_RANK)
-    assert [out for out, _ in found] == ["01\n", "01\n"], found
+def test_two_ranks_share_the_work_and_agree_with_one(quick_autoattack, small, tmp_path):
+    network = tiny_network()
+    x, y = labelled(network, 11, 1)
+    expected = [evaluation.pgd_accuracy(network, x, y, EPSILON, steps=3, batch=4), evaluation.accuracy(network, x, y)]
+    expected.append(without_seconds(evaluation.autoattack(network, x, y, EPSILON, batch=3)))
+    (tmp_path / "rank.py").write_text(TWO_RANKS)
+    outcome = small.server.run(tmp_path / "rank", [], tmp_path, ranks=2).expect(0)
+    assert [(tmp_path / f"found{rank}").read_text() for rank in range(2)] == [repr(expected)] * 2
+    assert "AutoAttack: 6 of 11 images" in outcome.err  # those of rank 0
+    assert "5 of 11 images" not in outcome.err
+    assert len(list((tmp_path / "chunks").iterdir())) == 4
+    assert [(tmp_path / f"slow{rank}").read_text() for rank in range(2)] == ["01"] * 2
 
 
 # Faults

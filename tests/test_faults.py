@@ -1,16 +1,19 @@
-"""A few of each kind of fault; all of them, at length, with ``make test-faults`` or ``pytest -m faults``."""
-
-import subprocess
-import sys
+"""A few of each kind of fault; all of them, at length, with ``make test-faults``."""
 
 import fault_files
 import fault_kills
-import fault_run
 import pytest
 
 SHORT = (
     *("SIGKILL: inside an optimizer step", "SIGKILL: writing last.pt", "SIGKILL: writing an AutoAttack chunk"),
-    *("no space left: last.pt", "no space left: an AutoAttack chunk", "fsync fails (I/O error)", "hang-up"),
+    *(
+        "no space left: last.pt",
+        "no space left: an AutoAttack chunk",
+        "fsync fails (I/O error)",
+        "SIGTERM",
+        "Ctrl-C",
+        "hang-up",
+    ),
 )
 TABLE = [fault for fault in fault_kills.FAULTS if fault.kind in SHORT or fault.times == 1]
 
@@ -39,8 +42,3 @@ def test_broken_teachers(small):
 @pytest.mark.parametrize("fault", [fault_kills.two_processes, fault_files.odd_paths])
 def test_second_process_and_odd_paths(small, fault):
     fault(small.server, small.home)
-
-
-@pytest.mark.faults
-def test_everything():
-    subprocess.run([sys.executable, fault_run.__file__, "--write", "/dev/stdout"], check=True)

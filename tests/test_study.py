@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from limits import HANGS
@@ -36,6 +37,7 @@ epochs = 1
 batch = 256
 steps = 1
 step_size = "1/255"
+train_examples = 300
 aa_examples = 0
 ramp_epochs = 1
 
@@ -161,7 +163,6 @@ def test_the_costs_follow_the_settings(study_of):
         return hours_of(study_of(text + more).runs[0])
 
     student, teacher = (forward_macs(name) for name in ("RES-18", "BDM"))
-    assert (student, teacher) == (pytest.approx(0.556e9, rel=0.002), pytest.approx(5.243e9, rel=0.001))
     evaluation = 42 * student * 10_000 * 2 / 150e12 / 3600  # once: --eval_after is 90
     training = hours("") - evaluation
     assert hours("train_examples = 25000\nholdout = 12500") - evaluation == pytest.approx(training / 4)
@@ -178,22 +179,6 @@ def test_an_unknown_cost_is_not_zero_hours(capsys, tmp_path):
     assert capsys.readouterr().out.endswith("61 unfinished runs; the hours of 61 are not known\n")
 
 
-@pytest.mark.parametrize(
-    ("what", "name"),
-    [
-        ("runs/a/student.pt", "a"),
-        ("runs/eps0.1", "eps0.1"),
-        ("runs/eps0.2", "eps0.2"),
-        ("data/cifar10.npz", "cifar10"),
-        ("nets.py:build", "nets.build"),
-        ("Wang2023Better_WRN-28-10", "Wang2023Better_WRN-28-10"),
-        ("student.pt", "student"),
-    ],
-)
-def test_one_short_name_of_a_path(what, name):
-    assert text.short_name(what) == name
-
-
 @pytest.mark.parametrize(("epsilon", "written"), [(8 / 255, "8/255"), (40 / 255, "40/255"), (0.15, "0.15"), (0, "0")])
 def test_one_way_to_write_a_budget(epsilon, written):
     assert text.budget(epsilon) == written
@@ -206,19 +191,45 @@ def test_only_takes_some_runs_and_says_when_it_takes_none(capsys, tmp_path):
         study_main([str(ROOT / "studies" / "paper.toml"), "--only", "nothing"])
 
 
-def test_a_cluster_gets_the_runs_as_jobs_that_resume(study_of, tmp_path, capsys):
-    """With submitit's local executor, which starts real processes as SLURM would."""
-    study = study_of(TINY.replace("seed = [0, 1]", "seed = [0]").replace('["adaad_cifar100", ', "["))
-    # On SLURM the runs depend on the teacher's job.
-    for part in (plan.Study(study.name, study.folder, study.teacher, ()), study):
-        jobs = processes.submit(part, 2, {"timeout_min": 10, "gpus_per_node": 0}, "local")
-        assert [job.result() for job in jobs] == [0]
-    assert {run.state() for run in study.all_runs} == {plan.FINISHED}
-    assert "adaad_IGDM_seed0: job " in capsys.readouterr().out
-    assert processes.submit(study, 2, {"gpus_per_node": 0}, "local") == [], "what is finished is not sent"
-    for mistake in ({"partitoin": "gpu"}, {"timeout_min": "1h"}):
-        with pytest.raises(UserError, match=f"submitit: .*{next(iter(mistake))}"):
-            processes.submit(study, 1, mistake, "local")
+class Cluster:
+    """In the place of submitit's executor: the parameters and the jobs that it was given."""
+
+    def __init__(self, folder, cluster):
+        self.parameters, self.sent = [], []
+
+    def update_parameters(self, **parameters):
+        self.parameters.append(parameters)
+
+    def submit(self, job):
+        self.sent.append(job.command)
+        return SimpleNamespace(job_id=f"job{len(self.sent)}")
+
+    def submit_array(self, jobs):
+        return [self.submit(job) for job in jobs]
+
+
+def test_a_cluster_gets_the_runs_as_an_array_after_the_teacher(study_of, monkeypatch, capsys):
+    monkeypatch.setattr("submitit.AutoExecutor", lambda **arguments: made.append(Cluster(**arguments)) or made[-1])
+    study, made = study_of(TINY.replace("seed = [0, 1]", "seed = [0]")), []
+    jobs = processes.submit(study, 2, {"timeout_min": 10})
+    (cluster,) = made
+    assert [job.job_id for job in jobs] == ["job1", "job2", "job3"]
+    assert [command[1:] for command in cluster.sent] == [
+        [str(ROOT / f"{script}.py"), *run.arguments]
+        for script, run in zip(
+            ("train_teacher", "adaad_cifar100", "adaad_IGDM_cifar100"), [study.teacher, *study.runs], strict=True
+        )
+    ]
+    first, then = cluster.parameters
+    assert first == processes.DEFAULTS | {"slurm_array_parallelism": 2, "timeout_min": 10}
+    assert then == {"slurm_additional_parameters": {"dependency": "afterok:job1"}}
+    assert "adaad_IGDM_seed0: job job3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mistake", [{"partitoin": "gpu"}, {"timeout_min": "1h"}])
+def test_a_wrong_option_of_the_cluster_is_named(study_of, mistake):
+    with pytest.raises(UserError, match=f"submitit: .*{next(iter(mistake))}"):
+        processes.submit(study_of(TINY), 1, mistake, "local")
 
 
 def test_a_preempted_job_lets_its_run_save_itself_and_is_queued_again(tmp_path, monkeypatch):
@@ -291,17 +302,13 @@ def test_a_signal_reaches_the_run_that_is_just_being_started(tmp_path, monkeypat
     assert "exit status -15" in capsys.readouterr().out, "it was stopped, not waited for"
 
 
-def command(path: Path, *arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "study.py"), str(path), "--run_dir", str(path.parent / "runs"), *arguments]
-
-
-def test_a_study_is_stopped_and_goes_on_and_a_failed_run_stops_no_other(tmp_path):
-    """One sequence of real processes, as each takes seconds: stop in the first run, go on, skip, report a failure."""
-    path, runs = tmp_path / "mine.toml", tmp_path / "runs" / "mine"
-    path.write_text(TINY.replace("seed = [0, 1]", "seed = [0]"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def test_a_study_is_stopped_and_goes_on_and_a_failed_run_stops_no_other(study_of, tmp_path, capsys, monkeypatch):
+    """One sequence, as each process takes seconds: stop in the first run, resume, report a failure, end as a job."""
+    study, runs = study_of(TINY.replace("seed = [0, 1]", "seed = [0]")), tmp_path / "runs" / "mine"
+    path, arguments = tmp_path / "mine.toml", [str(tmp_path / "mine.toml"), "--run_dir", str(tmp_path / "runs")]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     process = subprocess.Popen(
-        command(path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, ROOT / "study.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     while not (runs / "teacher" / "config.json").exists():
         assert process.poll() is None, process.communicate()
@@ -315,21 +322,22 @@ def test_a_study_is_stopped_and_goes_on_and_a_failed_run_stops_no_other(tmp_path
 
     # A file in the place of a run folder makes one run fail.
     (runs / "adaad_seed0").write_text("mine")
-    done = subprocess.run(command(path, "--jobs", "2"), capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "1 of 2 runs failed: adaad_seed0: error: " in done.stderr
-    assert "adaad_seed0: File exists" in done.stderr
+    with pytest.raises(UserError, match=r"1 of 2 runs failed: adaad_seed0: error: .*adaad_seed0: File exists"):
+        study_main([*arguments, "--jobs", "2"])
     finished = sorted(folder.parent.name for folder in runs.glob("*/result.json"))
     assert finished == ["adaad_IGDM_seed0", "teacher"]
 
+    # submitit's local executor starts processes as SLURM would.
     (runs / "adaad_seed0").unlink()
     before = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
-    again = subprocess.run(command(path), capture_output=True, text=True, env=environment, check=False)
-    assert again.returncode == 0, again.stderr
-    assert "2 of 3 runs finished" in again.stdout
-    assert "3 of 3 runs finished, 0 failed" in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "what is finished is skipped"
+    (job,) = processes.submit(study, 2, {"timeout_min": 10, "gpus_per_node": 0}, "local")
+    assert job.result() == 0
     assert (runs / "adaad_seed0" / "result.json").exists()
+    assert processes.submit(study, 2, {"gpus_per_node": 0}, "local") == [], "what is finished is not sent"
+    capsys.readouterr()
+    study_main(arguments)
+    assert "3 of 3 runs finished, 0 failed" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what is finished is skipped"
 
     path.write_text(TINY.replace("[settings]", "[settings]\neval_after = 3\ntensorboard = 1"))
     plan.read_study(path, tmp_path / "runs")  # what a run takes at its resumption
