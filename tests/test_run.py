@@ -148,8 +148,10 @@ def test_folder_of_something_else_is_refused_untouched(small):
 
 
 def test_a_refused_start_leaves_no_folder(small):
-    flags = [*SMALL, "--run_name", "refused", "--teacher", small.home]
-    small.server.run(SCRIPTS[0], flags, small.home).expect(2, "holds no student.pt")
+    command = [sys.executable, ROOT / f"{SCRIPTS[0]}.py", *SMALL, "--run_name", "refused", "--teacher", small.home]
+    done = subprocess.run(command, cwd=small.home, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "holds no student.pt" in done.stderr
     assert not (small.home / "runs" / "refused").exists()
 
 
