@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fault_kills import RESUMED
-from fault_server import ROOT, SCRIPTS, SECONDS, SMALL, Row, result_of
+from fault_server import HANGS, ROOT, SCRIPTS, SMALL, Row, result_of
 
 FLAGS = [*SMALL, "--train_examples", "0", "--batch", "128", "--steps", "4"]
 """24 steps in two epochs, some seconds of training."""
@@ -74,8 +74,8 @@ class Torchrun:
 
     def wait(self, workers: dict[int, int]) -> int:
         """Wait for the agent and for workers that outlive it; the agent's exit status."""
-        status = self.agent.wait(SECONDS)
-        end = time.monotonic() + SECONDS
+        status = self.agent.wait(HANGS)
+        end = time.monotonic() + HANGS
         while any(_alive(pid) for pid in workers.values()):
             assert time.monotonic() < end, "a worker outlived its agent"
             time.sleep(0.1)

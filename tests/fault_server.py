@@ -32,7 +32,8 @@ TEACHER = [
     *("--run_dir", ".", "--run_name", "teacher"),
 ]
 TIMES = ("seconds", "attack_seconds", "images_per_second")
-SECONDS = 600  # after which a run of some seconds counts as hung
+HANGS = 3600
+"""Seconds after which a process counts as hung: far above what any takes on the slowest machine."""
 Row = tuple[str, int, str]
 """Of the table in docs/reliability.md: fault, times, outcome."""
 
@@ -77,7 +78,7 @@ def serve() -> None:
 
 def _wait(child: int, request: dict) -> int:
     """The exit status (negative: the signal that killed it); kill the child at the moment asked for, or if it hangs."""
-    end = time.monotonic() + request.get("kill_after", SECONDS)
+    end = time.monotonic() + request.get("kill_after", HANGS)
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -213,7 +214,7 @@ def reproduces(server: Server, script: str, home: Path, name: str, expected: dic
     assert result_of(folder) == expected, (script, name)
     assert not list(folder.rglob("*.tmp"))
     seconds = json.loads((folder / "result.json").read_text())["seconds"]
-    assert all(0 <= value < SECONDS for value in seconds.values()), seconds
+    assert all(0 <= value < HANGS for value in seconds.values()), seconds
     return outcome
 
 

@@ -184,21 +184,9 @@ def test_accuracy_does_not_depend_on_the_memory():
 # Curves over epsilon
 
 
-@pytest.fixture
-def attacked_images(monkeypatch):
-    """The numbers of images that PGD was asked to attack, call by call."""
-    calls, pgd = [], attacks.pgd
-
-    def counted(model, x, *arguments):
-        calls.append(len(x))
-        return pgd(model, x, *arguments)
-
-    monkeypatch.setattr(attacks, "pgd", counted)
-    return calls
-
-
-def test_a_curve_attacks_only_images_that_are_still_robust(attacked_images):
-    network = tiny_network()
+def test_a_curve_attacks_only_images_that_are_still_robust(monkeypatch):
+    network, pgd, attacked = tiny_network(), attacks.pgd, []
+    monkeypatch.setattr(attacks, "pgd", lambda model, x, *rest: attacked.append(len(x)) or pgd(model, x, *rest))
     x, y = labelled(network, 60, 6)
     epsilons = [0.02, 0, 0.002, 0.006]
     points, predictions, _ = evaluation.accuracy_curve(network, x, y, "pgd", epsilons, steps=5, restarts=2)
@@ -213,7 +201,7 @@ def test_a_curve_attacks_only_images_that_are_still_robust(attacked_images):
         assert first == before["flags"].count("1")
         assert point["flags"].count("1") <= second <= first
         assert all(was >= now for was, now in zip(before["flags"], point["flags"], strict=True))
-    assert attacked_images == [count for point in points[1:] for count in point["attacked"]]
+    assert attacked == [count for point in points[1:] for count in point["attacked"]]
     assert (predictions == y).tolist() == [flag == "1" for flag in points[-1]["flags"]]
 
 

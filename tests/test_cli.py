@@ -274,10 +274,8 @@ def test_the_rate_falls_after_each_milestone(argv, rates):
     [
         ("", 1),
         ("--nowand", 1),
-        ("--nowand 1", 1),
         ("--nowand 0", 0),
         ("--wandb", 0),
-        ("--wandb 1", 0),
         ("--wandb 0", 1),
         ("--wandb 0 --nowand 1", 1),
     ],

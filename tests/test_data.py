@@ -504,15 +504,6 @@ def test_failed_downloads_leave_nothing(source, tmp_path, monkeypatch):
     gc.collect()  # within the filter of warnings
 
 
-def test_a_damaged_archive_is_an_error_and_left_in_place(source, tmp_path):
-    archive = tmp_path / source.kind.filename
-    archive.write_bytes(source.archive[:-100])
-    line = refusal("cifar100", str(tmp_path))
-    assert line.startswith(f"{archive} is damaged or incomplete")
-    assert source.kind.url in line
-    assert archive.read_bytes() == source.archive[:-100]
-
-
 def test_an_archive_is_unpacked_and_an_altered_folder_left_in_place(source, tmp_path, capsys):
     """Perhaps somebody's noisy labels: they are not CIFAR's, but not ours to delete."""
     (tmp_path / source.kind.filename).write_bytes(source.archive)

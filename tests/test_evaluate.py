@@ -16,23 +16,12 @@ SETTINGS = {"student": "RES-8", "dataset": "digits", "epsilon": 0.1, "epochs": 1
 
 
 @pytest.fixture
-def run_folder(tmp_path):
-    """The folder of a run on digits whose student was never trained, and a teacher of the same kind."""
-    for name, seed in (("run", 0), ("teacher", 1)):
-        torch.manual_seed(seed)
-        model = build_model("RES-8", 10)
-        (tmp_path / name).mkdir()
-        files.save_student(tmp_path / name / "student.pt", model, "RES-8", 10, {})
-    settings = SETTINGS | {"teacher": str(tmp_path / "teacher")}
-    made = {"format": 1, "script": "adaad_cifar100.py", "method": "AdaAD", "adds": None}
-    hashes = {"num_classes": 10, "dataset_sha256": data.load_data("digits").sha256}
-    config = {**made, "added_settings": [], "settings": settings, "versions": {}, **hashes}
-    files.write_json(tmp_path / "run" / "config.json", config)
-    result = {**made, "student": "RES-8", "dataset": "digits", "seed": 3, "epochs": 1, "hardware": "CPU", "command": ""}
-    result |= {"clean": 0.1, "pgd20": 0.0, "test_examples": 1}
-    student = files.load_student(tmp_path / "run")
-    files.write_json(tmp_path / "run" / "result.json", {**result, "student_sha256": files.state_sha256(student)})
-    return tmp_path / "run"
+def run_folder(small, tmp_path):
+    """A copy of a finished run and of its teacher, with other settings."""
+    folder = shutil.copytree(small.home / "runs/adaad_IGDM_cifar100_whole", tmp_path / "run")
+    teacher = shutil.copytree(small.home / "teacher", tmp_path / "teacher")
+    change_config(folder, SETTINGS | {"teacher": str(teacher)})
+    return folder
 
 
 @pytest.fixture

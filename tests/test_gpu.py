@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from limits import HANGS
+from fault_server import HANGS
 from reference import CLASSES, SCRIPTS, product_run, reference_run, settings
 
 import attacks

@@ -14,8 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fault_files import small_npz
-from fault_server import ROOT, SCRIPTS, SMALL, result_of, stopped_run, tree
-from limits import HANGS
+from fault_server import HANGS, ROOT, SCRIPTS, SMALL, result_of, stopped_run, tree
 
 from experiment import UserError, data, evaluation, files
 from experiment.run import checks, provenance

@@ -6,8 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from fault_server import ROOT, TIMES, reproduces, result_of, stopped_run
-from limits import HANGS
+from fault_server import HANGS, ROOT, TIMES, reproduces, result_of, stopped_run
 from reference import EXAMPLES
 
 from experiment.study import plan

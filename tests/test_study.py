@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from limits import HANGS
+from fault_server import HANGS
 
 from experiment import RunStopped, UserError, text
 from experiment.study import main as study_main

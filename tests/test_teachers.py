@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from limits import HANGS
+from fault_server import HANGS
 from torch import nn
 from web_server import served
 
