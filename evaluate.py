@@ -37,7 +37,6 @@ def build_parser():
     add("--steps", **count, help="steps of PGD (default 20) and C&W (default 30), of size epsilon / 4")
     add("--restarts", **count, default=1, help="random starts of PGD and C&W; all must leave an image correct")
     add("--examples", **count, help="number of test images, the first N (default: all)")
-    add("--teacher", **cli.options("teacher"))
     add("--teacher_path", help="weights file of --teacher: RobustBench's .pt, or bare weights")
     add("--per_class", **switch | {"help": "1 prints the accuracy of every class"})
     add("--torchattacks", **switch | {"help": "1 compares FGSM and PGD with torchattacks"})
@@ -46,7 +45,7 @@ def build_parser():
     add("--beside", nargs="+", metavar="WHAT", default=[], help="further students in --figure")
     add("--curve_figure", type=Path, metavar="FILE", help="plot accuracy over --epsilons")
     add("--out", type=Path, metavar="FILE.json", help="file of the record (default: evaluations/<time>_<what>.json)")
-    for name in ("dataset", "data_dir", "side", "aa_examples", "aa_batch", "device", "deterministic"):
+    for name in ("teacher", "dataset", "data_dir", "side", "aa_examples", "aa_batch", "device", "deterministic"):
         add(f"--{name}", **cli.options(name))
     seeds = "seed of random starts (default 0, as in every run) and of AutoAttack (default: the run's)"
     add("--seed", type=cli.options("seed")["type"], help=seeds)

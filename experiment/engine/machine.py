@@ -93,17 +93,13 @@ class Engine:
         gathered(None)
 
     def highest(self, value: int) -> int:
-        """Maximum of a number over the ranks."""
+        """Maximum of a number over the ranks; of a flag, whether any rank has set it."""
         if self.world == 1:
             return value
-        values = torch.tensor(value, device=self.device)
+        values = torch.tensor(int(value), device=self.device)
         with _all_ranks_needed():
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return int(values.item())
-
-    def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        return bool(self.highest(int(flag)))
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over the ranks."""

@@ -172,7 +172,7 @@ class Run:
             state.epoch_seconds = time.monotonic() - began
             self._show_step(epoch)
             stop = self._stopping.agreed()
-            if stop or engine.any_rank(time.monotonic() - self._saved_at > 60 * args.checkpoint_minutes):
+            if stop or engine.highest(time.monotonic() - self._saved_at > 60 * args.checkpoint_minutes):
                 self._gather()
                 self._save()
             if stop:
@@ -222,7 +222,7 @@ class Run:
         """Stop the run if a loss since the start of the epoch, or a weight or statistic, is not finite."""
         state = self._state
         at = f"in epoch {state.epoch + 1}, step {state.step}"
-        if self.engine.any_rank(not math.isfinite(state.means()["loss"])):
+        if self.engine.highest(not math.isfinite(state.means()["loss"])):
             self._diverged(f"the loss is not finite {at} or before")
         if not checks.is_finite(self._networks.student):
             self._diverged(f"the student's weights are not finite {at}")
