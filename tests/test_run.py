@@ -342,7 +342,7 @@ def test_the_mean_weights_are_those_of_the_last_epochs(small, kept):
     assert result_of(small.home / "runs" / "no mean")["student_sha256"] == result["student_sha256"]
 
 
-@pytest.mark.parametrize("fault", [("step", 21, "kill"), ("evaluation", 3, "SIGTERM")])
+@pytest.mark.parametrize("fault", [("step", 15, "kill"), ("evaluation", 3, "SIGTERM")])
 def test_a_run_that_keeps_best_and_mean_goes_on_bit_for_bit(small, kept, fault):
     flags, result = kept
     name = f"kept_{fault[0].replace(':', '_')}"
