@@ -673,7 +673,7 @@ def test_flags_that_do_not_fit_are_refused(tmp_path):
 
 def test_out_that_cannot_be_made_is_refused(pair, tmp_path):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(UserError, match="cannot be made a folder"):
+    with pytest.raises(UserError, match="cannot create"):
         comparing.main([*map(str, pair), "--out", str(tmp_path / "file")])
     assert (tmp_path / "file").read_text() == "kept"
 

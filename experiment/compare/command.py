@@ -18,7 +18,7 @@ from experiment.compare.comparison import Comparison, comparison_of
 from experiment.compare.notes import notes_of, verdict
 from experiment.compare.read import PICTURES, read_runs, records_of
 from experiment.compare.tables import HEADS, as_csv, as_document, as_latex, as_markdown, short_columns, tables_of
-from experiment.files import write_atomically
+from experiment.files import make_folder, write_atomically
 from experiment.text import TEXT_COLUMNS, Table, as_text, comma_list, escaped
 
 FILES = {
@@ -91,10 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _show(comparison: Comparison, out: Path, columns: Sequence[str], files: Mapping[str, Path]) -> None:
     """Print tables and notes; write comparison.md and the plots (PNG, PDF, SVG) into `out`, and `files` by FILES."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made a folder: {error.strerror}") from error
+    make_folder(out)
     from experiment.compare.figures import all_figures, write_figures  # matplotlib takes a second
 
     tables, notes, figures = tables_of(comparison, columns), notes_of(comparison), all_figures(comparison)
