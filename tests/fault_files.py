@@ -84,7 +84,8 @@ def odd_paths(server: Server, home: Path) -> Row:
     small_npz(place / "meine Daten.npz")
     (home / "linked").symlink_to(place, target_is_directory=True)
     for i, (folder, teacher) in enumerate(((place, "der Lehrer.pt"), (home / "linked", "link.pt"))):
-        flags = [*SMALL, "--epochs", "1", "--aa_examples", "2", "--batch", "20", "--run_name", f"Lauf {i} ☃"]
+        flags = [*SMALL, "--epochs", "1", "--aa_examples", "2", "--batch", "20", "--train_examples", "0"]
+        flags += ["--run_name", f"Lauf {i} ☃"]
         flags += ["--teacher", folder / teacher, "--dataset", folder / "meine Daten.npz", "--run_dir", folder / "Läufe"]
         server.run(SCRIPTS[0], flags, home).expect(0)
         assert (folder / "Läufe" / f"Lauf {i} ☃" / "result.json").is_file()

@@ -617,7 +617,7 @@ def test_the_terminal_has_notes_on_the_columns_that_it_shows(tmp_path, written):
         ("metrics.jsonl", '{"clean": 0.5}\n', "epoch is absent"),
         ("metrics.jsonl", '{"epoch": 1, "clean": 50}\n', "clean is 50: Input should be less than or equal to 1"),
         ("metrics.jsonl", '{"epoch": 1, "clean": NaN}\n', "clean is NaN"),
-        ("metrics.jsonl", "\udcff", "is not text"),
+        ("metrics.jsonl", "\udcff", "metrics.jsonl, line 1 is not valid JSON"),
         ("a.json", "{}", "a.json: format is absent"),
         ("a.json", '{"format": 1, "runs": [{}]}', "a.json: runs.0.folder is absent"),
     ],

@@ -54,6 +54,7 @@ def write_record(folder: Path, record: dict[str, Any], out: Path | None = None) 
     # Two evaluations may end in the same second.
     name = f"{now:%Y-%m-%dT%H-%M-%S.%fZ}_{'-'.join(record['measured'])}.json"
     path = out or folder / FOLDER / name
+    make_folder(path.parent)
     write_json(path, {"format": FORMAT, "time": f"{now:%Y-%m-%dT%H:%M:%S.%fZ}", **record})
     return path
 
