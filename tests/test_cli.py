@@ -326,9 +326,11 @@ def test_help_of_the_other_commands_ends_with_two_examples(script, monkeypatch, 
         ("compare", "runs/a --htlm page.html", "--html"),
         ("study", "a.toml --dryrun 1", "--dry_run"),
         ("export", "runs/a --onx a.onnx", "--onnx"),
+        ("evaluate", "runs/a --attacks autoatack", "autoattack"),
+        ("train_teacher", "--objective trades", "TRADES"),
     ],
 )
-def test_every_command_suggests_the_nearest_flag(script, argv, suggestion, monkeypatch, capsys):
+def test_every_command_suggests_the_nearest_flag_or_choice(script, argv, suggestion, monkeypatch, capsys):
     status, _, err = start(script, argv, monkeypatch, capsys)
     assert status == 2
     assert f"; did you mean {suggestion}? (see {script}.py" in err
