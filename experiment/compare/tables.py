@@ -13,6 +13,7 @@ HEADS = {
     **{name: name for name in ("method", "teacher", "student", "dataset", "clean")},
     "pgd20": "PGD-20",
     "autoattack": "AutoAttack",
+    "few_classes": "fewer than 10 classes",
     "gain": "gain (95 % interval)",
     "gd": "GD",
     "gc": "GC",
@@ -26,7 +27,10 @@ HEADS = {
     "images": "AutoAttack images",
 }
 """The head of each column, by its name for --columns."""
-OPTIONAL = ("gd", "gc", "logit_gd", "logit_gc", "best_minus_last", "best_autoattack", "holdout_pgd10", "swa_autoattack")
+OPTIONAL = (
+    *("few_classes", "gd", "gc", "logit_gd", "logit_gc"),
+    *("best_minus_last", "best_autoattack", "holdout_pgd10", "swa_autoattack"),
+)
 """Columns that are left out where nothing was measured for them, unless they are asked for."""
 DIGITS = {"gd": 4, "gc": 3, "logit_gd": 3, "logit_gc": 3}
 """Decimals of what is not an accuracy."""
@@ -56,9 +60,15 @@ def results_table(comparison: Comparison, columns: Sequence[str] = ()) -> Table:
 
 def short_columns(comparison: Comparison) -> list[str]:
     """Method, clean, AutoAttack (PGD-20 without it) and gain; teacher, student and dataset where they differ."""
-    attacked = any(group.values("autoattack") for group in comparison.groups)
+    attacks = sorted({_attack_column(group) for group in comparison.groups} - {""})
     gain = ["gain"] if comparison.gains else []
-    return ["method", *comparison.varying, "clean", "autoattack" if attacked else "pgd20", *gain]
+    return ["method", *comparison.varying, "clean", *(attacks or ["pgd20"]), *gain]
+
+
+def _attack_column(group: SeedGroup) -> str:
+    """The column of AutoAttack: versions for few classes are not comparable with the standard one; "" without."""
+    attack = group.first.attack
+    return "" if attack is None else "autoattack" if attack.version == "standard" else "few_classes"
 
 
 def _cell(group: SeedGroup, name: str, comparison: Comparison) -> str:
@@ -75,8 +85,10 @@ def _cell(group: SeedGroup, name: str, comparison: Comparison) -> str:
     }
     if name in what:
         return what[name]
-    if name == "autoattack" and run.attack and run.attack.version != "standard":
-        return f"{points(group.values(name))}, {run.attack.version}"
+    if name in ("autoattack", "few_classes"):
+        if name != _attack_column(group):
+            return "-"
+        return points(group.values("autoattack")) + (f", {run.attack.version}" if name == "few_classes" else "")
     values = group.values(name)
     return spread(values, DIGITS[name]) if name in DIGITS else points(values, "+" if name == "best_minus_last" else "")
 
@@ -142,6 +154,7 @@ def as_csv(comparison: Comparison) -> str:
             "gain": gains.get(group, {}).get(run.seed),
             "test_examples": run.result.test_examples,
             "autoattack_examples": run.attack and run.attack.examples,
+            "autoattack_version": run.attack and run.attack.version,
             "run": run.folder,
         }
         for group in comparison.groups
