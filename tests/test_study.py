@@ -111,13 +111,13 @@ def test_what_is_in_the_grid_is_in_the_name(study_of):
     [
         ("[grid]", "[gird]", "'gird'"),
         ("[grid]", "[grid", "not valid TOML"),
-        ("seed = [0, 1]", "seed = 0", "a list of one value or more"),
+        ("seed = [0, 1]", "seed = 0", "expected a list of at least one value"),
         ("ramp_epochs = 1", "ramp_epoch = 1", "ramp_epoch is not a flag"),
-        ("ramp_epochs = 1", 'run_name = "x"', "run_name is given by the study itself"),
-        ("[settings.adaad_IGDM_cifar100]", "[settings.ard_cifar100]", "of no script in [grid]"),
+        ("ramp_epochs = 1", 'run_name = "x"', "run_name is set by the study itself"),
+        ("[settings.adaad_IGDM_cifar100]", "[settings.ard_cifar100]", "is not a script in [grid]"),
         ('"adaad_cifar100", ', '"nothing", ', "nothing.py does not exist"),
         ('"adaad_cifar100", ', '"attacks", ', "no RECIPE"),
-        ("ramp_epochs = 1", "ramp_epochs = {a = 1}", "of no script in [grid]"),
+        ("ramp_epochs = 1", "ramp_epochs = {a = 1}", "is not a script in [grid]"),
     ],
 )
 def test_a_mistake_is_one_line_before_any_work(study_of, old, new, named):

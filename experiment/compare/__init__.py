@@ -1,3 +1,3 @@
-"""Runs side by side: read, compared, shown."""
+"""Comparison of runs: tables, notes, figures and a page."""
 
 from experiment.compare.command import main

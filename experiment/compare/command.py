@@ -1,9 +1,9 @@
-"""compare.py: runs side by side on the terminal, as Markdown, plots, CSV, LaTeX, a page, and records.
+"""compare.py: compare runs on the terminal, and as Markdown, plots, CSV, LaTeX, an HTML page and records.
 
 --insert fills marks in a document of one's own: ``<!-- begin WHAT -->`` on a line, up to ``<!-- end WHAT -->``. WHAT is
 the name of a records file or study (without its ending; several joined by ``+`` are read together), and after it
 
-    nothing       tables, notes, and by what, where and in how long the runs were made
+    nothing       tables, notes, and the runs' total time, hardware and commits
     table         the table of results in short
     NAME figure   one figure of compare.py (gains, alignment, ...), as an SVG in the folder figures beside the document
 """
@@ -36,7 +36,7 @@ _MARK = re.compile(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse what to compare and where to write it, and compare."""
+    """Parse the flags, compare the runs and write the files."""
     parser = cli.Parser(
         "compare.py",
         description="Compare runs side by side: tables, plots, page.",
@@ -163,7 +163,7 @@ def fill_marks(
 
 
 def _commands(comparison: Comparison) -> list[str]:
-    """The command of each finished run, below a comment with where it ran."""
+    """The command of each finished run, below a comment with its method, seed and hardware."""
     lines = []
     for group in comparison.groups:
         for run in group.runs:
@@ -174,7 +174,7 @@ def _commands(comparison: Comparison) -> list[str]:
 
 
 def _described(comparison: Comparison, columns: Sequence[str]) -> str:
-    """Tables, notes, and by what, where and in how long they were made."""
+    """Tables, notes, and the runs' total time, hardware and commits."""
     tables = tables_of(comparison, columns)
     runs = comparison.runs
     if not runs:  # published figures, without ours

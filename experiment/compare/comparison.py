@@ -1,4 +1,4 @@
-"""Runs grouped by seed, labelled, and subtracted from their baselines: made once, for tables, notes and figures.
+"""Groups of seeds, their labels and their gains over baselines: computed once for tables, notes and figures.
 
 A method that adds something to a base method (config.json's "adds") is compared with its baseline. Its gain, the
 AutoAttack accuracy minus the baseline's, needs runs that were made under the same conditions.
@@ -22,7 +22,7 @@ from experiment.text import ABSENT, comma_list, short_text
 
 @dataclass(frozen=True, eq=False)
 class SeedGroup:
-    """Runs that differ in nothing but their seed, in the order of their seeds."""
+    """Runs that differ only in their seed, in the order of their seeds."""
 
     runs: tuple[RunRecord, ...]
     label: str
@@ -32,7 +32,7 @@ class SeedGroup:
 
     @property
     def first(self) -> RunRecord:
-        """Any of the runs, for what they share."""
+        """The first run, for what all runs share."""
         return self.runs[0]
 
     @property

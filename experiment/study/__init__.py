@@ -1,4 +1,4 @@
-"""A grid of runs from one file: planned, started, resumed."""
+"""Studies: grids of runs, defined in a TOML file, that are started and resumed together."""
 
 from experiment.study.command import main
 from experiment.study.plan import PlannedRun, is_locked, read_study

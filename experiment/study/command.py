@@ -1,4 +1,4 @@
-"""study.py: shows the grid of a study and the hours that it takes, and runs what is not finished."""
+"""study.py: print the runs of a study and their estimated hours, and run those that are not finished."""
 
 import argparse
 import functools
@@ -24,7 +24,7 @@ COUNTED_STEPS = 10
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse FILE.toml and the flags, print the grid and run it."""
+    """Parse the flags, read FILE.toml, print the runs and run them."""
     parser = cli.Parser(
         "study.py",
         description="Train a grid of runs. Finished runs are skipped, unfinished ones resume.",
@@ -87,7 +87,7 @@ def _progress(study: Study) -> str:
 
 
 def _show_costs(study: Study) -> None:
-    """Print each run's command, state and expected hours, and the hours of all that is not finished."""
+    """Print each run's command, state and estimated hours, and the total of the unfinished runs."""
     rows, hours = [], []
     for run in study.all_runs:
         print(run.command)
@@ -111,7 +111,7 @@ def counted() -> dict[str, Any]:
 
 
 def hours_of(run: PlannedRun) -> float | None:
-    """Hours of a run from its start; None for a method, a network or data that costs.toml does not know."""
+    """Estimated hours of a whole run; None if costs.toml lacks its method, network or data set."""
     from experiment.evaluation import MONITOR_PASSES
 
     table, settings = counted(), run.settings
@@ -155,7 +155,7 @@ def forward_macs(name: str, side: int = 32) -> float | None:
 
 
 def _run(study: Study, jobs: int, devices: Sequence[str]) -> None:
-    """Run what is not finished, the teacher first; what this machine cannot run is an error before any run starts."""
+    """Run the unfinished runs, the teacher first; flags that this machine cannot use are an error before any run."""
     places = [["--device", device] for device in devices] or [[]]
     for run, place in product((run for run in study.all_runs if run.state() != FINISHED), places):
         cli.parse_args(str(run.script), run.recipe, [*run.arguments, *place])

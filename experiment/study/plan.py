@@ -1,10 +1,10 @@
 """A study file (TOML) as the list of its runs: what varies, what is set for all, and the command of each run.
 
-[teacher]             flags of train_teacher.py: this teacher is trained first and is the default teacher of all
-[grid]                lists: script, teacher, student, seed and any flag with several values; the first key varies
-                      slowest, and every key is a part of the run's name
-[settings]            flags for all runs; a script that does not have a flag goes without it
-[settings.SCRIPT]     flags for one script, which beat those above
+[teacher]             flags of train_teacher.py; this teacher is trained first and is the default --teacher of all runs
+[grid]                lists of values of script, teacher, student, seed and any other flag; the first key varies
+                      slowest, and every key is part of the run name
+[settings]            flags for all runs; scripts without a flag ignore it
+[settings.SCRIPT]     flags for one script, with precedence over [settings]
 """
 
 import argparse
@@ -24,21 +24,21 @@ from experiment.text import short_name, started_as
 
 ROOT = Path(__file__).resolve().parents[2]
 RESERVED = ("run_dir", "run_name")
-"""Flags that the study gives every run itself."""
+"""Flags that the study sets for every run."""
 
 FINISHED, RUNNING, UNFINISHED, TO_DO = "finished", "running", "unfinished", "to do"
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a study: its folder, its command, and its flags as the script resolves them."""
+    """One run of a study: its folder, its command and its resolved flags."""
 
     name: str
     folder: Path
     script: Path
     arguments: tuple[str, ...]
     given: tuple[str, ...]
-    """The flags that the study gives."""
+    """The flags that the study sets."""
     settings: dict[str, Any]
     recipe: dict[str, Any]
 
@@ -53,12 +53,12 @@ class PlannedRun:
         return "+".join(part for part in (self.recipe["method"], self.recipe.get("adds")) if part)
 
     def state(self) -> str:
-        """finished, running (a process has its folder), unfinished or to do; UserError if it holds another run."""
+        """Return finished, running, unfinished or to do; UserError if the folder has a run with other settings."""
         from experiment.run import find_run
 
         settings = dict(self.settings)
         if (self.folder / "config.json").is_file():
-            # The run itself decides on what the study does not give, and on the device.
+            # Flags that the study does not set, and the device, may differ.
             asked, written = set(self.given) - {"device", "run_name"}, read_config(self.folder).settings
             settings |= {flag: value for flag, value in written.items() if flag not in asked}
         config, result = find_run(self.folder, self.script.name, argparse.Namespace(**settings))
@@ -71,7 +71,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Study:
-    """All runs of a study file; its teacher, if it trains one, comes before the others."""
+    """All runs of a study file."""
 
     name: str
     folder: Path
@@ -85,7 +85,7 @@ class Study:
 
 
 def read_study(path: Path, run_dir: Path = Path("runs")) -> Study:
-    """Read a study file, and resolve and check the flags of all its runs; their device may be another machine's.
+    """Read a study file; resolve and check the flags of all its runs, which may use devices of another machine.
 
     Raises:
         UserError: the file cannot be read or is no study; a table, script or flag in it does not exist; a run's folder
@@ -111,20 +111,20 @@ def read_study(path: Path, run_dir: Path = Path("runs")) -> Study:
             settings = {"teacher": str(teacher.folder), **settings}
     study = Study(path.stem, folder, teacher, _grid_runs(path, folder, grid, settings))
     for run in study.all_runs:
-        run.state()  # a folder with other settings is an error before any work
+        run.state()  # raises for a folder with other settings, before any work
     return study
 
 
 def _grid_runs(path: Path, folder: Path, grid: dict[str, Any], settings: dict[str, Any]) -> tuple[PlannedRun, ...]:
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise UserError(f"{path}: {key} in [grid] is {values!r:.40}; a list of one value or more is needed")
+            raise UserError(f"{path}: {key} in [grid] is {values!r:.40}; expected a list of at least one value")
     if "script" not in grid:
         raise UserError(f"{path} has no script in [grid], a list of training scripts")
     scripts = [str(script).removesuffix(".py") for script in grid["script"]]
     own = {key: value for key, value in settings.items() if isinstance(value, dict)}
     if foreign := [key for key in own if key not in scripts]:
-        raise UserError(f"{path}: [settings.{foreign[0]}] is of no script in [grid], which has {', '.join(scripts)}")
+        raise UserError(f"{path}: [settings.{foreign[0]}] is not a script in [grid], which has {', '.join(scripts)}")
     shared = {key: value for key, value in settings.items() if key not in own}
     known = {script: _flags_of(script) for script in scripts}
     for flag in (*shared, *grid):
@@ -138,7 +138,7 @@ def _grid_runs(path: Path, folder: Path, grid: dict[str, Any], settings: dict[st
         common = {flag: value for flag, value in shared.items() if flag in known[script]}
         name = _name(script, varied)
         run = _planned(path, name, folder, script, {**common, **own.get(script, {}), **varied})
-        # A flag that this script does not have repeats its runs: each once.
+        # A script that lacks a varied flag has the same run several times; it is kept once.
         if runs.setdefault(name, run).arguments != run.arguments:
             raise UserError(f"{path}: two different runs would have the name {name}")
     return tuple(runs.values())
@@ -171,7 +171,7 @@ def _flags_of(script: str) -> set[str]:
 
 def _planned(path: Path, name: str, run_dir: Path, script: str, flags: dict[str, Any]) -> PlannedRun:
     if reserved := [flag for flag in RESERVED if flag in flags]:
-        raise UserError(f"{path}: {reserved[0]} is given by the study itself; remove it")
+        raise UserError(f"{path}: {reserved[0]} is set by the study itself; remove it")
     flags = {**flags, "run_dir": str(run_dir), "run_name": name}
     arguments = [text for flag, value in flags.items() for text in (f"--{flag}", *_texts(path, flag, value))]
     settings = _resolved(script, arguments)
@@ -185,7 +185,7 @@ def _texts(path: Path, flag: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [text for each in value for text in _texts(path, flag, each)]
     if not isinstance(value, int | float | str):
-        raise UserError(f"{path}: {flag} is {value!r:.40}; a number, a text or a list of these is needed")
+        raise UserError(f"{path}: {flag} is {value!r:.40}; expected a number, a string or a list of these")
     return [str(int(value)) if isinstance(value, bool) else str(value)]
 
 

@@ -1,4 +1,4 @@
-"""The runs of a study as processes of this machine, or as a job array of a SLURM cluster through submitit."""
+"""Run a study as processes on this machine, or submit it as a job array to a SLURM cluster with submitit."""
 
 import os
 import signal
@@ -16,14 +16,14 @@ from experiment.text import started_as
 
 POLL_SECONDS = 0.5
 DEFAULTS = {"name": "study", "timeout_min": 24 * 60, "gpus_per_node": 1, "cpus_per_task": 8, "nodes": 1}
-"""submitit's parameters; --slurm_options beats them."""
+"""Default parameters of submitit; --slurm_options has precedence."""
 SECONDS_TO_SAVE = 60
 
 
 class Processes:
-    """Runs one process per run, `jobs` at a time or one per device; what a run prints goes to a file in `logs`.
+    """Run one process per run, `jobs` at a time or one per device; the output of a run goes to a file in `logs`.
 
-    Ctrl-C, SIGTERM, SIGUSR1 and a hang-up stop the processes in order (each saves itself); no further one is started.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP terminate the processes, which save their state; no further one is started.
     The cores are divided among the processes unless OMP_NUM_THREADS is set.
     """
 
@@ -36,8 +36,8 @@ class Processes:
         self._failed: dict[str, str] = {}
 
     def work(self, runs: Sequence[PlannedRun]) -> dict[str, str]:
-        """Run all of them; return by name the last line of each failed run, which does not stop the others."""
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last is a cluster's warning
+        """Run all of them; return the last line of each failed run by name. A failed run does not stop the others."""
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # SIGUSR1 is a cluster's warning
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
@@ -55,14 +55,14 @@ class Processes:
     def _run(self, run: PlannedRun) -> None:
         if self._stopped_by:
             return
-        state = run.state()  # now: another process may have taken it since the grid was read
+        state = run.state()  # again, because another process may have started it since
         if state in (FINISHED, RUNNING):
             print(f"{run.name}: {state}{' in another process' if state == RUNNING else ''}, skipped", flush=True)
             return
         device, log = self._places.pop(0), self._logs / f"{run.name}.log"
         self._logs.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
-            # A group of its own: the terminal's Ctrl-C must reach it once, through this process, and not twice.
+            # In its own process group, so that Ctrl-C in the terminal reaches it only once, through this process.
             process = subprocess.Popen(
                 [sys.executable, *started_as(run.script), *run.arguments, *(["--device", device] if device else [])],
                 stdin=subprocess.DEVNULL,
@@ -72,7 +72,7 @@ class Processes:
                 process_group=0,
             )
         self._started.append(process)
-        if self._stopped_by:  # while the process was made
+        if self._stopped_by:  # while the process was starting
             process.terminate()
         print(f"{run.name}: {'resumed' if (run.folder / 'last.pt').exists() else 'started'}", flush=True)
         status, end = process.wait(), "finished"
@@ -81,7 +81,7 @@ class Processes:
             saved = (run.folder / "last.pt").is_file()
             end = f"stopped, {'saved' if saved else 'before it had anything to save'}"
         elif status:
-            lines = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+            lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
             self._failed[run.name] = f"{lines[-1].strip()} (exit status {status}, {log})"
             end = f"failed: {self._failed[run.name]}"
         print(f"{run.name}: {end}", flush=True)
@@ -93,14 +93,14 @@ class Processes:
 
 
 class Job:
-    """One run as a job: its command in a process of its own, so that what is stopped is stopped in order."""
+    """A SLURM job that runs one command as a child process, which saves its state when it is terminated."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.command = list(command)
         self._process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
-        """Run to the end; raise if it failed, so that the job fails too."""
+        """Wait for the command; raise RuntimeError if it failed, so that the job fails too."""
         self._process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, process_group=0)
         while self._process.poll() is None:  # wait() would hold the lock that the wait in checkpoint() needs
             time.sleep(POLL_SECONDS)
@@ -109,7 +109,7 @@ class Job:
         return 0
 
     def checkpoint(self) -> Any:
-        """Preempted, or out of time: let the run save itself, and ask to be queued again."""
+        """On preemption or timeout: terminate the run, which saves its state, and requeue the job."""
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None:
@@ -122,7 +122,7 @@ class Job:
 
 
 def submit(study: Study, jobs: int, options: Mapping[str, Any], cluster: str = "slurm") -> list[Any]:
-    """Send what is not finished, a missing teacher first, the runs as one array, `jobs` at a time; return the jobs."""
+    """Submit the unfinished runs as one array, `jobs` at a time, after the teacher; return the jobs."""
     import submitit
 
     folder = study.folder / "logs" / "slurm"
@@ -132,7 +132,7 @@ def submit(study: Study, jobs: int, options: Mapping[str, Any], cluster: str = "
     except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"submitit: {' '.join(str(error).split())}") from error
     if study.teacher and study.teacher.state() == RUNNING:
-        raise UserError(f"{study.teacher.folder} is being trained; send the runs once it is finished")
+        raise UserError(f"{study.teacher.folder} is being trained; submit the runs when it is finished")
     sent = []
     if study.teacher and study.teacher.state() != FINISHED:
         sent = [executor.submit(_job(study.teacher))]

@@ -26,7 +26,7 @@ class Network:
 
     Attributes:
         model: in eval mode; maps (N, 3, H, W) in [0, 1] to logits (N, num_classes), with any normalisation inside.
-        name: what the user called it.
+        name: the name or path that the user gave.
         architecture: a name that ``build_model`` knows, or RobustBench's.
         path: the file of its weights.
         sha256: SHA-256 of that file. torch's old file format has no checksums: only this shows a flipped byte.
@@ -182,13 +182,13 @@ def _own(path: Path, unfinished: bool) -> tuple[nn.Module, dict[str, Any]]:
     if not os.path.lexists(path):
         raise unknown_network(str(path))
     if path.suffix == ".safetensors":
-        raise UserError(f"{path} holds weights without their architecture: give it, as {_HOW}")
+        raise UserError(f"{path} holds weights without their architecture; use {_HOW}")
     try:
         entries = files.open_student(path, unfinished=unfinished)
         model = files.build_student(entries)
     except UserError as error:
         foreign = path.is_file() and "is not a student checkpoint" in str(error)
-        hint = f"; RobustBench's go with their name, --teacher BDM --teacher_path {path}, others as {_HOW}"
+        hint = f"; for a RobustBench file use --teacher BDM --teacher_path {path}, for other weights {_HOW}"
         raise UserError(f"{error}{hint if foreign else ''}") from error
     check_finite(model, entries["path"])
     return model, entries
