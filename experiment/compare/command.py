@@ -42,37 +42,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Compare runs side by side: tables, plots, page.",
         examples=("runs", "runs/BASELINE runs/IGDM --html comparison.html"),
     )
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        type=Path,
-        metavar="DIR",
-        help="a run folder, a folder that holds run folders, a study (.toml), or records (.json)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for comparison.md and the plots (default: the folder that holds the runs)",
-    )
-    parser.add_argument(
-        "--columns",
-        nargs="+",
-        choices=tuple(HEADS),
-        default=[],
-        metavar="NAME",
-        help=f"columns of the table of results: {', '.join(HEADS)}; default method, clean, autoattack and gain; "
-        "in comparison.md all that were measured",
-    )
+    add = parser.add_argument
+    sources = "run folder, folder of run folders, study (.toml) or records (.json)"
+    add("sources", nargs="+", type=Path, metavar="DIR", help=sources)
+    add("--out", type=Path, metavar="DIR", help="folder of comparison.md and the plots (default: that of the runs)")
+    columns = f"columns of the table of results, of {', '.join(HEADS)} (default: method, clean, autoattack and gain; "
+    columns += "in comparison.md all that were measured)"
+    add("--columns", nargs="+", choices=tuple(HEADS), default=[], metavar="NAME", help=columns)
     for flag, what in FILES.items():
-        parser.add_argument(f"--{flag}", type=Path, metavar="FILE", help=f"also write {what}")
-    parser.add_argument(
-        "--insert",
-        type=Path,
-        metavar="FILE.md",
-        help="only fill the places of FILE.md that lines <!-- begin NAME --> and <!-- end NAME --> enclose; NAME is a "
-        "records file or study, with 'table' or 'gains figure' after it for that part alone",
-    )
+        add(f"--{flag}", type=Path, metavar="FILE", help=f"also write {what}")
+    insert = "only fill FILE.md between the lines <!-- begin NAME --> and <!-- end NAME -->; NAME is a records file or "
+    insert += "study, with 'table' or 'gains figure' after it for that part alone"
+    add("--insert", type=Path, metavar="FILE.md", help=insert)
     args = parser.parse_args(argv)
     files = {flag: path for flag in FILES if (path := getattr(args, flag))}
     if args.insert:

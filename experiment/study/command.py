@@ -30,25 +30,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Train a grid of runs. Finished runs are skipped, unfinished ones resume.",
         examples=("studies/digits.toml --dry_run 1", "studies/digits.toml --jobs 2"),
     )
-    parser.add_argument("file", type=Path, metavar="FILE.toml", help="the study, such as studies/digits.toml")
-    parser.add_argument("--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="parent of the study folder")
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="only runs with these names; * stands for any text"
-    )
+    add, where = parser.add_argument, parser.add_mutually_exclusive_group()
     switch = {"type": cli.switch, "default": 0, "metavar": "{0,1}"}
-    parser.add_argument("--dry_run", **switch, help="1 prints each command and, where known, its estimated hours")
-    where = parser.add_mutually_exclusive_group()
+    add("file", type=Path, metavar="FILE.toml", help="the study, such as studies/digits.toml")
+    add("--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="parent of the study folder")
+    add("--only", nargs="+", default=[], metavar="NAME", help="only runs with these names; * stands for any text")
+    add("--dry_run", **switch, help="1 prints each command and, where known, its estimated hours")
     where.add_argument("--jobs", type=cli.whole(1), default=1, metavar="N", help="runs at a time, sharing the threads")
     where.add_argument("--devices", nargs="+", default=[], metavar="DEVICE", help="one run at a time on each: cuda:0 …")
-    parser.add_argument("--slurm", **switch, help="1 submits the runs to SLURM as an array, --jobs at a time")
-    parser.add_argument(
-        "--slurm_options",
-        nargs="+",
-        type=_option,
-        default=[],
-        metavar="KEY=VALUE",
-        help="parameters of submitit, such as slurm_partition=gpu timeout_min=600 gpus_per_node=1",
-    )
+    add("--slurm", **switch, help="1 submits the runs to SLURM as an array, --jobs at a time")
+    slurm = "parameters of submitit, such as slurm_partition=gpu timeout_min=600 gpus_per_node=1"
+    add("--slurm_options", nargs="+", type=_option, default=[], metavar="KEY=VALUE", help=slurm)
     args = parser.parse_args(argv)
     study = read_study(args.file, args.run_dir)
     if args.only:
