@@ -220,6 +220,10 @@ def test_another_version_of_autoattack_has_a_column_of_its_own(tmp_path):
     assert columns["AutoAttack"] == ("38.00", "-", "-")
     assert columns["fewer than 10 classes"] == ("-", f"38.00, {four}", f"41.00, {three}")
     assert f"{four}, epsilon 8/255" in compare(*runs)
+    for shown, title, count in ((runs, "AutoAttack", 1), (runs[1:2], four, 1)):
+        bars = figures.all_figures(comparison_of(read_runs(shown)))["comparison"].axes[2]
+        assert " ".join(bars.get_title(loc="left").split()) == title
+        assert len(bars.patches) == count
 
 
 @pytest.mark.parametrize(

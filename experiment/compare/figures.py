@@ -25,14 +25,22 @@ Styles = Mapping[SeedGroup, dict[str, Any]]
 
 
 def all_figures(comparison: Comparison, *, stacked: bool = False) -> dict[str, Any]:
-    """The figures by name, `stacked` with all panels in one column; those that would show nothing are left out."""
-    if not comparison.groups:
+    """The figures by name, `stacked` with all panels in one column; those that would show nothing are left out.
+
+    One version of AutoAttack is shown, the standard one if any group has it, as versions are not comparable.
+    """
+    from experiment.evaluation import autoattack_label
+
+    versions = {group.first.attack.version for group in comparison.groups if group.first.attack}
+    version = "standard" if "standard" in versions else min(versions, default="standard")
+    groups = [group for group in comparison.groups if not (attack := group.first.attack) or attack.version == version]
+    if not groups:
         return {}
-    styles = styles_of(comparison)
+    styles, label = styles_of(comparison), autoattack_label(version)
     drawn = {
-        "comparison": _comparison_figure(comparison.groups, styles, stacked),
-        "gains": _gains_figure(comparison.gains, styles, stacked),
-        "alignment": _alignment_figure(comparison.groups, styles, stacked),
+        "comparison": _comparison_figure(groups, styles, stacked, label),
+        "gains": _gains_figure([gain for gain in comparison.gains if gain.group in groups], styles, stacked, label),
+        "alignment": _alignment_figure(groups, styles, stacked, label),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -98,7 +106,7 @@ def _tidy(axes: Any, grid: str = "y") -> None:
     axes.set_axisbelow(True)
 
 
-def _comparison_figure(groups: Sequence[SeedGroup], styles: Styles, stacked: bool) -> Any:
+def _comparison_figure(groups: Sequence[SeedGroup], styles: Styles, stacked: bool, attack: str) -> Any:
     """PGD-20 and clean accuracy by epoch, and AutoAttack bars."""
     height = max(5.0, 2.2 + 0.6 * len(groups))
     if stacked:
@@ -116,6 +124,7 @@ def _comparison_figure(groups: Sequence[SeedGroup], styles: Styles, stacked: boo
             axes.set_ylabel("test accuracy (%)")
         _tidy(axes)
     _draw_bars(bars, groups, styles)
+    bars.set_title(textwrap.fill(attack, 40), loc="left", fontsize=11)
     _legend(figure, robust, curves, styles)
     return figure
 
@@ -164,7 +173,6 @@ def _draw_bars(axes: Any, groups: Sequence[SeedGroup], styles: Styles) -> None:
     axes.set_ylim(max(len(groups), 4) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.margins(x=0.14)
-    axes.set_title("AutoAttack", loc="left", fontsize=11)
     axes.set_xlabel("accuracy (%) with one standard deviation over seeds,\nof one seed the 95 % interval of its images")
     _tidy(axes, grid="x")
 
@@ -184,7 +192,7 @@ def _legend(figure: Any, axes: Any, groups: Sequence[SeedGroup], styles: Styles,
     )
 
 
-def _gains_figure(gains: Sequence[Gain], styles: Styles, stacked: bool) -> Any:
+def _gains_figure(gains: Sequence[Gain], styles: Styles, stacked: bool, attack: str) -> Any:
     """A dot per seed, the mean and its 95 % interval per pair; None without gains."""
     if not gains:
         return None
@@ -200,13 +208,13 @@ def _gains_figure(gains: Sequence[Gain], styles: Styles, stacked: bool) -> Any:
     axes.set_yticks(range(len(gains)), [styles[gain.group]["label"] for gain in gains])
     axes.set_ylim(len(gains) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    label = "gain in AutoAttack accuracy (points): mean and 95 % interval, below them a dot per seed"
+    label = f"gain in {attack} accuracy (points): mean and 95 % interval, below them a dot per seed"
     axes.set_xlabel(textwrap.fill(label, 44 if stacked else 62))
     _tidy(axes, grid="x")
     return figure
 
 
-def _alignment_figure(groups: Sequence[SeedGroup], styles: Styles, stacked: bool) -> Any:
+def _alignment_figure(groups: Sequence[SeedGroup], styles: Styles, stacked: bool, attack: str) -> Any:
     """GC and GD (where measured the logit's too) against AutoAttack accuracy; None without.
 
     A point per run; an arrow from the mean of a baseline to that of the version with an addition.
@@ -238,7 +246,7 @@ def _alignment_figure(groups: Sequence[SeedGroup], styles: Styles, stacked: bool
         axes.set_xlabel(textwrap.fill(label, 70 if stacked else 100), fontsize=9)
         _tidy(axes, grid="both")
     for axes in panels[::side_by_side]:
-        axes.set_ylabel("AutoAttack accuracy (%)")
+        axes.set_ylabel(textwrap.fill(f"{attack} accuracy (%)", 30))
     title = "small marks are runs, large ones means, arrows lead from a baseline to the version with an addition"
     _legend(figure, panels[0], shown, styles, title)
     return figure

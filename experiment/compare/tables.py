@@ -27,11 +27,8 @@ HEADS = {
     "images": "AutoAttack images",
 }
 """The head of each column, by its name for --columns."""
-OPTIONAL = (
-    *("few_classes", "gd", "gc", "logit_gd", "logit_gc"),
-    *("best_minus_last", "best_autoattack", "holdout_pgd10", "swa_autoattack"),
-)
-"""Columns that are left out where nothing was measured for them, unless they are asked for."""
+ALWAYS = ("method", "teacher", "student", "dataset", "clean", "pgd20", "autoattack", "gain", "seeds", "images")
+"""Columns that are shown by default; the others only where something was measured for them."""
 DIGITS = {"gd": 4, "gc": 3, "logit_gd": 3, "logit_gc": 3}
 """Decimals of what is not an accuracy."""
 
@@ -52,8 +49,8 @@ def results_table(comparison: Comparison, columns: Sequence[str] = ()) -> Table:
     added = "/".join(dict.fromkeys(group.first.added for group in groups if group.first.added))
     cells = {name: [_cell(group, name, comparison) for group in groups] for name in columns or HEADS}
     if not columns:
-        optional = OPTIONAL if added else (*OPTIONAL, "gain")
-        cells = {name: column for name, column in cells.items() if name not in optional or set(column) != {"-"}}
+        always = set(ALWAYS) if added else set(ALWAYS) - {"gain"}
+        cells = {name: column for name, column in cells.items() if name in always or set(column) != {"-"}}
     heads = HEADS | {"gain": f"{added} {HEADS['gain']}".strip()}
     return [[heads[name] for name in cells], *map(list, zip(*cells.values(), strict=True))]
 
