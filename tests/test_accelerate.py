@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import CLASSES, CLOSE, assert_same_network, engine, product_run, settings
 from torch import nn
 
@@ -98,6 +99,44 @@ def test_a_network_that_a_view_would_freeze_runs_as_it_is(network):
         torch.manual_seed(seed)
         with torch.no_grad():
             assert torch.equal(wrapped(x), expected)
+
+
+class SharedConvs(nn.Module):
+    """One convolution that is called twice and one whose weight is also read: folding would change every use."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.read = nn.Conv2d(3, 3, 3), nn.Conv2d(3, CLASSES, 3)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(2))
+        self.last = nn.BatchNorm2d(CLASSES)
+
+    def forward(self, x):
+        for norm in self.norms:
+            x = norm(self.twice(x))
+        return (self.last(self.read(x)) + F.conv2d(x, self.read.weight)).mean(dim=(2, 3))
+
+
+def test_a_convolution_with_another_use_is_not_folded():
+    torch.manual_seed(0)
+    model, x = SharedConvs().double().train(), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    model(x)  # moves the statistics
+    fast = accelerated(model.eval())
+    assert fast.view is not None
+    torch.testing.assert_close(frozen_logits(fast, x), frozen_logits(model, x), **CLOSE)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(), nn.InstanceNorm2d(3, track_running_stats=True)])
+def test_a_pass_that_draws_or_counts_is_not_replayed(layer):
+    """Two passes of one tensor have two masks, and both move the statistics of a norm that is no BatchNorm."""
+    model = nn.Sequential(layer, build_model("RES-8", CLASSES)).train()
+    plain, x, fast = copy.deepcopy(model), torch.rand(4, 3, 8, 8), accelerated(model)
+    results = []
+    for network in (plain, fast):
+        torch.manual_seed(0)
+        with fast.step():
+            results.append([network(x), network(x)])
+    torch.testing.assert_close(*results, **CLOSE)
+    assert_same_network(model, plain)
 
 
 def test_weight_gradients_in_eval_mode_are_those_of_the_model():

@@ -12,6 +12,7 @@ tests/test_accelerate.py compares with the plain networks in float64; ``python -
 the speedup.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -74,6 +75,8 @@ def folded_view(model: nn.Module) -> fx.GraphModule | None:
     if any(node.op == "get_attr" and node.target not in weights for node in graph.nodes):
         return None
     modules = dict(model.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    read = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     view = fx.GraphModule(model, graph)
     for node in list(graph.nodes):
         bn = modules.get(node.target) if node.op == "call_module" else None
@@ -81,7 +84,9 @@ def folded_view(model: nn.Module) -> fx.GraphModule | None:
         if not isinstance(bn, nn.BatchNorm2d) or bn.running_var is None or not isinstance(before, fx.Node):
             continue
         conv = modules.get(before.target) if before.op == "call_module" else None
-        if type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and len(before.users) == 1:
+        # Folding changes every use of a convolution, so this must be its only one.
+        once = conv is not None and calls[before.target] == len(before.users) == 1 and before.target not in read
+        if once and type(conv) is nn.Conv2d and conv.padding_mode == "zeros":
             view.set_submodule(before.target, FoldedConv(conv, bn))
             node.replace_all_uses_with(before)
             graph.erase_node(node)
@@ -125,6 +130,8 @@ class Accelerated(nn.Module):
         self._weights = tuple(model.parameters())  # walking the modules at each call is slow
         self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._replays = all(norm.track_running_stats and norm.momentum is not None for norm in self._norms)
+        # A pass may also change other buffers, such as those of a spectral normalisation.
+        self._replays &= sum(len(list(norm.buffers())) for norm in self._norms) == len(list(model.buffers()))
         norms = self._norms if self._replays else []
         keep = [torch.full_like(statistic, 1 - norm.momentum) for norm in norms for statistic in _running(norm)]
         self._keep = torch.cat(keep) if keep else None
@@ -187,7 +194,10 @@ class Accelerated(nn.Module):
             return logits
         moving = train and self._keep is not None
         before = self._statistics() if moving else None
+        random = _random_state(x.device)
         logits = self._run(x)
+        if not torch.equal(_random_state(x.device), random):
+            return logits  # such as with dropout: the next pass draws anew
         added = self._statistics() - self._keep * before if moving else None
         self._passes[kind] = (x, logits, added)  # with x, so that its id stays unique
         return logits
@@ -226,6 +236,10 @@ class Accelerated(nn.Module):
             norm.num_batches_tracked += 1
 
 
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
 def _running(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     return norm.running_mean, norm.running_var
 
@@ -255,7 +269,7 @@ class GraphedStep:
     ) -> Tensor:
         """Take one step like ``attacks.sign_step``; return a new tensor."""
         models = tuple(cell.cell_contents for cell in objective.__closure__ or ())
-        stateless = all(isinstance(model, nn.Module) for model in models)
+        stateless = not objective.__defaults__ and all(isinstance(model, nn.Module) for model in models)
         if len(x) != self._batch or not stateless or any(network.view is None for network in self._networks):
             return attacks.sign_step(objective, x_adv, x, epsilon, step_size, given)
         for network in self._networks:
