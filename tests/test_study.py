@@ -172,6 +172,7 @@ def test_the_costs_follow_the_settings(study_of):
     assert (hours("steps = 20") - evaluation) / training == pytest.approx(passes[1] / passes[0])
     thinned = (13 + 10 + 4) * student + (2 + 2 + 2) * teacher  # the teacher at two of ten steps, and twice for the loss
     assert (hours("teacher_every = 5") - evaluation) / training == pytest.approx(thinned / passes[0])
+    assert hours('attack = "rslad"') is None, "only the method's own attack is counted"
 
 
 def test_an_unknown_cost_is_not_zero_hours(capsys, tmp_path):
@@ -224,6 +225,16 @@ def test_a_cluster_gets_the_runs_as_an_array_after_the_teacher(study_of, monkeyp
     assert first == processes.DEFAULTS | {"slurm_array_parallelism": 2, "timeout_min": 10}
     assert then == {"slurm_additional_parameters": {"dependency": "afterok:job1"}}
     assert "adaad_IGDM_seed0: job job3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--slurm_options", "slurm_partition=gpu"], ["--slurm", "1", "--devices", "cuda:0"]])
+def test_options_of_a_cluster_and_of_this_machine_exclude_each_other(flags, tmp_path):
+    """Otherwise runs that are meant for a cluster start on its login node."""
+    path = tmp_path / "mine.toml"
+    path.write_text(TINY)
+    with pytest.raises(SystemExit):
+        study_main([str(path), "--run_dir", str(tmp_path), *flags])
+    assert not (tmp_path / "mine").exists()
 
 
 @pytest.mark.parametrize("mistake", [{"partitoin": "gpu"}, {"timeout_min": "1h"}])

@@ -42,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     slurm = "parameters of submitit, such as slurm_partition=gpu timeout_min=600 gpus_per_node=1"
     add("--slurm_options", nargs="+", type=_option, default=[], metavar="KEY=VALUE", help=slurm)
     args = parser.parse_args(argv)
+    if args.slurm_options and not args.slurm:
+        parser.error("argument --slurm_options: not allowed without --slurm 1")
+    if args.slurm and args.devices:
+        parser.error("argument --devices: not allowed with --slurm 1; expected --jobs")
     study = read_study(args.file, args.run_dir)
     if args.only:
         study = _chosen(study, args.only)
@@ -103,13 +107,14 @@ def counted() -> dict[str, Any]:
 
 
 def hours_of(run: PlannedRun) -> float | None:
-    """Estimated hours of a whole run; None if costs.toml lacks its method, network or data set."""
+    """Estimated hours of a whole run; None if costs.toml lacks its method, attack, network or data set."""
     from experiment.evaluation import MONITOR_PASSES
 
     table, settings = counted(), run.settings
     passes, images = table["passes"].get(run.method), table["training_images"].get(settings["dataset"])
     student, teacher = forward_macs(settings["student"]), forward_macs(str(settings.get("teacher")))
-    if None in (passes, images, student, teacher) or settings["side"]:
+    other_attack = settings.get("attack") != run.recipe.get("inner", {}).get("attack")
+    if None in (passes, images, student, teacher) or settings["side"] or other_attack:
         return None
     images = (settings["train_examples"] or images) - settings["holdout"]
     of_student = passes[0] + passes[1] + 2 * passes[2] + 2 * (settings["steps"] - COUNTED_STEPS)
