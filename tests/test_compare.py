@@ -483,6 +483,8 @@ def test_unfinished_runs_are_shown_and_never_compared(pair, tmp_path, written):
     assert cells(printed, "with_igdm") == ["with_igdm", "AdaAD+IGDM", "BDM", "RES-18", "0", "unfinished, 3 of 3 epochs"]
     assert "Not finished: 1 of the runs." in printed
     assert "points, 95 %" not in printed
+    attacked_later = make_run(tmp_path / "later", "IGDM", robust=None, aa_examples=100)
+    assert cells(compare(pair[0], attacked_later), "later")[-1] == "unfinished, 3 of 3 epochs"
     (pair[0] / "result.json").unlink()
     assert "no plots: no run is finished" in written(*pair)
     assert "unfinished" in (tmp_path / "out" / "comparison.md").read_text()

@@ -71,8 +71,8 @@ def read_runs(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
             if place in seen:
                 continue
             seen.add(place)
-            if (folder / "result.json").is_file():
-                runs.finished.append(_read_folder(folder))
+            if (folder / "result.json").is_file() and (run := _read_folder(folder)).is_finished:
+                runs.finished.append(run)
             elif (folder / "config.json").is_file():
                 runs.pending.append(_read_unfinished(folder))
             else:

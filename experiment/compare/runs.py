@@ -87,7 +87,7 @@ class RunRecord(Experiment):
     rows: list[Row]
     """Of metrics.jsonl."""
     pictures: tuple[Path, ...] = ()
-    """Figures that evaluate.py made of the final student."""
+    """Figures that evaluate.py made in this run's folder."""
 
     @property
     def seed(self) -> int:
@@ -108,6 +108,11 @@ class RunRecord(Experiment):
         settings = LATER_SETTINGS | self.config.settings
         data = {key: getattr(self.config, key) for key in ("dataset_sha256", "num_classes", "teacher_sha256")}
         return {key: value for key, value in settings.items() if key not in may_differ} | data
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do: a trained run that is started again with --aa_examples is attacked later."""
+        return self.attack is not None or not self.settings.model_extra.get("aa_examples")
 
     @property
     def attack(self) -> Attack | None:
@@ -149,4 +154,6 @@ class RunRecord(Experiment):
     def environment(self) -> dict[str, str]:
         """What may change a figure slightly and is worth a note: hardware, versions, commit."""
         versions = {f"{package} version": str(version) for package, version in self.config.versions.items()}
-        return {"hardware": self.result.hardware, "commit": self.config.commit or "unknown", **versions}
+        changed = ", ".join(self.result.changed or ["none"])
+        others = {"commit": self.config.commit or "unknown", "changes when resumed:": changed}
+        return {"hardware": self.result.hardware, **others, **versions}
