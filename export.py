@@ -127,7 +127,7 @@ def write_onnx(path, student, x):
     """Export with a dynamic batch, compare with the student on x (N, C, H, W), and write the file.
 
     Raises:
-        UserError: onnxruntime's logits differ by more than rounding.
+        UserError: torch cannot export the network; onnxruntime's logits differ by more than rounding.
     """
     with warnings.catch_warnings():  # deprecations inside the exporter
         warnings.simplefilter("ignore")
@@ -137,7 +137,11 @@ def write_onnx(path, student, x):
         batch = ({0: torch.export.Dim("batch")},)
         names = {"input_names": ["x"], "output_names": ["logits"]}
         # Two images: a batch of one would be traced as a constant.
-        program = torch.onnx.export(student, (x[:2],), dynamo=True, dynamic_shapes=batch, verbose=False, **names)
+        try:
+            program = torch.onnx.export(student, (x[:2],), dynamo=True, dynamic_shapes=batch, verbose=False, **names)
+        except RuntimeError as error:  # such as a forward that branches on data
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"--onnx: torch cannot export this network: {reason}") from error
     content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     with torch.no_grad():
@@ -157,7 +161,8 @@ def write_safetensors(path, student):
     from safetensors.torch import save
 
     metadata = {"architecture": student.architecture, "num_classes": str(student.num_classes), "format": "pt"}
-    tensors = student.model.state_dict()
+    # Copies, because safetensors refuses tensors that share memory, such as tied weights.
+    tensors = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
     content = save(tensors, metadata=metadata)
     files.write_atomically(path, lambda file: file.write(content))
     print(f"{path}: safetensors, {len(tensors)} tensors of {student.architecture}, {student.num_classes} classes")

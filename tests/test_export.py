@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,29 @@ def test_an_onnx_file_that_disagrees_is_not_written(run, command, monkeypatch, t
     with pytest.raises(UserError, match="disagrees with the student on 128 clean and adversarial images"):
         command("--onnx", path)
     assert list(tmp_path.iterdir()) == []
+
+
+class Branches(torch.nn.Module):
+    """A forward that depends on the data, and two layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        self.layers[1].weight = self.layers[0].weight
+
+    def forward(self, x):
+        return self.layers(x.mean(dim=(1, 2)) if x.sum() > 0 else x.amax(dim=(1, 2)))
+
+
+def test_a_network_of_ones_own_may_not_suit_a_format(tmp_path, x):
+    from safetensors.torch import load
+
+    with pytest.raises(UserError, match="--onnx: torch cannot export this network: "):
+        export.write_onnx(tmp_path / "own.onnx", Branches().eval(), x)
+    student = SimpleNamespace(model=Branches(), architecture="own.py:own", num_classes=8)
+    export.write_safetensors(tmp_path / "own.safetensors", student)
+    weights = load((tmp_path / "own.safetensors").read_bytes())
+    assert torch.equal(weights["layers.0.weight"], weights["layers.1.weight"])
 
 
 def test_safetensors_hold_the_weights_and_what_they_belong_to(run, command, tmp_path):
