@@ -18,7 +18,7 @@ from fault_server import HANGS, ROOT, SCRIPTS, SMALL, result_of, stopped_run, tr
 
 from experiment import UserError, data, evaluation, files
 from experiment.run import checks, provenance
-from experiment.run.progress import epoch_line, remaining
+from experiment.run.progress import epoch_line, header, remaining
 from experiment.run.state import State
 
 
@@ -280,6 +280,59 @@ def test_a_missing_pyautoattack_is_refused_before_training(monkeypatch):
     with pytest.raises(UserError, match=r"AutoAttack cannot be imported .*, or use --aa_examples 0"):
         checks.check_names(argparse.Namespace(dataset="digits", aa_examples=4, epsilon=0.1))
     checks.check_names(argparse.Namespace(dataset="digits", aa_examples=0, epsilon=0.1))
+
+
+def test_only_missing_checkpoints_need_space(monkeypatch, tmp_path):
+    """Otherwise a run that fills its disk could not resume."""
+    student, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)), data.load_data("digits")
+    args = argparse.Namespace(student="own", batch=100, holdout=0, swa_after=2)
+    checkpoint = 3 * 4 * 1930  # weights, momentum and mean of the weights
+
+    def feasible(free):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+        checks.check_feasible(args, images, student, None, tmp_path, 1)
+
+    feasible(3 * checkpoint)
+    with pytest.raises(UserError, match="for checkpoints, but the disk has"):
+        feasible(3 * checkpoint - 1)
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).touch()
+    feasible(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            {"ramp_epochs": 10},
+            "weight of the IGDM term is 2, not alpha 1: it is alpha * epoch / 10, and the run has 20",
+        ),
+        ({"holdout": 10, "eval_after": 19}, "--holdout has only the last epoch to choose from: --eval_after 19"),
+        ({"lr_milestones": [10, 20]}, "20 epochs, lr 0.1, divided by 10 after 10\n"),
+        ({"step_size": 0.001}, "the attack's steps reach 0.01 of epsilon 0.1"),
+        ({}, "teacher, 20 parameters, SHA-256 eeeeeeeeeeee, correct on 3 of 4 test images"),
+    ],
+)
+def test_the_header_says_what_the_settings_come_to(flags, said):
+    settings = {"teacher": "teacher", "student": "own", "lr_milestones": [], "epochs": 20, "epsilon": 0.1, "lr": 0.1}
+    settings |= {"precision": "fp32", "steps": 10, "step_size": 0.1, "alpha": 1.0, "ramp_epochs": 20, "holdout": 0}
+    settings |= {"eval_after": 10, **flags}
+    config = {"settings": settings, "method": "AdaAD", "adds": "IGDM", "device": "cpu", "teacher_sha256": "e" * 64}
+    config |= {"outer_settings": [], "added_settings": []}
+    network, images = torch.nn.Linear(1, 10), data.load_data("digits")
+    printed = header(config, "folder", "", images, network, network, "correct on 3 of 4 test images", [])
+    assert said in printed
+    assert printed.count("warning") == len(flags.keys() - {"lr_milestones", "eval_after"})
+
+
+def test_a_teacher_of_other_labels_shows():
+    images = data.load_data("digits")
+
+    def teacher(x):
+        labels = images.y_test[::6] + (torch.arange(len(x)) < 20)
+        return torch.nn.functional.one_hot(labels % 10, 10).float()
+
+    assert checks.check_teacher("teacher", teacher, images) == "correct on 40 of 60 test images"
 
 
 def test_the_command_names_torchrun_and_its_processes(monkeypatch):

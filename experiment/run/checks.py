@@ -54,8 +54,10 @@ def check_feasible(
             f"--batch {args.batch} gives a process fewer than 2 of {len(images.x_train)} images in some step. Use "
             "another --batch"
         )
-    # Weights and momentum, and with --holdout the best weights, in three checkpoints, one of which is being written.
-    copies = 3 * (3 if args.holdout else 2)
+    # last.pt and previous.pt are kept while a third is written. Each has the weights and their momentum, with --holdout
+    # also the best weights, and with --swa_after their mean.
+    files = 3 - sum((folder / name).exists() for name in ("last.pt", "previous.pt"))
+    copies = files * (2 + bool(args.holdout) + bool(args.swa_after))
     need = copies * sum(p.numel() * p.element_size() for p in student.parameters())
     free = shutil.disk_usage(folder).free
     if free < need:
@@ -64,12 +66,18 @@ def check_feasible(
         )
 
 
-def check_teacher(name: str, teacher: nn.Module, images: data.Data) -> None:
-    """Check that the teacher's logits are finite and differ between images."""
+def check_teacher(name: str, teacher: nn.Module, images: data.Data) -> str:
+    """Check that the teacher's logits are finite and differ between images; return how many images it gets right.
+
+    A teacher of other data or of other class numbers gets few right.
+    """
+    sample = slice(None, None, -(-len(images.x_test) // 64))  # spread over the whole set
+    x, y = data.as_float(images.x_test[sample]), images.y_test[sample]
     with torch.no_grad():
-        fault = _fault_of(teacher(data.as_float(images.x_test[:64])))
-    if fault:
+        logits = teacher(x)
+    if fault := _fault_of(logits):
         raise RunStopped(f"teacher {name}: its logits are {fault} on {images.name}", RunStopped.DIVERGED)
+    return f"correct on {int((logits.argmax(dim=1) == y).sum())} of {len(y)} test images"
 
 
 def _fault_of(logits: Tensor) -> str | None:

@@ -100,8 +100,7 @@ class Run:
             folder.check_same_inputs(self.folder, self._stored, current)
 
         self.engine.on_all_ranks(check)
-        if teacher is not None:
-            checks.check_teacher(args.teacher, teacher, images)
+        tried = "" if teacher is None else checks.check_teacher(args.teacher, teacher, images)
         before = {**current, **self._stored}
         changed = [text for name, text in folder.CHANGES.items() if before[name] != current[name]]
         if changed and self.engine.main:
@@ -113,7 +112,7 @@ class Run:
             if self._config != self._stored:
                 files.write_json(self.folder / "config.json", self._config)
             rows = [tracker.start(self._config, self._state.rows) for tracker in self._trackers]
-            print(header(self._config, str(self.folder), resumed, images, student, teacher, rows), flush=True)
+            print(header(self._config, str(self.folder), resumed, images, student, teacher, tried, rows), flush=True)
         done = self._state.epoch * self._steps + self._state.step
         self._bar = Progress(args.epochs * self._steps, done, show=self.engine.main)
         self._saved_at = time.monotonic()

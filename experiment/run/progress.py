@@ -104,21 +104,25 @@ def header(
     images: Data,
     student: nn.Module,
     teacher: nn.Module | None,
+    tried: str,
     trackers: list[str],
 ) -> str:
-    """Return the header of a run: networks, data, settings, the position of a resumed run, a line for each tracker."""
+    """Return the header of a run: networks, data, settings, the position of a resumed run, a line for each tracker.
+
+    `tried` is what `check_teacher` returns.
+    """
 
     def size(model: nn.Module) -> str:
         return f"{sum(p.numel() for p in model.parameters()):,} parameters"
 
     settings = config["settings"]
-    milestones, epochs, epsilon = settings["lr_milestones"], settings["epochs"], settings["epsilon"]
+    epochs, epsilon = settings["epochs"], settings["epsilon"]
+    milestones = [epoch for epoch in settings["lr_milestones"] if epoch < epochs]
     drops = f"divided by 10 after {', '.join(map(str, milestones))}" if milestones else "not lowered"
     rows = [("resumed", resumed)] if resumed else []
     if teacher is not None:
-        rows.append(
-            ("teacher", f"{settings['teacher']}, {size(teacher)}, SHA-256 {str(config['teacher_sha256'])[:12]}")
-        )
+        sha256 = str(config["teacher_sha256"])[:12]
+        rows.append(("teacher", f"{settings['teacher']}, {size(teacher)}, SHA-256 {sha256}, {tried}"))
     sizes = f"{len(images.x_train)} training and {len(images.x_test)} test images"
     rows += [
         ("student", f"{settings['student']}, {size(student)}, {images.num_classes} classes"),
@@ -130,12 +134,18 @@ def header(
     reach = settings["steps"] * settings["step_size"]
     if reach < epsilon:
         rows.append(("warning", f"the attack's steps reach {reach:.4g} of epsilon {epsilon:.4g}: see --step_size"))
-    ramp = settings.get("ramp_epochs", 0)
-    if ramp > epochs:
+    ramp = settings.get("ramp_epochs", epochs)
+    if ramp != epochs:
         alpha = settings["alpha"]
         warning = f"the largest weight of the {config['adds']} term is {alpha * epochs / ramp:g}, not alpha {alpha:g}: "
-        warning += f"the run has {epochs} of {ramp} ramp epochs. Use --ramp_epochs {epochs} to reach alpha."
+        warning += (
+            f"it is alpha * epoch / {ramp}, and the run has {epochs} epochs. Use --ramp_epochs {epochs} for alpha."
+        )
         rows.append(("warning", warning))
+    if settings["holdout"] and settings["eval_after"] >= epochs - 1:
+        rows.append(
+            ("warning", f"--holdout has only the last epoch to choose from: --eval_after {settings['eval_after']}")
+        )
     if own := [*config["outer_settings"], *config["added_settings"]]:
         rows.append(("method", ", ".join(f"{name} {_short(settings[name])}" for name in own)))
     rows += [("rows", line) for line in trackers]
