@@ -40,7 +40,8 @@ def guard(main: Callable[[], None]) -> None:
         if not is_out_of_memory(error):
             raise
         reason = str(error).partition(". ")[0]  # the rest is about torch's allocator
-        _leave(f"error: out of GPU memory ({reason}); use a smaller --batch and another --run_name, or free some", 2)
+        advice = "use a smaller batch (a run needs another --run_name for it), or free some"
+        _leave(f"error: out of GPU memory ({reason}); {advice}", 2)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

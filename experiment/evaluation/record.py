@@ -108,7 +108,7 @@ def _per_class(per_class: dict[str, Any], labels: dict[str, str]) -> Iterator[st
     by_attack = {attack: {row["class"]: row for row in rows} for attack, rows in per_class["attacks"].items()}
     strongest = list(by_attack)[-1]
     yield f"by class at epsilon {budget(per_class['epsilon'])}, the worst under {labels[strongest]} first"
-    table = [["class", "images", *(labels[attack] for attack in by_attack)]]
+    table = [["class", f"images ({labels[strongest]})", *(labels[attack] for attack in by_attack)]]
     for name, row in by_attack[strongest].items():
         table.append([name, str(row["examples"]), *(_per_cent(rows[name]) for rows in by_attack.values())])
     yield as_text(table)
