@@ -71,15 +71,17 @@ def read_runs(sources: Sequence[Path], run_dir: Path = Path("runs")) -> Runs:
             if place in seen:
                 continue
             seen.add(place)
-            if (folder / "result.json").is_file() and (run := _read_folder(folder)).is_finished:
+            run = _read_folder(folder) if (folder / "result.json").is_file() else None
+            # A run that ended without AutoAttack and was started again with --aa_examples is not finished.
+            if run and (run.attack or not run.settings.model_extra.get("aa_examples")):
                 runs.finished.append(run)
             elif (folder / "config.json").is_file():
                 runs.pending.append(_read_unfinished(folder))
             else:
-                run = planned[folder]
-                settings = Settings.model_validate(run.settings)
+                plan = planned[folder]
+                settings = Settings.model_validate(plan.settings)
                 runs.pending.append(
-                    PendingRun(run.recipe["method"], run.recipe.get("adds"), settings, run.name, run.state())
+                    PendingRun(plan.recipe["method"], plan.recipe.get("adds"), settings, plan.name, plan.state())
                 )
     return runs
 

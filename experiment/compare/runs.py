@@ -110,11 +110,6 @@ class RunRecord(Experiment):
         return {key: value for key, value in settings.items() if key not in may_differ} | data
 
     @property
-    def is_finished(self) -> bool:
-        """Whether nothing is left to do: a trained run that is started again with --aa_examples is attacked later."""
-        return self.attack is not None or not self.settings.model_extra.get("aa_examples")
-
-    @property
     def attack(self) -> Attack | None:
         """AutoAttack on the final student."""
         return self.result.autoattack
