@@ -79,7 +79,7 @@ ALLOWED = End(0, "", "allowed", flags=(*LONG, "--aa_examples", "0", "--stop_on_c
 EARLY = End(0, "", "allowed: BatchNorm statistics have not converged", flags=("--aa_examples", "0"))
 NO_MEMORY = End(
     2,
-    "error: out of GPU memory .*use a smaller --batch",
+    "error: out of GPU memory .*use a smaller batch",
     "one line that suggests a batch size, exit status 2",
 )
 
