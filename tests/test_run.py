@@ -429,18 +429,19 @@ def test_the_statistics_of_the_mean_are_estimated_once(small, kept):
 
 
 def test_the_time_left_counts_evaluation_and_autoattack():
-    args = argparse.Namespace(epochs=10, eval_after=8, steps=10, aa_examples=1000)
-    images = SimpleNamespace(x_train=range(50_000), x_test=range(10_000))
+    args = argparse.Namespace(epochs=10, eval_after=8, aa_examples=1000)
+    images = SimpleNamespace(x_test=range(10_000))
     rows = [{"epoch": epoch, "seconds": 100.0} for epoch in range(1, 9)]
-    training, _ = remaining(args, images, State(epoch=8, rows=rows, seconds={"train": 800.0, "evaluation": 0.0}))
-    assert training > 2 * 100  # two epochs, each with an evaluation, whose time is guessed from the steps'
+    state = State(epoch=8, rows=rows, seconds={"train": 800.0, "evaluation": 0.0})
+    training, _ = remaining(args, images, state, 1e-5)
+    assert training == pytest.approx(2 * (100 + 42 * 10_000 * 1e-5))  # two epochs, each with an evaluation
     rows.append({"epoch": 9, "seconds": 100.0, "clean": 0.6, "pgd20": 0.5})
     state = State(epoch=9, rows=rows, seconds={"train": 900.0, "evaluation": 21.0})
-    training, attack = remaining(args, images, state)
+    training, attack = remaining(args, images, state, 1e-5)
     assert training == pytest.approx(100 + 21)
     # A pass over one image takes 21 s / 21 passes / 10,000 images; 100 passes if it falls, 4000 if it does not.
     assert attack == pytest.approx(1000 * 1e-4 * (0.5 * 100 + 0.5 * 4000))
     args.aa_examples = 0
-    assert remaining(args, images, state)[1] == 0
+    assert remaining(args, images, state, 1e-5)[1] == 0
     line = epoch_line({**rows[-1], "lr": 0.1, "loss": 1.0, "images_per_second": 500.0}, 10, 121.0, 205.0)
     assert line.endswith("about 05:26 left (AutoAttack 03:25)")

@@ -66,13 +66,18 @@ def check_feasible(
         )
 
 
+def sample_of(images: data.Data, most: int) -> tuple[Tensor, Tensor]:
+    """At most `most` test images (n, 3, H, W) in [0, 1] and their labels (n,), spread over the whole set."""
+    sample = slice(None, None, -(-len(images.x_test) // most))
+    return data.as_float(images.x_test[sample]), images.y_test[sample]
+
+
 def check_teacher(name: str, teacher: nn.Module, images: data.Data) -> str:
     """Check that the teacher's logits are finite and differ between images; return how many images it gets right.
 
     A teacher of other data or of other class numbers gets few right.
     """
-    sample = slice(None, None, -(-len(images.x_test) // 64))  # spread over the whole set
-    x, y = data.as_float(images.x_test[sample]), images.y_test[sample]
+    x, y = sample_of(images, 64)
     with torch.no_grad():
         logits = teacher(x)
     if fault := _fault_of(logits):
@@ -89,17 +94,16 @@ def _fault_of(logits: Tensor) -> str | None:
     return "the same for every image" if spread <= 1e-6 * logits.abs().max() else None
 
 
-def collapse_of(student: nn.Module, images: data.Data, *, one_class: bool) -> str | None:
-    """Return how the student has collapsed, on a sample of the test images, or None.
+def collapse_of(student: nn.Module, x: Tensor, y: Tensor, *, one_class: bool) -> str | None:
+    """Return how the student has collapsed on images x (n, 3, H, W) with labels y (n,), or None.
 
     `one_class` counts a single predicted class as collapse.
     """
-    sample = slice(None, None, -(-len(images.x_test) // PROBE_IMAGES))  # spread over the whole set
     with torch.no_grad(), frozen(student):
-        logits = student(data.as_float(images.x_test[sample]))
+        logits = student(x)
     if fault := _fault_of(logits):
         return f"the student's logits are {fault}"
-    if one_class and len(images.y_test[sample].unique()) > 1 and len(logits.argmax(dim=1).unique()) == 1:
+    if one_class and len(y.unique()) > 1 and len(logits.argmax(dim=1).unique()) == 1:
         return (
             "the student predicts one class for every image (allowed with --stop_on_collapse 0, for very unequal "
             "classes)"

@@ -69,6 +69,7 @@ class Run:
         self._trackers = open_trackers(args, self._id, self.folder) if main else []
         self._state, self._steps = State(), 0
         self._saved_at, self._saved = time.monotonic(), (0, 0)
+        self._pass_seconds = math.inf  # of the student's forward pass per image
         self._trained: dict[str, Any] | None = None  # generator states after an epoch, during its evaluation
         self._stopping = Stopping(self.engine, self._save_trained, self._stop_line)
 
@@ -231,7 +232,12 @@ class Run:
         epoch = self._state.epoch + 1
         settled = epoch * self._steps >= checks.SETTLED_STEPS
         one_class = bool(self.args.stop_on_collapse and settled)
-        if fact := checks.collapse_of(self._networks.student, self._images, one_class=one_class):
+        x, y = checks.sample_of(self._images, checks.PROBE_IMAGES)
+        began = time.monotonic()
+        fact = checks.collapse_of(self._networks.student, x, y, one_class=one_class)
+        seconds = (time.monotonic() - began) / len(x) / self.engine.world
+        self._pass_seconds = min(self._pass_seconds, seconds)  # the first pass may choose kernels
+        if fact:
             self._diverged(f"after epoch {epoch} {fact}")
 
     def _diverged(self, fact: str) -> NoReturn:
@@ -271,7 +277,7 @@ class Run:
             self._stopping.leave_together()
         for tracker in self._trackers:
             tracker.log(row)
-        self._bar.line(epoch_line(row, args.epochs, *remaining(args, self._images, state)))
+        self._bar.line(epoch_line(row, args.epochs, *remaining(args, self._images, state, self._pass_seconds)))
 
     def _keep_if_best(self, epoch: int, accuracies: dict[str, float]) -> None:
         """Keep the weights of the epoch that is the best on the held-out images (first of equals)."""

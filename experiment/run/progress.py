@@ -68,15 +68,15 @@ def speed(row: dict[str, Any]) -> str:
     return f"{row['images_per_second']:.{0 if row['images_per_second'] >= 10 else 2}f}"
 
 
-def remaining(args: argparse.Namespace, images: Data, state: State) -> tuple[float, float]:
-    """Estimate the remaining seconds of training and evaluation, and those of AutoAttack, after an epoch."""
+def remaining(args: argparse.Namespace, images: Data, state: State, pass_seconds: float) -> tuple[float, float]:
+    """Estimate the remaining seconds of training and evaluation, and those of AutoAttack, after an epoch.
+
+    `pass_seconds` is the time of the student's forward pass per image, used as long as no evaluation was timed.
+    """
     rows, test = state.rows, len(images.x_test)
     epoch = sum(row["seconds"] for row in rows) / len(rows)
     evaluated = [row for row in rows if "pgd20" in row]
-    if evaluated:
-        evaluation = state.seconds["evaluation"] / len(evaluated)
-    else:  # assume that a training image takes the attack's passes and four more
-        evaluation = epoch / len(images.x_train) / (2 * args.steps + 4) * MONITOR_PASSES * test
+    evaluation = state.seconds["evaluation"] / len(evaluated) if evaluated else pass_seconds * MONITOR_PASSES * test
     left = range(state.epoch + 1, args.epochs + 1)
     evaluations = sum(number > args.eval_after or number == args.epochs for number in left)
     robust = evaluated[-1]["pgd20"] if evaluated else 0.5
