@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 import pytest
+from fault_server import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,6 @@ from experiment.compare.read import read_runs
 from experiment.compare.tables import as_document, as_latex, tables_of
 from experiment.text import AUTOATTACK_STEPS, as_text
 
-ROOT = Path(__file__).parents[1]
 ADDED = {"alpha": 20.0, "beta": 1.0, "gamma": 1.0, "ramp_epochs": 200}
 GRADIENTS = {"gd": 0.0911, "gc": 0.75, "definition": "g = something"}
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from fault_server import ROOT
 
-import evaluate
 import export
 import hubconf
 from experiment import UserError, data, files, records, teachers
@@ -223,8 +222,4 @@ def test_a_folder_of_the_wrong_kind_names_what_to_do(kind, advised, command, mon
         (folder / "model.safetensors").touch()
     with pytest.raises(UserError, match=r"is not the folder of a (finished run|run with)") as caught:
         command("--safetensors", tmp_path / "s.safetensors", folder=folder)
-    assert advised in str(caught.value)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(folder)])
-    with pytest.raises(UserError) as caught:
-        evaluate.main()
     assert advised in str(caught.value)

@@ -10,12 +10,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import reference
 import torch
-from fault_server import HANGS
+from fault_server import HANGS, ROOT
 from reference import CLASSES, SCRIPTS, product_run, reference_run, settings
 
 import attacks
@@ -23,7 +22,6 @@ from cifar100_models import build_model
 from experiment import files
 from experiment.engine.accelerated import GraphedStep
 
-ROOT = Path(__file__).parent.parent
 DEVICE = os.environ.get("GPU_TESTS_DEVICE", "cuda")
 pytestmark = [
     pytest.mark.gpu,

@@ -101,12 +101,6 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 @every_loss
-def test_gradients_equal_finite_differences(name):
-    """Of students and of teachers, which AdaAD's attack differentiates too."""
-    assert torch.autograd.gradcheck(LOSSES[name], [z.requires_grad_() for z in four(scale=1.0)])
-
-
-@every_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_saturated_logits_give_finite_loss_and_gradients(name, dtype):
     # One class 1e4 above the others, a different one for student and teacher: softmax underflows to 0 in both.

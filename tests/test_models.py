@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from torch import nn
 
 from cifar100_models import MODELS, build_model, check_model_name
 from experiment.study.command import forward_macs
@@ -25,22 +24,17 @@ def images(*shape):
 
 @pytest.mark.parametrize(
     ("name", "parameters", "cost"),
-    [("RES-18", 11_220_132, 0.5555), ("MN-V2", 2_412_212, 0.0913), ("WRN-28-10", 36_536_884, 5.2434)],
+    [
+        ("RES-18", 11_220_132, 0.5555),
+        ("MN-V2", 2_412_212, 0.0913),
+        ("WRN-28-10", 36_536_884, 5.2434),
+        ("RES-8", 83_892, 0.0125),
+        ("RES-20", 278_324, 0.0408),
+    ],
 )
 def test_parameters_and_cost_are_the_published_ones(name, parameters, cost):
     assert sum(p.numel() for p in on_paper(name).parameters()) == parameters
     assert forward_macs(name) / 1e9 == pytest.approx(cost, abs=5e-5)  # all digits printed here
-
-
-@pytest.mark.parametrize(
-    ("name", "depth", "channels"),
-    # The depth in a WideResNet's name, 6n + 4, counts its three shortcuts and not its linear layer.
-    [("RES-8", 8, 64), ("RES-20", 20, 64), ("RES-18", 18, 512), ("WRN-10-2", 8, 128), ("WRN-34-20", 32, 1280)],
-)
-def test_depth_and_width(name, depth, channels):
-    layers = {n: m for n, m in on_paper(name).named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    assert len([n for n in layers if "shortcut" not in n.lower()]) == depth
-    assert max(m.out_channels for m in layers.values() if isinstance(m, nn.Conv2d)) == channels
 
 
 @pytest.mark.parametrize("name", NAMES)

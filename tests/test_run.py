@@ -2,19 +2,16 @@
 
 import argparse
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fault_files import small_npz
-from fault_server import HANGS, ROOT, SCRIPTS, SMALL, result_of, stopped_run, tree
+from fault_server import ROOT, SCRIPTS, SMALL, result_of, stopped_run, tree
 
 from experiment import UserError, data, evaluation, files
 from experiment.run import checks, provenance
@@ -42,32 +39,6 @@ def test_another_seed_is_another_run(small):
     flags = [*SMALL, "--seed", "1", "--aa_examples", "0", "--run_name", "seed1"]
     small.server.run(SCRIPTS[0], flags, small.home).expect(0)
     assert result_of(small.home / "runs" / "seed1")["rows"] != small.expected[SCRIPTS[0]]["rows"]
-
-
-def test_signal_saves_and_stops(small):
-    """From another process. A checkpoint a day: what is saved is saved because of the signal."""
-    script = [sys.executable, ROOT / f"{SCRIPTS[0]}.py", *SMALL, "--run_name", "signal"]
-    process = subprocess.Popen(
-        [*script, "--epochs", "2000", "--checkpoint_minutes", "1440"],
-        cwd=small.home,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    for line in process.stdout:
-        if line.startswith("epoch 1/2000"):
-            break
-    time.sleep(0.3)
-    process.send_signal(signal.SIGUSR1)
-    _, error = process.communicate(timeout=HANGS)
-    assert process.returncode == 75, error
-    assert error.count("\n") == 1
-    saved = files.load(small.home / "runs" / "signal" / "last.pt")
-    where = f"in epoch {saved['epoch'] + 1} after step {saved['step']} of 6;"
-    if saved["step"] == 0:
-        where = f"after epoch {saved['epoch']} of 2000;"
-    assert f"stopped by SIGUSR1 {where} the same command resumes" in error
 
 
 def test_signal_before_the_first_step(small):

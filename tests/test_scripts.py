@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from fault_server import HANGS, ROOT, TIMES, reproduces, result_of, stopped_run
+from fault_server import HANGS, ROOT, TIMES
 from reference import EXAMPLES
 
 from experiment.study import plan
@@ -81,14 +81,6 @@ def test_script_from_flags_to_result(finished, script):
     assert (" of 60 test images" in printed) == distils
 
 
-@pytest.mark.parametrize("script", ["examples.trades_cifar100", "examples.saad_cifar100"])
-def test_a_script_stopped_and_resumed_is_the_same_run(script, finished, small):
-    """The six are in the table of faults."""
-    folder, name = finished(script), f"{script}_resumed"
-    stopped_run(small.server, small.home, name, script, flags_of(script))
-    reproduces(small.server, script, small.home, name, result_of(folder), flags_of(script))
-
-
 def test_a_baseline_without_teacher_has_no_flag_for_one(small):
     outcome = small.server.run("examples.trades_cifar100", [*FLAGS, "--teacher", "teacher"], small.home)
     outcome.expect(2, r"unrecognized arguments: --teacher.*\(see python -m examples.trades_cifar100 --help\)")
@@ -127,17 +119,6 @@ def test_compare_prints_the_gain(baseline, gain, finished, small):
     assert gain in written
     assert "cannot subtract" not in written
     assert list(folder.glob("*.png"))
-
-
-def test_evaluate_agrees_with_a_run_without_teacher(finished, small):
-    folder = finished("examples.pgd_at_cifar100")
-    small.server.run("evaluate", [folder, "--attacks", "clean", "pgd"], small.home).expect(0)
-    (record,) = (folder / "evaluations").glob("*_clean-pgd.json")
-    result, again = read(folder, "result"), json.loads(record.read_text())
-    for name, kind in (("clean", "clean"), ("pgd20", "pgd")):
-        (found,) = again["accuracies"][kind]
-        assert found["accuracy"] == result[name]
-    assert again["student_sha256"] == result["student_sha256"]
 
 
 def test_wandb_without_login_fails_before_training(small):

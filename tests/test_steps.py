@@ -58,17 +58,3 @@ def test_the_teachers_own_mode_does_not_matter(method, networks, batches):
     assert all(module.training for module in careless.modules())
     assert_same_network(careless, teacher)
     assert_same_network(student, expected)
-
-
-def test_the_reference_notices_what_it_must(networks, batches):
-    """The tolerance is not so wide that a wrong pass fits in: one weight off is seen."""
-    (student, teacher), method = networks, "adaad_IGDM"
-    args = settings(method)
-    expected = copy.deepcopy(student)
-    torch.manual_seed(5)
-    reference_run(method, expected, copy.deepcopy(teacher), batches, args)
-    torch.manual_seed(5)
-    args.wd *= 1.0001
-    product_run(method, student, teacher, batches, args)
-    with pytest.raises(AssertionError):
-        assert_same_network(student, expected)

@@ -9,14 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fault_server import HANGS
+from fault_server import HANGS, ROOT
 
 from experiment import RunStopped, UserError, text
 from experiment.study import main as study_main
 from experiment.study import plan, processes
 from experiment.study.command import forward_macs, hours_of
 
-ROOT = Path(__file__).parents[1]
 TINY = """
 [teacher]
 dataset = "digits"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_server import HANGS
+from fault_server import HANGS, ROOT
 from torch import nn
 from web_server import served
 
@@ -21,7 +21,6 @@ from experiment.teachers import load_network, load_teacher, zoo
 
 SMALL = "Addepalli2022Efficient_RN18"  # RobustBench's smallest CIFAR-100 architecture, for the many faults
 PARAMETERS = {"BDM": 36_536_884, "DEC": 36_536_884, "LTD": 48_320_276}
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
