@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+import torch
+
+from cifar100_models import ModelError
 from experiment import RunStopped, UserError
 
 _OUT_OF_MEMORY = ("out of memory", "unable to find an engine", "alloc_failed", "allocation_failed")
@@ -24,13 +27,7 @@ def guard(main: Callable[[], None]) -> None:
         # Otherwise the interpreter prints an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except UserError as error:
-        _leave(f"error: {error}", 2)
-    except ValueError as error:
-        from cifar100_models import ModelError  # imports torch
-
-        if not isinstance(error, ModelError):
-            raise
+    except (UserError, ModelError) as error:
         _leave(f"error: {error}", 2)
     except RunStopped as stop:
         _leave(str(stop), stop.status)
@@ -50,8 +47,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     Libraries fail with others: cuDNN with a RuntimeError about an allocation or a missing engine, CUDA with an
     AcceleratorError.
     """
-    import torch  # imported here, because --help must be fast
-
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 

@@ -1,7 +1,6 @@
 """A script's parser: the flags of its RECIPE and those of every script, parsed strictly, every default resolved."""
 
 import argparse
-import difflib
 import functools
 import hashlib
 import math
@@ -44,31 +43,8 @@ class Parser(argparse.ArgumentParser):
         epilog = "\n".join(["examples:", *(f"  {command} {arguments}" for arguments in examples)])
         super().__init__(prog, epilog=epilog if examples else None, allow_abbrev=False, formatter_class=_Help, **kwargs)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        """Parse all arguments; for an unknown flag the error suggests the nearest one."""
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flag = next((text.partition("=")[0] for text in unknown if text.startswith("-")), "")
-            suggestion = _did_you_mean(flag, self._option_string_actions)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion}")
-        return parsed
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Suggest the nearest choice, as ``suggest_on_error`` does from Python 3.14 on."""
-        try:
-            super()._check_value(action, value)
-        except argparse.ArgumentError as error:
-            error.message += _did_you_mean(str(value), map(str, action.choices))
-            raise
-
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
-
-
-def _did_you_mean(text: str, allowed: Iterable[str]) -> str:
-    by_lower = {name.lower(): name for name in allowed}
-    near = difflib.get_close_matches(text.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 
 def defaults_of(recipe: dict[str, Any], preset: str) -> Defaults:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiment import UserError, cli
+from experiment.compare import figures
 from experiment.compare.comparison import Comparison, comparison_of
 from experiment.compare.notes import notes_of, verdict
 from experiment.compare.read import PICTURES, read_runs, records_of
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sources = "run folder, folder of run folders, study (.toml) or records (.json)"
     add("sources", nargs="+", type=Path, metavar="DIR", help=sources)
     add("--out", type=Path, metavar="DIR", help="folder of comparison.md and the plots (default: that of the runs)")
-    columns = f"columns of the table of results, of {', '.join(HEADS)} (default: method, clean, autoattack and gain; "
+    columns = f"columns of the table of results, of {', '.join(HEADS)} (default: method, clean, autoattack, gain and "
+    columns += "what differs; "
     columns += "in comparison.md all that were measured)"
     add("--columns", nargs="+", choices=tuple(HEADS), default=[], metavar="NAME", help=columns)
     for flag, what in FILES.items():
@@ -73,19 +75,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _show(comparison: Comparison, out: Path, columns: Sequence[str], files: Mapping[str, Path]) -> None:
     """Print tables and notes; write comparison.md and the plots (PNG, PDF, SVG) into `out`, and `files` by FILES."""
     make_folder(out)
-    from experiment.compare.figures import all_figures, write_figures  # matplotlib takes a second
-
-    tables, notes, figures = tables_of(comparison, columns), notes_of(comparison), all_figures(comparison)
-    write_figures(figures, out)
-    parts = [as_document(tables, notes), *(f"![{name}]({name}.png)" for name in figures)]
+    tables, notes, drawn = tables_of(comparison, columns), notes_of(comparison), figures.all_figures(comparison)
+    figures.write_figures(drawn, out)
+    parts = [as_document(tables, notes), *(f"![{name}]({name}.png)" for name in drawn)]
     if commands := _commands(comparison):
         parts += ["Commands:", "\n".join(["```sh", *commands, "```"])]
     _write(out / "comparison.md", "\n\n".join(parts) + "\n")
     columns_shown = columns or short_columns(comparison)
     short = tables_of(comparison, columns_shown)
     lines = [*(as_text(table) + "\n" for table in short), *notes_of(comparison, columns_shown)]
-    plots = out / f"{{{','.join(figures)}}}.{{png,pdf,svg}}"
-    lines += [f"\nplots     {plots}" if figures else "\nno plots: no run is finished"]
+    plots = out / f"{{{','.join(drawn)}}}.{{png,pdf,svg}}"
+    lines += [f"\nplots     {plots}" if drawn else "\nno plots: no run is finished"]
     lines += [f"markdown  {out / 'comparison.md'}, with all columns and notes"]
     contents = {
         "csv": lambda: as_csv(comparison),
@@ -169,14 +169,12 @@ def _described(comparison: Comparison, columns: Sequence[str]) -> str:
 
 def _picture(comparison: Comparison, document: Path, names: str, name: str) -> str:
     """Draw one figure beside the document; the Markdown that shows it."""
-    from experiment.compare.figures import all_figures, rendered  # matplotlib takes a second
-
-    figures = all_figures(comparison)
-    if name not in figures:
-        raise UserError(f"{document}: {names} has no figure {name!r}; it has {', '.join(figures) or 'none'}")
+    drawn = figures.all_figures(comparison)
+    if name not in drawn:
+        raise UserError(f"{document}: {names} has no figure {name!r}; it has {', '.join(drawn) or 'none'}")
     path = document.parent / "figures" / f"{names.replace('+', '_')}_{name}.svg"
     path.parent.mkdir(exist_ok=True)
-    content = rendered(figures[name], "svg")
+    content = figures.rendered(drawn[name], "svg")
     write_atomically(path, lambda file: file.write(content[content.index(b"<svg") :]))
     return f"![{name}: {names.replace('+', ', ')}](figures/{path.name})"
 
@@ -185,13 +183,11 @@ def _page(comparison: Comparison, tables: Sequence[Table], notes: Sequence[str])
     """The gains in sentences, tables, figures, notes, and each run's command."""
     from jinja2 import Environment
 
-    from experiment.compare.figures import all_figures, rendered  # matplotlib takes a second
-
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     runs = [(group.label, run) for group in comparison.groups for run in group.runs]
-    figures = all_figures(comparison, stacked=True)  # a telephone shows one column
-    pictures = [(name, "svg+xml", rendered(figure, "svg")) for name, figure in figures.items()]
+    drawn = figures.all_figures(comparison, stacked=True)  # a telephone shows one column
+    pictures = [(name, "svg+xml", figures.rendered(figure, "svg")) for name, figure in drawn.items()]
     pictures += [
         (f"{path.stem}: drawn by evaluate.py for {label}, seed {run.seed}.", PICTURES[path.suffix], path.read_bytes())
         for label, run in runs

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiment.compare.comparison import Comparison, Gain, SeedGroup
+from experiment.evaluation import autoattack_label, wilson_interval
 from experiment.files import write_atomically
 from experiment.text import escaped
 
@@ -29,8 +30,6 @@ def all_figures(comparison: Comparison, *, stacked: bool = False) -> dict[str, A
 
     One version of AutoAttack is shown, the standard one if any group has it, as versions are not comparable.
     """
-    from experiment.evaluation import autoattack_label
-
     versions = {group.first.attack.version for group in comparison.groups if group.first.attack}
     version = "standard" if "standard" in versions else min(versions, default="standard")
     groups = [group for group in comparison.groups if not (attack := group.first.attack) or attack.version == version]
@@ -151,8 +150,6 @@ def _draw_bars(axes: Any, groups: Sequence[SeedGroup], styles: Styles) -> None:
 
     Error bars: one standard deviation over seeds, or for a single seed the 95 % binomial interval of its images.
     """
-    from experiment.evaluation import wilson_interval
-
     for position, group in enumerate(groups):
         values = group.values("autoattack")
         if not values:

@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 from experiment.compare.comparison import Comparison, Gain, SeedGroup
 from experiment.compare.runs import RunRecord, published
 from experiment.compare.statistics import mcnemar, seeds_needed
+from experiment.evaluation import wilson_interval
 from experiment.text import ABSENT, budget, comma_list, points, short_text
 
 GAINS_TO_FIND = (0.01, 0.02, 0.03)
@@ -45,8 +46,6 @@ def verdict(gain: Gain) -> str:
 
 
 def _notes_on_accuracies(groups: Sequence[SeedGroup]) -> Iterator[str]:
-    from experiment.evaluation import wilson_interval
-
     runs = [run for group in groups for run in group.runs]
     if groups:
         tested = comma_list(sorted({run.result.test_examples for run in runs}))

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from experiment import UserError
 from experiment.compare.runs import PendingRun, RunRecord
+from experiment.evaluation import records
 from experiment.files import advice, read_json, read_metrics
 from experiment.records import Config, Evaluation, Record, Result, Row, Settings, checked, read_config, read_result
 from experiment.study import is_locked, read_study
@@ -115,8 +116,6 @@ def _read_folder(folder: Path) -> RunRecord:
     run = _run(folder, config, result, read_metrics(folder / "metrics.jsonl"))
     if not (folder / "evaluations").is_dir():
         return run
-    from experiment.evaluation import records
-
     # Other checkpoints, such as best.pt, and other data leave their records in the same place.
     wanted = (result.student_sha256, config.dataset_sha256)
     found = [checked(Evaluation, record, Path(record["file"])) for record in records(folder)]

@@ -108,7 +108,9 @@ def load_data(
     """
     arrays = read(dataset, Path(data_dir))
     if dataset not in ("cifar100", "cifar10", "digits"):
-        arrays = shuffle_test(arrays)
+        # The first N images of a set sorted by class are no sample of it.
+        order = np.random.RandomState(SEED).permutation(len(arrays.y_test))
+        arrays = replace(arrays, x_test=arrays.x_test[order], y_test=arrays.y_test[order])
     if side:
         arrays = reduce_side(arrays, side)
     x, y = arrays.x_train, arrays.y_train
@@ -133,12 +135,6 @@ def load_data(
         sha256=digest.hexdigest(),
         class_names=arrays.class_names,
     )
-
-
-def shuffle_test(arrays: Arrays) -> Arrays:
-    """Put the test images in a fixed random order: the first N of a set sorted by class are no sample of it."""
-    order = np.random.RandomState(SEED).permutation(len(arrays.y_test))
-    return replace(arrays, x_test=arrays.x_test[order], y_test=arrays.y_test[order])
 
 
 def reduce_side(arrays: Arrays, side: int) -> Arrays:

@@ -113,18 +113,15 @@ def _npz(path: Path) -> Arrays:
     """The four arrays of an .npz, and its class_names if it has any."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
-            missing = [key for key in KEYS if key not in content]
-            if missing:
-                raise UserError(f"{path} has no {', '.join(missing)}; expected the arrays {', '.join(KEYS)}")
             found = {key: content[key] for key in (*KEYS, "class_names") if key in content}
         if not all(isinstance(array, np.ndarray) for array in found.values()):
             raise ValueError("a member is not an array")  # numpy returns its bytes
-    except UserError:
-        raise
     except Exception as error:  # zipfile, zlib and numpy's header parser each raise types of their own
         raise UserError(
             f"{path} is not a readable .npz of plain arrays: {' '.join(str(error).split())[:120]}"
         ) from error
+    if missing := [key for key in KEYS if key not in found]:
+        raise UserError(f"{path} has no {', '.join(missing)}; expected the arrays {', '.join(KEYS)}")
     names = found.pop("class_names", None)
     if names is not None:
         if names.ndim != 1:

@@ -20,6 +20,7 @@ from typing import Any
 
 from experiment import UserError, cli
 from experiment.records import read_config
+from experiment.run import find_run
 from experiment.text import short_name, started_as
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,8 +55,6 @@ class PlannedRun:
 
     def state(self) -> str:
         """Return finished, running, unfinished or to do; UserError if the folder has a run with other settings."""
-        from experiment.run import find_run
-
         settings = dict(self.settings)
         if (self.folder / "config.json").is_file():
             # Flags that the study does not set, and the device, may differ.
