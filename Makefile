@@ -18,7 +18,7 @@ setup: .venv/ready
 test: setup
 	$(ONE) $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-# Kills, starves and feeds garbage to real runs for some 20 minutes; rewrites docs/reliability.md.
+# Kills, starves and feeds garbage to real runs for some 40 minutes; rewrites docs/reliability.md.
 test-faults: setup
 	$(PY) tests/fault_run.py --write docs/reliability.md
 

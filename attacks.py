@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rslad_loss import at_least_float32, kl_divergence
 
 EPSILON, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 10
-"""The budget of all four papers; the defaults of every attack."""
+"""The defaults of every attack: the budget on which the scripts train."""
 
 INNER_MAXIMISATIONS = ("pgd", "rslad", "adaad", "igdm")
 """The names that ``perturb`` and ``--attack`` take; ``pgd`` is ARD's."""

@@ -3,7 +3,7 @@
 python evaluate.py WHAT [--attacks clean pgd ...]; WHAT is a run folder, a checkpoint, a RobustBench name, or a file of
 bare weights with --arch. The defaults are the settings of the network's run, so that its measurements are repeated.
 For an unfinished run, last.pt is measured. Every call writes a record next to the network,
-evaluations/<time>_<what>.json; result.json is not changed.
+evaluations/<time>_<attacks>.json; result.json is not changed.
 """
 
 import time
@@ -44,7 +44,7 @@ def build_parser():
     add("--figure", type=Path, metavar="FILE", help="input gradients as a .png, .pdf or .svg")
     add("--beside", nargs="+", metavar="WHAT", default=[], help="further students in --figure")
     add("--curve_figure", type=Path, metavar="FILE", help="plot accuracy over --epsilons")
-    add("--out", type=Path, metavar="FILE.json", help="file of the record (default: evaluations/<time>_<what>.json)")
+    add("--out", type=Path, metavar="FILE.json", help="file of the record (default: evaluations/<time>_<attacks>.json)")
     for name in ("teacher", "dataset", "data_dir", "side", "aa_examples", "aa_batch", "device", "deterministic"):
         add(f"--{name}", **cli.options(name))
     seeds = "seed of random starts (default 0, as in every run) and of AutoAttack (default: the run's)"
@@ -93,7 +93,7 @@ def parse_args(argv=None):
     args.device = cli.resolve_device(parser, args.device)
     cuda = args.device.startswith("cuda")
     if args.precision == "tf32" and not cuda:
-        parser.error("argument --precision: 'tf32' is not allowed on the CPU; fp32")
+        parser.error("argument --precision: 'tf32' is not allowed on the CPU; expected fp32")
     # Networks are measured in float32, those of a bf16 run in TF32.
     args.precision = args.precision or ("tf32" if cuda and run.get("precision") != "fp32" else "fp32")
     for name in ("train_examples", "holdout"):  # not flags of evaluate.py, but the data's hash depends on them

@@ -36,7 +36,7 @@ def main():
     run = Run(args, __file__, RECIPE)
     images = data.load_data(args.dataset, args.data_dir, run.device, **data.selection(args))
     student = build_model(args.student, images.num_classes).to(run.device)
-    teacher = None  # PGD-AT needs none
+    teacher = None  # PGD-AT has none
     optimizer = optim.sgd(student, args)
     run.start(images, student, optimizer, teacher)
     fast_student, fast_teacher = run.engine.accelerate(student), run.engine.accelerate(teacher)

@@ -2,8 +2,8 @@
 
 attack  x_adv = argmax KL(T̃(x+δ) ‖ S(x+δ)), ‖δ‖∞ ≤ ε, from x + 0.001 N(0, 1); T̃ is T(x) with the true class's logit
         linearised, T_y(x) + ⟨∇T_y(x), δ⟩: one backward pass of the teacher per batch instead of one per step
-weight  w = a (H(T(x_adv)) − its minimum in the batch), w̄ = w / its maximum, H the Shannon entropy
-loss    mean of w (KL(T(x_adv) ‖ S(x_adv)) + α epoch/epochs L_IGDM) + b (1 − w̄) KL(T(x) ‖ S(x)); a, b: --..._factor
+weight  w = a (H(T(x_adv)) − its minimum in the batch), w̄ = w / its maximum; H: entropy, a: --entropy_factor
+loss    mean of w (KL(T(x_adv) ‖ S(x_adv)) + α epoch/epochs L_IGDM) + b (1 − w̄) KL(T(x) ‖ S(x)); b: --clean_factor
 """
 
 import torch

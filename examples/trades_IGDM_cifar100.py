@@ -57,7 +57,8 @@ def main():
     run = Run(args, __file__, RECIPE)
     images = data.load_data(args.dataset, args.data_dir, run.device, **data.selection(args))
     student = build_model(args.student, images.num_classes).to(run.device)
-    teacher = None  # TRADES needs none
+    teacher = None  # TRADES has none
+    # Used by the IGDM term only.
     teacher = load_teacher(args.teacher, images.num_classes, args.teacher_path, images.name, device=run.device)
     optimizer = optim.sgd(student, args)
     run.start(images, student, optimizer, teacher)

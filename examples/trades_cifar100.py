@@ -43,7 +43,7 @@ def main():
     run = Run(args, __file__, RECIPE)
     images = data.load_data(args.dataset, args.data_dir, run.device, **data.selection(args))
     student = build_model(args.student, images.num_classes).to(run.device)
-    teacher = None  # TRADES needs none
+    teacher = None  # TRADES has none
     optimizer = optim.sgd(student, args)
     run.start(images, student, optimizer, teacher)
     fast_student, fast_teacher = run.engine.accelerate(student), run.engine.accelerate(teacher)

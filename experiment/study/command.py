@@ -15,6 +15,7 @@ from typing import Any
 
 from cifar100_models import build_model
 from experiment import UserError, cli
+from experiment.evaluation import MONITOR_PASSES
 from experiment.study.plan import FINISHED, ROOT, PlannedRun, Study, read_study
 from experiment.study.processes import Processes, submit
 from experiment.text import as_text
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; KEY=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected KEY=VALUE")
     return key, int(value) if value.isdecimal() else value
 
 
@@ -108,8 +109,6 @@ def counted() -> dict[str, Any]:
 
 def hours_of(run: PlannedRun) -> float | None:
     """Estimated hours of a whole run; None if costs.toml lacks its method, attack, network or data set."""
-    from experiment.evaluation import MONITOR_PASSES
-
     table, settings = counted(), run.settings
     passes, images = table["passes"].get(run.method), table["training_images"].get(settings["dataset"])
     student, teacher = forward_macs(settings["student"]), forward_macs(str(settings.get("teacher")))
