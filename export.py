@@ -161,7 +161,7 @@ def write_safetensors(path, student):
     from safetensors.torch import save
 
     metadata = {"architecture": student.architecture, "num_classes": str(student.num_classes), "format": "pt"}
-    # Copies, because safetensors refuses tensors that share memory, such as tied weights.
+    # Copies, because safetensors cannot store tensors that share memory, such as tied weights.
     tensors = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
     content = save(tensors, metadata=metadata)
     files.write_atomically(path, lambda file: file.write(content))

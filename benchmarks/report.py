@@ -142,7 +142,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> a
     """Parse a benchmark's flags and those that every benchmark has."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--rounds", type=cli.positive_int, default=5, help="turns per setting")
-    parser.add_argument("--commit", help="the commit, where git cannot tell it")
+    parser.add_argument("--commit", help="the commit, if git does not know it")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args(argv)
     args.device = cli.resolve_device(parser, args.device)

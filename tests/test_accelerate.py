@@ -294,7 +294,7 @@ def test_cuda_without_a_number_is_a_device_with_one(flag, rank, index, monkeypat
         ("cuda", 1, "started 2 processes, but torch sees 1 GPU"),
     ],
 )
-def test_processes_that_would_share_a_gpu_are_refused(flag, gpus, said, monkeypatch):
+def test_processes_that_would_share_a_gpu_are_an_error(flag, gpus, said, monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
@@ -315,7 +315,7 @@ def test_a_ranks_usual_batch_is_its_own_share():
 
 
 @pytest.mark.parametrize("broken", [None, "frozen", "train"])
-def test_a_compiled_network_that_computes_something_else_is_refused(broken, networks, monkeypatch):
+def test_a_compiled_network_that_computes_something_else_is_an_error(broken, networks, monkeypatch):
     """Either kind of pass; what is compared leaves weights, statistics and random numbers as they were."""
     torch.compiler.reset()
 

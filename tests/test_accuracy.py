@@ -143,7 +143,7 @@ GOOD = torch.full((2, 3, 8, 8), 0.5)
         (GOOD[0], torch.tensor([0, 1, 2]), "(3, 8, 8)"),
     ],
 )
-def test_images_and_labels_out_of_range_are_refused(x, y, said):
+def test_images_and_labels_out_of_range_are_an_error(x, y, said):
     for measure in (evaluation.accuracy, lambda *a: evaluation.autoattack(*a, EPSILON)):
         with pytest.raises(UserError) as caught:
             measure(tiny_network(), x, y)

@@ -343,6 +343,6 @@ def test_signs_of_gradient_masking_are_reported(quick_autoattack, monkeypatch, c
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 8.0])
-def test_an_epsilon_out_of_range_is_refused(epsilon):
+def test_an_epsilon_out_of_range_is_an_error(epsilon):
     with pytest.raises(UserError, match=f"epsilon {epsilon:g} is out of range"):
         evaluation.autoattack(tiny_network(), *labelled(tiny_network()), epsilon)

@@ -27,8 +27,8 @@ def parse(script, *argv):
     return cli.parse_args(module.__file__, module.RECIPE, [*device, *argv])
 
 
-def refused(capsys, script, *argv):
-    """The one line on stderr with which a script refuses its arguments."""
+def error_of(capsys, script, *argv):
+    """Return the one line on stderr for arguments that are an error."""
     with pytest.raises(SystemExit) as caught:
         parse(script, *argv)
     out, err = capsys.readouterr()
@@ -104,7 +104,7 @@ def test_device_and_precision_follow_the_machine(monkeypatch, capsys):
     assert (args.device, args.precision) == ("cpu", "fp32")
     assert parse("adaad", "--precision", "bf16").precision == "bf16"
     for device in ("cuda", "cuda:0"):
-        assert f"{device!r} is not allowed; torch sees no CUDA device(s) here" in refused(
+        assert f"{device!r} is not allowed; torch sees no CUDA device(s) here" in error_of(
             capsys, "adaad", "--device", device
         )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -112,7 +112,7 @@ def test_device_and_precision_follow_the_machine(monkeypatch, capsys):
     args = parse("adaad", "--device", "auto")
     assert (args.device, args.precision) == ("cuda", "tf32")
     assert parse("adaad", "--device", "cuda:1", "--precision", "fp32").precision == "fp32"
-    assert "'cuda:2' is not allowed; torch sees 2 CUDA device(s)" in refused(capsys, "adaad", "--device", "cuda:2")
+    assert "'cuda:2' is not allowed; torch sees 2 CUDA device(s)" in error_of(capsys, "adaad", "--device", "cuda:2")
 
 
 # The papers' preset
@@ -186,10 +186,10 @@ def test_milestones_are_given_or_the_recipes_or_half_and_three_quarters_rounded_
     "networks", [("--teacher", "runs/teacher"), ("--student", "RES-8"), ("--teacher", "Wang2023Better_WRN-70-16")]
 )
 def test_an_alpha_that_no_paper_has_must_be_given(networks, capsys):
-    line = refused(capsys, "adaad_IGDM", *networks, "--preset", "paper")
+    line = error_of(capsys, "adaad_IGDM", *networks, "--preset", "paper")
     assert networks[1] in line
     assert "the paper has it for BDM, LTD, DEC and RES-18, MN-V2 only: give --alpha" in line
-    assert "for cifar10; its table is of cifar100" in refused(
+    assert "for cifar10; its table is of cifar100" in error_of(
         capsys, "adaad_IGDM", "--preset", "paper", "--dataset", "cifar10"
     )
     assert parse("adaad_IGDM", *networks, "--preset", "paper", "--alpha", "5").alpha == 5
@@ -267,7 +267,7 @@ def test_wandb_is_nowand_without_the_negative(argv, nowand):
 
 @pytest.mark.parametrize("argv", ["--epoch 3", "--epo=3", "--wandb_tag a", "--ramp-epochs 3"])
 def test_no_abbreviations(argv, capsys):
-    assert f"unrecognized arguments: {argv} (see" in refused(capsys, "adaad_IGDM", *argv.split())
+    assert f"unrecognized arguments: {argv} (see" in error_of(capsys, "adaad_IGDM", *argv.split())
 
 
 @pytest.mark.parametrize("script", ["evaluate", "compare", "study", "export"])
@@ -311,7 +311,7 @@ BDM = "cifar100_BDM_RES-18"
         ("--nowand 0 --eval_after 3 --aa_examples 5 --data_dir x --teacher_path y", BDM),
     ],
 )
-def test_run_name_tells_what_is_not_the_default(argv, name):
+def test_the_run_name_contains_what_is_not_the_default(argv, name):
     assert parse("ard_IGDM", "--seed", "3", *argv.split()).run_name == f"ard_IGDM_{name}_seed3"
 
 
@@ -353,10 +353,10 @@ BAD = [
 
 
 @pytest.mark.parametrize(("script", "flags", "values", "allowed"), BAD)
-def test_a_bad_value_is_refused_in_a_line_that_names_it_and_the_allowed(script, flags, values, allowed, capsys):
+def test_a_bad_value_is_one_line_that_names_it_and_what_is_allowed(script, flags, values, allowed, capsys):
     for flag in flags.split():
         for value in values:
-            line = refused(capsys, script, f"--{flag}={value}")
+            line = error_of(capsys, script, f"--{flag}={value}")
             assert f"--{flag}" in line
             assert repr(value) in line or f" {value} " in line, value
             assert re.search(allowed, line), line
@@ -378,7 +378,7 @@ def test_a_bad_value_is_refused_in_a_line_that_names_it_and_the_allowed(script, 
     ],
 )
 def test_arguments_that_need_or_contradict_others(argv, reason, capsys):
-    assert reason in refused(capsys, "adaad", *argv.split())
+    assert reason in error_of(capsys, "adaad", *argv.split())
 
 
 # The frame of every script

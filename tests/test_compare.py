@@ -1,4 +1,4 @@
-"""compare.py on made run folders: what it prints, what it refuses, and that no input ends in a traceback."""
+"""compare.py on made run folders: what it prints, what is an error, and that no input ends in a traceback."""
 
 import csv
 import json
@@ -108,8 +108,8 @@ def compare(*folders: Path) -> str:
     """All columns and the notes, without writing or drawing; raises as compare.py does."""
     found = comparison_of(read_runs(folders))
     text = "\n".join([*map(as_text, tables_of(found)), "", *notes_of(found)])
-    if found.refusals:
-        raise UserError("; ".join(found.refusals))
+    if found.not_subtracted:
+        raise UserError("; ".join(found.not_subtracted))
     return text
 
 
@@ -629,7 +629,7 @@ def test_the_terminal_has_notes_on_the_columns_that_it_shows(tmp_path, written):
         ("a.json", '{"format": 1, "runs": [{}]}', "a.json: runs.0.folder is absent"),
     ],
 )
-def test_damaged_files_are_refused_by_name(pair, name, content, named):
+def test_damaged_files_are_named(pair, name, content, named):
     (pair[0] / name).write_text(content, errors="surrogateescape")
     with pytest.raises(UserError) as caught:
         compare(pair[0] / name if name == "a.json" else pair[0])
@@ -647,7 +647,7 @@ ANYTHING = st.recursive(
 # The folders are rewritten by each example, so sharing the fixture between examples does no harm.
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_value_anywhere_is_read_or_refused(tmp_path, data):
+def test_any_value_anywhere_is_read_or_an_error(tmp_path, data):
     """One entry of config.json or result.json is replaced by anything, or removed."""
     folder = tmp_path / "run"
     if not folder.exists():
@@ -673,12 +673,12 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path, data):
         pass  # the only error that is not a traceback
 
 
-def test_flags_that_do_not_fit_are_refused(tmp_path):
+def test_flags_that_do_not_fit_are_an_error(tmp_path):
     with pytest.raises(UserError, match="flags are of 2 images, expected 100"):
         compare(make_run(tmp_path / "a", attack={"flags": dict.fromkeys(AUTOATTACK_STEPS, "01")}))
 
 
-def test_out_that_cannot_be_made_is_refused(pair, tmp_path):
+def test_out_that_cannot_be_made_is_an_error(pair, tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(UserError, match="cannot create"):
         comparing.main([*map(str, pair), "--out", str(tmp_path / "file")])
@@ -728,7 +728,7 @@ def test_output_that_nobody_reads_is_no_error(pair, tmp_path):
 )
 def test_committed_tables_and_figures_are_those_of_the_committed_records(document, tmp_path):
     text = (ROOT / document).read_text()
-    # A study that has no records stands with its published figures alone.
+    # A study without records has its published figures only.
     sources = {
         path.stem: path
         for folder, kind in (("studies", "toml"), ("docs/results", "json"))

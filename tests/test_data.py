@@ -22,7 +22,7 @@ from experiment import UserError, compat, data, files
 from experiment.data import as_float, augment, load_data
 
 
-def refusal(*args, **kwargs):
+def error_of(*args, **kwargs):
     """The one line of load_data's error."""
     with pytest.raises(UserError) as caught:
         load_data(*args, **kwargs)
@@ -187,7 +187,7 @@ def test_subsets_are_stratified_and_fixed():
 
 @pytest.mark.parametrize(("flag", "count"), [("holdout", 1430), ("train_examples", 5), ("train_examples", 1438)])
 def test_a_subset_that_loses_a_class_is_an_error(flag, count):
-    assert f"--{flag} {count} is not possible with 1437 training images" in refusal("digits", **{flag: count})
+    assert f"--{flag} {count} is not possible with 1437 training images" in error_of("digits", **{flag: count})
 
 
 # .npz files
@@ -249,10 +249,10 @@ def test_side_is_the_mean_of_whole_blocks_half_up(tmp_path, side, reduced):
 
 @pytest.mark.parametrize("side", [4, 7, 12, 32])
 def test_a_side_that_does_not_divide_is_an_error(tmp_path, side):
-    assert f"--side {side} is not possible for images of 16 x 16" in refusal(npz(tmp_path, arrays(side=16)), side=side)
+    assert f"--side {side} is not possible for images of 16 x 16" in error_of(npz(tmp_path, arrays(side=16)), side=side)
     wide = {f"x_{split}": np.zeros((4, 16, 32, 3), np.uint8) for split in ("train", "test")}
     wide |= {"y_train": np.array([0, 1, 0, 1]), "y_test": np.array([0, 1, 0, 1])}
-    assert "images of 16 x 32 pixels (expected square images" in refusal(npz(tmp_path, wide), side=side)
+    assert "images of 16 x 32 pixels (expected square images" in error_of(npz(tmp_path, wide), side=side)
 
 
 def test_class_names_give_the_number_of_classes(tmp_path):
@@ -297,7 +297,7 @@ BAD = {
 def test_bad_arrays_are_an_error(case, tmp_path):
     spoil, expected = BAD[case]
     path = npz(tmp_path, spoil(arrays()))
-    line = refusal(path)
+    line = error_of(path)
     assert path in line
     assert expected in line
 
@@ -340,7 +340,7 @@ def test_unreadable_files_are_an_error_and_run_no_code(case, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "images.npz"
     path.write_bytes(FILES[case])
-    line = refusal(str(path))
+    line = error_of(str(path))
     assert f"{path} is not a readable .npz of plain arrays" in line
     assert len(line) < len(str(path)) + 200
     assert not (tmp_path / "burst").exists()
@@ -352,7 +352,7 @@ def test_unreadable_files_are_an_error_and_run_no_code(case, tmp_path, monkeypat
 def test_unknown_names_are_an_error_before_anything_is_read(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.npz").mkdir()
-    line = refusal(name)
+    line = error_of(name)
     allowed = "cifar100, cifar10, svhn, digits, a .npz file or a folder of images"
     npz_line = f"--dataset {name}: no such file"
     assert line == (npz_line if name.endswith(".npz") else f"--dataset {name!r} is not allowed; expected {allowed}")
@@ -397,7 +397,7 @@ class Source:
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
         self.archive = stream.getvalue()
-        with socket.socket() as probe:  # a port that nobody listens at: no test may ask the real server
+        with socket.socket() as probe:  # a port without a server: no test may contact the real one
             probe.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{probe.getsockname()[1]}/{self.kind.filename}"
         for attribute, value in {
@@ -468,7 +468,7 @@ def test_several_processes_download_once(source, tmp_path, monkeypatch, capsys):
 
 
 def failed_download(source, folder):
-    line, archive = refusal("cifar100", str(folder)), folder / source.kind.filename
+    line, archive = error_of("cifar100", str(folder)), folder / source.kind.filename
     assert f"{archive} is missing and could not be downloaded (" in line
     assert line.endswith(f"; download {source.kind.url} in a browser and save it as {archive}")
     assert {path.name for path in folder.iterdir()} <= {".cifar100.lock"}
@@ -498,19 +498,19 @@ def test_failed_downloads_leave_nothing(source, tmp_path, monkeypatch):
 
 
 def test_an_archive_is_unpacked_and_an_altered_folder_left_in_place(source, tmp_path, capsys):
-    """Perhaps somebody's noisy labels: they are not CIFAR's, but not ours to delete."""
+    """It may contain a user's noisy labels, which must not be deleted."""
     (tmp_path / source.kind.filename).write_bytes(source.archive)
     source.check(load_data("cifar100", str(tmp_path)))
     assert capsys.readouterr() == ("", "")
     altered = tmp_path / source.kind.base_folder / "train"
     altered.write_bytes(b"noisy")
-    assert f"{altered.parent} is incomplete or altered (MD5); move it away" in refusal("cifar100", str(tmp_path))
+    assert f"{altered.parent} is incomplete or altered (MD5); move it away" in error_of("cifar100", str(tmp_path))
     assert altered.read_bytes() == b"noisy"
 
 
 def test_a_data_dir_that_is_a_file(source, tmp_path):
     (tmp_path / "data").write_text("no folder")
-    line = refusal("cifar100", str(tmp_path / "data"))
+    line = error_of("cifar100", str(tmp_path / "data"))
     assert line.startswith(f"cannot write to {tmp_path / 'data'}: ")
     assert line.endswith("choose another --data_dir")
     assert (tmp_path / "data").read_text() == "no folder"
@@ -535,9 +535,9 @@ def test_svhn_in_its_real_format_damaged_and_missing(tmp_path, monkeypatch):
     assert torch.equal(loaded.y_test, parts["test"][1][order])
     assert (loaded.num_classes, loaded.flip, loaded.pad, loaded.class_names[9]) == (10, False, 4, "9")
     file.write_bytes(file.read_bytes()[:-10])
-    assert f"{file} is damaged or incomplete" in refusal("svhn", str(tmp_path))
+    assert f"{file} is damaged or incomplete" in error_of("svhn", str(tmp_path))
     file.unlink()
-    line = refusal("svhn", str(tmp_path))
+    line = error_of("svhn", str(tmp_path))
     assert f"{file} is missing and could not be downloaded (" in line
     assert line.endswith(f"save it as {file}")
 
@@ -606,4 +606,4 @@ BAD_FOLDERS = {
 @pytest.mark.parametrize("line", BAD_FOLDERS)
 def test_bad_folders_are_an_error(line, folder):
     BAD_FOLDERS[line](folder)
-    assert line in refusal(str(folder))
+    assert line in error_of(str(folder))

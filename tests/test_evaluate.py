@@ -132,7 +132,7 @@ def test_few_classes_are_attacked_with_fewer_targets_and_named_so(quick_autoatta
 
 
 def test_no_evaluation_overwrites_another(quick_autoattack, run_folder, measure, error_of):
-    """Nor is a second checkpoint of the same folder refused because of the first one's AutoAttack chunks."""
+    """The AutoAttack chunks of one checkpoint are no error for a second one of the same folder."""
     torch.manual_seed(7)
     settings = files.read_json(run_folder / "config.json")["settings"]
     files.save_student(run_folder / "other.pt", build_model("RES-8", 10), "RES-8", 10, {"settings": settings})

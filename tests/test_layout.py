@@ -91,7 +91,7 @@ EXPERIMENT = pytest.mark.parametrize("part", [part for part in PARTS if part.sta
 
 @every_part
 def test_imports_of_the_project(part):
-    """Libraries, networks and rooms are below the methods; nobody imports a script."""
+    """Libraries, networks and rooms are below the methods; no file imports a script."""
     package, _, _ = part.partition("/")
     name = room_of(part) if package == "experiment" else part
     default = METHOD_PARTS if part.removesuffix(".py") in SCRIPTS or package == "examples" else set()
@@ -120,7 +120,7 @@ def test_imports_go_down_only(part):
 
 
 @every_part
-def test_nobody_reaches_past_a_door(part):
+def test_a_package_is_imported_through_its_init(part):
     """A room's modules are its own affair; others import from experiment.ROOM what its __init__ imports."""
     for module, name in project_imports(part):
         room = room_of(module)

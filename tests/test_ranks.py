@@ -56,7 +56,7 @@ def test_two_ranks_make_the_update_of_one(small, tmp_path):
         assert torch.equal(rank_0[name], rank_1[name])
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(small):
+def test_a_run_resumes_with_another_number_of_ranks(small):
     """Two processes are stopped in the second epoch; one process resumes and finishes with AutoAttack."""
     flags, folder = [*SMALL, "--run_name", "fewer ranks"], small.home / "runs" / "fewer ranks"
     stopped = small.server.run("adaad_IGDM_cifar100", flags, small.home, faults=[("step", 9, "SIGTERM")], ranks=2)
@@ -95,7 +95,7 @@ def test_a_signal_to_one_rank_stops_all(small):
     assert fault_ranks.stop(flags, small.home, small.home / "runs" / "ranks", "SIGTERM", "to rank 1 only", 1)
 
 
-def test_what_one_rank_refuses_all_refuse(small, finished, tmp_path):
+def test_an_error_on_one_rank_ends_all(small, finished, tmp_path):
     """A last.pt of another run: only rank 0 used to know the run's id, and the others went on with it."""
     folder = shutil.copytree(finished, tmp_path / finished.name)
     content = torch.load(folder / "last.pt", weights_only=True)

@@ -1,4 +1,4 @@
-"""The run folder: stopping, resuming, refusing. Real runs of seconds, in forks (see fault_server.py)."""
+"""The run folder: stopping, resuming, errors. Real runs of seconds, in forks (see fault_server.py)."""
 
 import argparse
 import json
@@ -57,7 +57,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(small):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_other_settings_are_refused_and_free_ones_are_not(small):
+def test_other_settings_are_an_error_and_free_ones_are_not(small):
     folder = stopped_run(small.server, small.home, "other")
     flags = [*SMALL, "--run_name", "other"]
     outcome = small.server.run(SCRIPTS[0], [*flags, "--lr", "0.2", "--seed", "3"], small.home)
@@ -105,7 +105,7 @@ def test_run_that_never_saved_anything_is_no_obstacle(small):
     assert json.loads((small.home / "runs" / "typo" / "config.json").read_text())["settings"]["lr"] == 0.1
 
 
-def test_folder_of_something_else_is_refused_untouched(small):
+def test_a_folder_of_something_else_is_an_error_and_unchanged(small):
     folder = small.home / "runs" / "thesis"
     folder.mkdir()
     (folder / ".notes.tmp").write_text("mine")
@@ -117,12 +117,12 @@ def test_folder_of_something_else_is_refused_untouched(small):
     shutil.rmtree(folder)
 
 
-def test_a_refused_start_leaves_no_folder(small):
-    command = [sys.executable, ROOT / f"{SCRIPTS[0]}.py", *SMALL, "--run_name", "refused", "--teacher", small.home]
+def test_a_failed_start_leaves_no_folder(small):
+    command = [sys.executable, ROOT / f"{SCRIPTS[0]}.py", *SMALL, "--run_name", "failed", "--teacher", small.home]
     done = subprocess.run(command, cwd=small.home, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "holds no student.pt" in done.stderr
-    assert not (small.home / "runs" / "refused").exists()
+    assert not (small.home / "runs" / "failed").exists()
 
 
 def test_resumed_run_names_what_changed(small):
@@ -202,10 +202,10 @@ def test_the_commit_of_an_edited_script_is_dirty(tmp_path):
     assert edited["code_sha256"] != clean["code_sha256"]
 
 
-# Refused before the first step, or brought to an end after the last
+# Errors before the first step, and the end after the last
 
 
-def test_autoattack_with_epsilon_0_is_refused_before_training(small):
+def test_autoattack_with_epsilon_0_is_an_error_before_training(small):
     flags = [*SMALL, "--epsilon", "0", "--run_name", "epsilon 0"]
     outcome = small.server.run(SCRIPTS[0], flags, small.home)
     outcome.expect(
@@ -238,7 +238,7 @@ def test_autoattack_with_few_classes_is_named_by_its_targets(small):
     ],
     ids=["classes", "maps", "call", "kind", "size", "parameters"],
 )
-def test_a_network_that_makes_no_logits_is_refused_before_training(small, network, said):
+def test_a_network_that_makes_no_logits_is_an_error_before_training(small, network, said):
     file = small.home / "own.py"
     file.write_text(f"from torch import nn\ndef own(classes):\n    return {network}\n")
     flags = [*SMALL, "--student", f"{file}:own", "--run_name", "own"]
@@ -246,7 +246,7 @@ def test_a_network_that_makes_no_logits_is_refused_before_training(small, networ
     assert not (small.home / "runs" / "own" / "config.json").exists()
 
 
-def test_a_missing_pyautoattack_is_refused_before_training(monkeypatch):
+def test_a_missing_pyautoattack_is_an_error_before_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)  # as if it were not installed
     with pytest.raises(UserError, match=r"AutoAttack cannot be imported .*, or use --aa_examples 0"):
         checks.check_names(argparse.Namespace(dataset="digits", aa_examples=4, epsilon=0.1))
@@ -367,7 +367,7 @@ def test_the_mean_weights_are_those_of_the_last_epochs(small, kept):
 
 
 @pytest.mark.parametrize("fault", [("step", 15, "kill"), ("evaluation", 3, "SIGTERM")])
-def test_a_run_that_keeps_best_and_mean_goes_on_bit_for_bit(small, kept, fault):
+def test_a_run_that_keeps_best_and_mean_resumes_bit_for_bit(small, kept, fault):
     flags, result = kept
     name = f"kept_{fault[0].replace(':', '_')}"
     assert small.server.run(SCRIPTS[0], [*flags, "--run_name", name], small.home, faults=[fault]).status != 0

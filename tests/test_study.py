@@ -1,4 +1,4 @@
-"""study.py: the runs that a file stands for, and real small ones started, stopped, resumed and failed."""
+"""study.py: the runs of a file, and real small ones started, stopped, resumed and failed."""
 
 import os
 import signal
@@ -65,9 +65,9 @@ def test_another_machines_device_is_planned_and_not_run_here(tmp_path, capsys, m
     start = [str(path), "--run_dir", str(tmp_path)]
     study_main([*start, "--dry_run", "1"])
     assert "--device cuda --precision tf32" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as refused:
+    with pytest.raises(SystemExit) as caught:
         study_main(start)
-    assert refused.value.code == 2
+    assert caught.value.code == 2
     assert "'cuda' is not allowed; torch sees no CUDA device(s) here" in capsys.readouterr().err
     assert not (tmp_path / "mine").exists()
 
@@ -127,7 +127,7 @@ def test_a_mistake_is_one_line_before_any_work(study_of, old, new, named):
     assert "\n" not in str(caught.value)
 
 
-def test_a_value_that_a_script_refuses_is_refused(study_of, capsys):
+def test_a_value_that_a_script_does_not_allow_is_an_error(study_of, capsys):
     with pytest.raises(SystemExit) as caught:
         study_of(TINY.replace("epochs = 1\nbatch = 256\nsteps = 1\nstep", "epochs = 0\nbatch = 256\nsteps = 1\nstep"))
     assert caught.value.code == 2
@@ -312,7 +312,7 @@ def test_a_signal_reaches_the_run_that_is_just_being_started(tmp_path, monkeypat
     assert "exit status -15" in capsys.readouterr().out, "it was stopped, not waited for"
 
 
-def test_a_study_is_stopped_and_goes_on_and_a_failed_run_stops_no_other(study_of, tmp_path, capsys, monkeypatch):
+def test_a_study_is_stopped_and_resumes_and_a_failed_run_stops_no_other(study_of, tmp_path, capsys, monkeypatch):
     """One sequence, as each process takes seconds: stop in the first run, resume, report a failure, end as a job."""
     study, runs = study_of(TINY.replace("seed = [0, 1]", "seed = [0]")), tmp_path / "runs" / "mine"
     path, arguments = tmp_path / "mine.toml", [str(tmp_path / "mine.toml"), "--run_dir", str(tmp_path / "runs")]

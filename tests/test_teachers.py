@@ -143,7 +143,7 @@ def test_own_checkpoint_and_run_folder(tmp_path):
         load_teacher(str(folder), 100)
 
 
-def refusal(*args, load=load_teacher, **kwargs):
+def error_of(*args, load=load_teacher, **kwargs):
     with pytest.raises(UserError) as caught:
         load(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -151,16 +151,16 @@ def refusal(*args, load=load_teacher, **kwargs):
 
 
 def test_wrong_names_and_combinations(tmp_path):
-    assert "100 classes but the data has 10" in refusal("LTD", 10)
+    assert "100 classes but the data has 10" in error_of("LTD", 10)
     for name in ("nope", "", "bdm", "Nobody2023Nothing"):
-        message = refusal(name)
+        message = error_of(name)
         assert repr(name) in message
         assert all(word in message for word in ("BDM", "DEC", "LTD", "a path"))
-    assert "mixture" in refusal("Bai2024MixedNUTS")
-    assert "no such file" in refusal(str(tmp_path / "absent"))
-    assert "no such file" in refusal("BDM", teacher_path=tmp_path / "absent.pt")
-    assert "no student.pt" in refusal(str(tmp_path))
-    assert "such as BDM" in refusal(str(tmp_path), teacher_path=tmp_path)
+    assert "mixture" in error_of("Bai2024MixedNUTS")
+    assert "no such file" in error_of(str(tmp_path / "absent"))
+    assert "no such file" in error_of("BDM", teacher_path=tmp_path / "absent.pt")
+    assert "no student.pt" in error_of(str(tmp_path))
+    assert "such as BDM" in error_of(str(tmp_path), teacher_path=tmp_path)
 
 
 # The zoo of CIFAR-10, bare weights, and architectures of the user's own
@@ -186,13 +186,13 @@ def test_a_name_means_the_network_of_the_datas_zoo(name, tmp_path, x, monkeypatc
     target.unlink()  # 100 MB that pytest would keep for three runs
 
 
-def test_a_name_of_the_other_zoo_is_refused_with_the_right_one():
-    message = refusal("Carmon2019Unlabeled", 100)
+def test_a_name_of_the_other_zoo_is_an_error_that_names_the_right_one():
+    message = error_of("Carmon2019Unlabeled", 100)
     assert "'Carmon2019Unlabeled' is a cifar10 network of RobustBench: give --dataset cifar10" in message
-    message = refusal("Bai2023Improving_trades", 10, None, "cifar10")
+    message = error_of("Bai2023Improving_trades", 10, None, "cifar10")
     assert "is a cifar100 network of RobustBench: give --dataset cifar100" in message
     for dataset, classes in (("digits", 10), ("svhn", 10), ("my.npz", 7)):
-        assert f"not for {dataset}: give the path" in refusal("BDM", classes, None, dataset)
+        assert f"not for {dataset}: give the path" in error_of("BDM", classes, None, dataset)
 
 
 OWN = """
@@ -245,7 +245,7 @@ def test_bare_weights_that_do_not_fit_or_are_none(own, tmp_path):
     torch.save(build_model("RES-8", 10).state_dict(), tmp_path / "a.pt")
 
     def message(what, **more):
-        return refusal(tmp_path / what, load=load_network, num_classes=10, **more)
+        return error_of(tmp_path / what, load=load_network, num_classes=10, **more)
 
     assert "does not fit" in message("a.pt", arch=own)
     assert "choose from RES-18" in message("a.pt", arch="RES-9")
@@ -256,8 +256,8 @@ def test_bare_weights_that_do_not_fit_or_are_none(own, tmp_path):
     assert "truncated or damaged" in message("b.safetensors", arch="RES-8")
     assert "--arch NAME" in message("b.safetensors")
     (tmp_path / "c.pt").write_bytes(b"nothing")
-    assert refusal(SMALL, load=load_network, weights=tmp_path / "c.pt").endswith("or pass it with --weights")
-    assert "give its weights with --teacher_path" in refusal("RES-8", 10)
+    assert error_of(SMALL, load=load_network, weights=tmp_path / "c.pt").endswith("or pass it with --weights")
+    assert "give its weights with --teacher_path" in error_of("RES-8", 10)
 
 
 def test_a_student_of_an_architecture_of_ones_own(own, tmp_path, x):
@@ -278,9 +278,9 @@ def test_a_student_of_an_architecture_of_ones_own(own, tmp_path, x):
     assert (entries["architecture"], entries["num_classes"]) == (own, 10)
     assert entries["source_file"] == {"path": str(source), "sha256": files.file_sha256(source), "function": "tiny"}
     source.write_text(f"{OWN}\n")
-    changed = refusal(folder, load=files.load_student)
+    changed = error_of(folder, load=files.load_student)
     source.unlink()
-    assert refusal(folder, load=files.load_student) == changed
+    assert error_of(folder, load=files.load_student) == changed
     assert "needs net.py with the function tiny and SHA-256 " in changed
     assert f"{source} is missing or has been changed since. Restore it, or put a copy at {folder / 'net.py'}" in changed
     (folder / "net.py").write_text(OWN)
@@ -316,14 +316,14 @@ def bad_files(small, content):
     }
 
 
-def test_bad_files_are_refused_and_left_alone(small, small_bytes, tmp_path, monkeypatch):
+def test_bad_files_are_an_error_and_left_alone(small, small_bytes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     target = tmp_path / "models" / "cifar100" / "Linf" / f"{SMALL}.pt"
     target.parent.mkdir(parents=True)
     for name, (content, word) in bad_files(small, small_bytes).items():
         for path, where in ((target, {}), (tmp_path / "by hand.pt", {"teacher_path": tmp_path / "by hand.pt"})):
             path.write_bytes(content)
-            message = refusal(SMALL, **where)
+            message = error_of(SMALL, **where)
             assert word in message, name
             assert str(path) in message or f"models/cifar100/Linf/{SMALL}.pt" in message
             # What to download, from where, and where to put it.
@@ -376,7 +376,7 @@ def test_failed_downloads_leave_nothing_and_say_what_to_do(server, small_bytes, 
             resource.RLIMIT_FSIZE, (len(small_bytes) - 1, limits[1])
         )  # a disk that is full one byte too soon
         try:
-            message = refusal(SMALL, model_dir=tmp_path / "models")
+            message = error_of(SMALL, model_dir=tmp_path / "models")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert word in message
@@ -391,7 +391,7 @@ def test_failed_downloads_leave_nothing_and_say_what_to_do(server, small_bytes, 
 
 def test_model_dir_that_cannot_be_made(tmp_path):
     (tmp_path / "models").write_text("a file")
-    assert "Not a directory" in refusal(SMALL, model_dir=tmp_path / "models")
+    assert "Not a directory" in error_of(SMALL, model_dir=tmp_path / "models")
 
 
 def test_evaluate_prints_the_published_accuracy(originals, model_dir, tmp_path, monkeypatch, capsys):

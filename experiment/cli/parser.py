@@ -194,7 +194,7 @@ def parse_args(
 def _check(parser: Parser, args: argparse.Namespace, given: set[str], recipe_attack: str | None) -> None:
     """Replace --wandb by --nowand, which a run's settings have; exit with an error if flags contradict each other."""
 
-    def refuse(flag: str, reason: str) -> None:
+    def not_allowed(flag: str, reason: str) -> None:
         parser.error(f"argument --{flag}: {getattr(args, flag)!r} is not allowed{reason}")
 
     if "wandb" in given:
@@ -203,17 +203,17 @@ def _check(parser: Parser, args: argparse.Namespace, given: set[str], recipe_att
         args.nowand = 1 - args.wandb
     del args.wandb
     if "lr_milestones" in given and sorted(set(args.lr_milestones)) != args.lr_milestones:
-        refuse("lr_milestones", "; expected epochs in rising order")
+        not_allowed("lr_milestones", "; expected epochs in rising order")
     if getattr(args, "teacher_every", 1) > 1 and args.attack != recipe_attack:
-        refuse("teacher_every", f" with --attack {args.attack} (expected --attack {recipe_attack})")
+        not_allowed("teacher_every", f" with --attack {args.attack} (expected --attack {recipe_attack})")
     if args.aa_best and not args.holdout:
-        refuse("aa_best", " without --holdout, which selects the best epoch")
+        not_allowed("aa_best", " without --holdout, which selects the best epoch")
     if args.swa_after >= args.epochs:
-        refuse("swa_after", f"; expected less than --epochs {args.epochs}")
+        not_allowed("swa_after", f"; expected less than --epochs {args.epochs}")
     if args.wandb_artifact and args.nowand:
-        refuse("wandb_artifact", " without --wandb 1")
+        not_allowed("wandb_artifact", " without --wandb 1")
     if args.precision == "tf32" and args.device == "cpu":
-        refuse("precision", " on the CPU; expected fp32 or bf16")
+        not_allowed("precision", " on the CPU; expected fp32 or bf16")
 
 
 def resolve_device(parser: Parser, device: str, *, elsewhere: bool = False) -> str:

@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = parents.pop() if len(parents) == 1 else Path(".")
     comparison = comparison_of(read_runs(args.sources))
     _show(comparison, args.out or out, args.columns, files)
-    if comparison.refusals:  # after all was written and shown
-        raise UserError("; ".join(comparison.refusals))
+    if comparison.not_subtracted:  # after all was written and shown
+        raise UserError("; ".join(comparison.not_subtracted))
 
 
 def _show(comparison: Comparison, out: Path, columns: Sequence[str], files: Mapping[str, Path]) -> None:

@@ -82,7 +82,7 @@ class Comparison:
     """(gain at the best epochs, gain at the last ones minus it) of the same groups, where AutoAttack measured both."""
     ablations: list[Gain]
     """Of variants of one method that differ in one setting from the first: each minus the first."""
-    refusals: list[str]
+    not_subtracted: list[str]
     """Why a group has no gain over its baseline, one sentence each."""
     pending: list[PendingRun]
     deeper: list[Path]
@@ -106,11 +106,11 @@ def comparison_of(runs: Runs) -> Comparison:
     if not runs.finished and not runs.pending:
         raise UserError("there are no runs to compare")
     groups = _grouped(runs.finished)
-    gains, refusals = _gains(groups)
+    gains, not_subtracted = _gains(groups)
     at_best = [
         (best, _minus(gain, best)) for gain in gains if (best := _gain(gain.group, gain.baseline, "best_attack"))
     ]
-    return Comparison(groups, gains, at_best, _ablations(groups), refusals, runs.pending, runs.deeper)
+    return Comparison(groups, gains, at_best, _ablations(groups), not_subtracted, runs.pending, runs.deeper)
 
 
 def _grouped(runs: Sequence[RunRecord]) -> list[SeedGroup]:
@@ -156,7 +156,7 @@ def _differing(runs: Sequence[RunRecord]) -> list[str]:
 
 def _gains(groups: Sequence[SeedGroup]) -> tuple[list[Gain], list[str]]:
     """Subtract its baseline from every group that has one; a sentence for each group where that is not possible."""
-    gains, refusals = [], []
+    gains, not_subtracted = [], []
     for group in groups:
         baselines = [other for other in groups if other.first.pair == group.first.pair and other.is_baseline]
         if group.is_baseline or not baselines:
@@ -165,10 +165,10 @@ def _gains(groups: Sequence[SeedGroup]) -> tuple[list[Gain], list[str]]:
         baseline = min(baselines, key=lambda other: len(_differing_settings(group.first, other.first)))
         if reason := _not_comparable(group, baseline):
             what = f"{baseline.first.folder} ({baseline.first.name}) from {group.first.folder} ({group.first.name})"
-            refusals.append(f"cannot subtract {what}: {reason}")
+            not_subtracted.append(f"cannot subtract {what}: {reason}")
         elif gain := _gain(group, baseline):
             gains.append(gain)
-    return gains, refusals
+    return gains, not_subtracted
 
 
 def _not_comparable(group: SeedGroup, baseline: SeedGroup) -> str | None:

@@ -66,7 +66,7 @@ def rendered(figure: Any, kind: str) -> bytes:
 def styles_of(comparison: Comparison) -> Styles:
     """A baseline is dashed with hollow markers, the version with an addition solid with full ones.
 
-    A method keeps its colour whatever else is shown. A marker stands for a teacher, student and dataset; further
+    A method keeps its colour whatever else is shown. A marker denotes a teacher, student and dataset; further
     variants of one method (another alpha) have other ones.
     """
     colors = tomllib.loads(Path(__file__).with_name("method_colors.toml").read_text())

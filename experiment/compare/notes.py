@@ -32,7 +32,7 @@ def notes_of(comparison: Comparison, columns: Sequence[str] = ()) -> list[str]:
         *_notes_on_settings(comparison.groups),
         *_notes_on_published_figures(comparison.groups),
         *_notes_on_missing(comparison),
-        *(f"No gain: {refusal}." for refusal in comparison.refusals),
+        *(f"No gain: {reason}." for reason in comparison.not_subtracted),
     ]
 
 

@@ -57,7 +57,7 @@ def find_run(folder: Path, script: str, args: argparse.Namespace) -> tuple[dict[
     """Find the run in the folder and check that its settings are those of this command. Changes nothing.
 
     Returns its config.json, or {} for a new run; and its result.json if nothing is left to do. A run without AutoAttack
-    is not finished if --aa_examples now asks for it.
+    is not finished if --aa_examples now requires it.
     """
     entries = {entry.name for entry in folder.iterdir()} - {".lock"} if folder.is_dir() else set()
     foreign = sorted(name for name in entries if not LEFTOVER.fullmatch(name))

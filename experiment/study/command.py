@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     switch = {"type": cli.switch, "default": 0, "metavar": "{0,1}"}
     add("file", type=Path, metavar="FILE.toml", help="the study, such as studies/digits.toml")
     add("--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="parent of the study folder")
-    add("--only", nargs="+", default=[], metavar="NAME", help="only runs with these names; * stands for any text")
+    add("--only", nargs="+", default=[], metavar="NAME", help="only runs with these names; * matches any text")
     add("--dry_run", **switch, help="1 prints each command and, where known, its estimated hours")
     where.add_argument("--jobs", type=cli.whole(1), default=1, metavar="N", help="runs at a time, sharing the threads")
     where.add_argument("--devices", nargs="+", default=[], metavar="DEVICE", help="one run at a time on each: cuda:0 …")
