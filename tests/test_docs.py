@@ -152,6 +152,7 @@ def test_a_picture_is_the_one_its_script_draws(tmp_path, name):
         "digits_long",
         "digits_target",
         "digits_attack",
+        "cifar10_16_attack",
         "digits_methods",
         "digits_methods_long",
     ],

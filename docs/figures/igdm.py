@@ -10,12 +10,13 @@ TEACHER, STUDENT, TEXT = "#2a8fbd", "#d9762b", "#808080"
 """Mid-tones, legible on a white and on a black page."""
 
 
-def save(figure: Any, axes: Any, file: Path) -> None:
-    """Write a figure with two visible spines on a transparent page, the same bytes every time."""
-    axes.tick_params(colors=TEXT)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(TEXT)
+def save(figure: Any, file: Path) -> None:
+    """Write a figure with two visible spines per panel on a transparent page, the same bytes every time."""
+    for axes in figure.axes:
+        axes.tick_params(colors=TEXT)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(TEXT)
     metadata = {"Date": None} if file.suffix == ".svg" else None
     figure.savefig(file, transparent=True, bbox_inches="tight", dpi=100, metadata=metadata)
 
@@ -48,7 +49,7 @@ def draw(file: Path) -> None:
     axes.set_xlim(-1.1, 1.9)
     axes.set_ylabel("logit of one class", color=TEXT)
     axes.set_yticks([])
-    save(figure, axes, file)
+    save(figure, file)
 
 
 if __name__ == "__main__":
