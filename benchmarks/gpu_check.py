@@ -106,6 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="all of it at toy size on the CPU")
     parser.add_argument("--parts", nargs="+", choices=names, default=names[:-1], help="default all but autoattack")
     args = parser.parse_args(argv)
+    args.out = args.out.resolve()  # the parts run in the folder of the project
     report.make_folder(parser, args.out / "parts")
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; --rehearse runs at toy size on the CPU")
